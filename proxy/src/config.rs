@@ -1,0 +1,47 @@
+//! Typed settings, one section per room that is configured.
+//!
+//! A section is plain data: it knows neither where its values come from nor who reads it. `cli`
+//! fills the sections from the environment and the mesh configuration; `node` hands each room
+//! its own section and no other.
+
+mod control;
+mod data;
+mod runtime;
+
+pub use control::{
+    Address, AuthToken, CertificateSource, ControlPlane, Header, Identity, MeshSource, RootSource,
+    SelfIdentity,
+};
+pub use data::{
+    Capture, DnsCapture, Inbound, Keepalive, OriginalSource, PqcPolicy, ProxyMode, Sockets, Tls,
+    Tunnel, WorkloadRef,
+};
+pub use runtime::{Drain, LogFormat, Logging, Ports, Runtime};
+
+/// Everything the proxy can be told, in sections. Only `cli` builds it and only `node` takes it apart.
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub struct Config {
+    /// Who this proxy is: node, pod, cluster, network.
+    pub identity: Identity,
+    /// Where mesh state and certificates come from.
+    pub control: ControlPlane,
+    /// What is captured, and how pods are found.
+    pub capture: Capture,
+    /// Options of every socket the proxy opens.
+    pub sockets: Sockets,
+    /// HTTP/2 and pool parameters of HBONE.
+    pub tunnel: Tunnel,
+    /// TLS parameters of HBONE.
+    pub tls: Tls,
+    /// Inbound behaviour that is not routing.
+    pub inbound: Inbound,
+    /// Ports of the proxy's own HTTP servers.
+    pub ports: Ports,
+    /// Threads and process limits.
+    pub runtime: Runtime,
+    /// How long open connections may go on after a stop was asked for.
+    pub drain: Drain,
+    /// Log format and levels.
+    pub logging: Logging,
+}

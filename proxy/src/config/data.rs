@@ -1,0 +1,178 @@
+//! Capture, sockets, HBONE and TLS.
+
+use std::{net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
+
+/// What is captured, and how the pods of this node are found.
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub struct Capture {
+    /// `ENABLE_PROXY`.
+    pub enabled: bool,
+    /// `PROXY_MODE` and `PROXY_WORKLOAD_INFO`.
+    pub mode: ProxyMode,
+    /// `INPOD_UDS`: socket of the CNI node agent.
+    pub agent_socket: PathBuf,
+    /// Whether and where names are served to captured pods.
+    pub dns: DnsCapture,
+    /// `UNSTABLE_ENABLE_SOCKS5`.
+    pub socks5: bool,
+    /// How long a connection waits for the record of its own workload; 5 s.
+    pub workload_wait: Duration,
+}
+
+/// Whom this process serves.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum ProxyMode {
+    /// Every pod the CNI agent names.
+    Shared,
+    /// One workload, in the process's own network namespace.
+    Dedicated(WorkloadRef),
+}
+
+/// A workload by the names that Kubernetes gives it.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub struct WorkloadRef {
+    /// Namespace.
+    pub namespace: Arc<str>,
+    /// Pod name.
+    pub name: Arc<str>,
+    /// Service account.
+    pub service_account: Arc<str>,
+}
+
+impl WorkloadRef {
+    /// Names a workload.
+    pub fn new(
+        namespace: impl Into<Arc<str>>,
+        name: impl Into<Arc<str>>,
+        service_account: impl Into<Arc<str>>,
+    ) -> Self {
+        Self {
+            namespace: namespace.into(),
+            name: name.into(),
+            service_account: service_account.into(),
+        }
+    }
+}
+
+/// Whether names are served to captured pods.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum DnsCapture {
+    /// `DNS_CAPTURE` present and not `true`.
+    Off,
+    /// On both loopback addresses, at this port.
+    Loopback(u16),
+    /// At one address.
+    At(SocketAddr),
+}
+
+/// Options of every socket the proxy opens or accepts.
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub struct Sockets {
+    /// `PACKET_MARK`: 1337 in shared mode, `None` in dedicated mode unless set.
+    pub mark: Option<u32>,
+    /// `INPOD_PORT_REUSE`.
+    pub reuse_port: bool,
+    /// `ENABLE_ORIG_SRC`.
+    pub original_source: OriginalSource,
+    /// `IPV6_ENABLED`.
+    pub ipv6: bool,
+    /// `KEEPALIVE_*`; `None` when off.
+    pub keepalive: Option<Keepalive>,
+    /// `USER_TIMEOUT_ENABLED` with the keepalive values; `None` when off.
+    pub user_timeout: Option<Duration>,
+    /// Longest wait for a TCP connection, socket creation and bind included; 10 s.
+    pub connect_timeout: Duration,
+    /// Listen backlog of in-pod listeners; 128.
+    pub backlog: i32,
+}
+
+/// Whether the application sees the address of the real client.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum OriginalSource {
+    /// Try transparent sockets, go on without.
+    Auto,
+    /// Refuse to serve a pod where transparent sockets do not work.
+    Required,
+    /// Never try.
+    Off,
+}
+
+/// TCP keepalive.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Keepalive {
+    /// Idle time before the first probe; 180 s.
+    pub time: Duration,
+    /// Time between probes; 180 s.
+    pub interval: Duration,
+    /// Probes before the connection counts as dead; 9.
+    pub retries: u32,
+}
+
+/// HTTP/2 and pool parameters of HBONE.
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub struct Tunnel {
+    /// `HTTP2_STREAM_WINDOW_SIZE`, bytes; 4 MiB.
+    pub stream_window: u32,
+    /// `HTTP2_CONNECTION_WINDOW_SIZE`, bytes; 16 MiB.
+    pub connection_window: u32,
+    /// `HTTP2_FRAME_SIZE`, bytes; 1 MiB.
+    pub frame_size: u32,
+    /// `POOL_MAX_STREAMS_PER_CONNECTION`; 100.
+    pub pool_max_streams: u16,
+    /// `POOL_UNUSED_RELEASE_TIMEOUT`; 5 min.
+    pub pool_idle_release: Duration,
+    /// Streams a peer may have open on one connection; 200.
+    pub server_max_streams: u32,
+    /// Largest header list accepted from a client, bytes; 65 536.
+    pub server_max_header_bytes: u32,
+    /// Largest header list accepted from a server, bytes; 16 384.
+    pub client_max_header_bytes: u32,
+    /// Longest wait for a TLS handshake, on either side; 10 s.
+    pub handshake_timeout: Duration,
+    /// Longest wait for the peer's HTTP/2 preface and SETTINGS; 10 s.
+    pub preface_timeout: Duration,
+    /// Longest wait for the answer to a CONNECT; 20 s, which leaves the peer its own 10 s connect.
+    pub answer_timeout: Duration,
+    /// Wait before the first PING and after each PONG; 10 s.
+    pub ping_interval: Duration,
+    /// Longest wait for a PONG; 20 s.
+    pub ping_timeout: Duration,
+}
+
+/// TLS parameters of HBONE.
+#[derive(Debug, Clone, Copy)]
+#[non_exhaustive]
+pub struct Tls {
+    /// `TLS12_ENABLED=true`: also offer TLS 1.2.
+    pub tls12: bool,
+    /// `COMPLIANCE_POLICY=pqc`.
+    pub pqc: PqcPolicy,
+}
+
+/// Which key exchanges are offered.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum PqcPolicy {
+    /// The library's default groups.
+    Default,
+    /// X25519MLKEM768 only.
+    Required,
+}
+
+/// Inbound behaviour that is not routing.
+#[derive(Debug, Clone, Copy)]
+#[non_exhaustive]
+pub struct Inbound {
+    /// `ENABLE_RESPONSE_BAGGAGE`: read and answer baggage.
+    pub baggage: bool,
+    /// `LOCALHOST_APP_TUNNEL`: application tunnels go to loopback.
+    pub localhost_app_tunnel: bool,
+}

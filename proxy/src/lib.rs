@@ -1,0 +1,6 @@
+//! Culvert: the data plane of an Istio ambient mesh, one process per node.
+//!
+//! The rooms stand on floors; a room imports rooms of lower floors only. `ARCHITECTURE.md` in
+//! the repository draws the house, and a test holds every `crate::` import against it.
+
+pub mod config;
