@@ -4,3 +4,4 @@
 //! the repository draws the house, and a test holds every `crate::` import against it.
 
 pub mod config;
+pub mod listen;
