@@ -7,6 +7,7 @@
 mod control;
 mod data;
 mod runtime;
+mod show;
 
 pub use control::{
     Address, AuthToken, CertificateSource, ControlPlane, Header, Identity, MeshSource, RootSource,
@@ -18,8 +19,12 @@ pub use data::{
 };
 pub use runtime::{Drain, LogFormat, Logging, Ports, Runtime};
 
+use serde::Serialize;
+
 /// Everything the proxy can be told, in sections. Only `cli` builds it and only `node` takes it apart.
-#[derive(Debug, Clone)]
+///
+/// Its serialized form is what the start-up log shows: no secret is in it.
+#[derive(Debug, Clone, Serialize)]
 #[non_exhaustive]
 pub struct Config {
     /// Who this proxy is: node, pod, cluster, network.

@@ -1,2 +1,64 @@
-//! Skeleton.
-fn main() {}
+//! The `culvert` binary. Errors end here: on stderr, with all their causes, and exit code 1.
+
+use std::{ffi::OsString, io::Write as _, process::ExitCode};
+
+use anyhow::Context as _;
+use culvert::{
+    cli::{self, Command, build_info::BuildInfo},
+    node,
+};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use tracing::{info, warn};
+
+#[global_allocator]
+static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
+
+fn main() -> ExitCode {
+    match run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            // Nobody is left to tell if stderr is gone.
+            let _ = writeln!(std::io::stderr(), "culvert: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Logging comes first, so that a bad `RUST_LOG` fails every command and everything after it can
+/// be logged.
+fn run() -> anyhow::Result<()> {
+    let environment = cli::Environment::of_process();
+    let arguments: Vec<OsString> = std::env::args_os().skip(1).collect();
+    let shown = arguments.join(" ".as_ref());
+    match cli::command(arguments)? {
+        Command::Proxy { .. } => proxy(&environment, &shown.to_string_lossy()),
+        Command::Version { .. } => say(&BuildInfo::new(&environment).to_string()),
+        Command::Help { .. } => say(cli::command_list().trim_end()),
+        Command::Demo { arguments } => Err(cli::demo(arguments).into()),
+    }
+}
+
+fn proxy(environment: &cli::Environment<'_>, arguments: &str) -> anyhow::Result<()> {
+    let config = cli::configuration(environment, arguments)?;
+    info!("{}", BuildInfo::new(environment));
+    if let Err(error) = raise_open_files() {
+        warn!("the limit of open files stays as it is: {error}");
+    }
+    let yaml = serde_yaml_ng::to_string(&config).context("cannot print the configuration")?;
+    info!("running with the configuration:\n{yaml}");
+    node::run(&config)?;
+    Ok(())
+}
+
+/// Each connection takes descriptors, so the process takes all that it may have.
+fn raise_open_files() -> nix::Result<()> {
+    let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
+    if soft < hard {
+        setrlimit(Resource::RLIMIT_NOFILE, hard, hard)?;
+    }
+    Ok(())
+}
+
+fn say(text: &str) -> anyhow::Result<()> {
+    writeln!(std::io::stdout(), "{text}").context("cannot write to stdout")
+}

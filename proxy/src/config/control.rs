@@ -2,9 +2,13 @@
 
 use std::{collections::BTreeMap, path::PathBuf, sync::Arc, time::Duration};
 
+use serde::{Serialize, Serializer};
+
+use super::show;
+
 /// Who this proxy is. Sent to the control plane as the xDS node, and used to tell local workloads
 /// from remote ones.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Serialize)]
 #[non_exhaustive]
 pub struct Identity {
     /// `NODE_NAME`: the Kubernetes node; `None` makes every workload count as local.
@@ -33,7 +37,7 @@ pub struct Identity {
 }
 
 /// The SPIFFE identity of the proxy's own pod.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Serialize)]
 #[non_exhaustive]
 pub struct SelfIdentity {
     /// `TRUST_DOMAIN`, default `cluster.local`.
@@ -45,7 +49,7 @@ pub struct SelfIdentity {
 }
 
 /// Where mesh state and certificates come from.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Serialize)]
 #[non_exhaustive]
 pub struct ControlPlane {
     /// `XDS_ADDRESS`; `None` turns delta xDS off.
@@ -57,6 +61,7 @@ pub struct ControlPlane {
     /// Who signs certificates.
     pub certificates: CertificateSource,
     /// `SECRET_TTL`, default 24 h: requested certificate lifetime.
+    #[serde(serialize_with = "show::duration")]
     pub secret_ttl: Duration,
     /// `AUTH_TOKEN`; `None` sends no authentication headers.
     pub token: Option<AuthToken>,
@@ -67,10 +72,11 @@ pub struct ControlPlane {
 }
 
 /// One control-plane server.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Serialize)]
 #[non_exhaustive]
 pub struct Address {
     /// `https://host:port`.
+    #[serde(serialize_with = "show::text")]
     pub uri: http::Uri,
     /// Trust roots of the server.
     pub roots: RootSource,
@@ -92,12 +98,18 @@ pub struct Header {
 
 impl std::fmt::Debug for Header {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{}: <redacted>", self.name)
+        write!(f, "{}: {}", self.name, show::REDACTED)
+    }
+}
+
+impl Serialize for Header {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(&format_args!("{self:?}"))
     }
 }
 
 /// Trust roots of a control-plane server.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[non_exhaustive]
 pub enum RootSource {
     /// A PEM file, read again on each connect; it may appear later.
@@ -105,7 +117,7 @@ pub enum RootSource {
     /// The roots of the operating system.
     System,
     /// PEM text given inline.
-    Pem(String),
+    Pem(#[serde(serialize_with = "show::size")] String),
 }
 
 /// The token shown to the control plane. `Debug` hides a literal.
@@ -122,23 +134,34 @@ impl std::fmt::Debug for AuthToken {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Self::File(path) => f.debug_tuple("File").field(path).finish(),
-            Self::Literal(_) => f.write_str("Literal(<redacted>)"),
+            Self::Literal(_) => write!(f, "Literal({})", show::REDACTED),
+        }
+    }
+}
+
+impl Serialize for AuthToken {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        match self {
+            Self::File(path) => serializer.serialize_newtype_variant("AuthToken", 0, "File", path),
+            Self::Literal(_) => {
+                serializer.serialize_newtype_variant("AuthToken", 1, "Literal", show::REDACTED)
+            }
         }
     }
 }
 
 /// A mesh description without a control plane.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[non_exhaustive]
 pub enum MeshSource {
     /// `LOCAL_XDS_PATH`: a YAML file, loaded again when it changes.
     File(PathBuf),
     /// `LOCAL_XDS`: the YAML text.
-    Text(String),
+    Text(#[serde(serialize_with = "show::size")] String),
 }
 
 /// Who signs workload certificates.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Serialize)]
 #[non_exhaustive]
 pub enum CertificateSource {
     /// `CA_ADDRESS`: a server of `istio.v1.auth.IstioCertificateService`.

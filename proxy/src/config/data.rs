@@ -2,8 +2,12 @@
 
 use std::{net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
 
+use serde::Serialize;
+
+use super::show;
+
 /// What is captured, and how the pods of this node are found.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Serialize)]
 #[non_exhaustive]
 pub struct Capture {
     /// `ENABLE_PROXY`.
@@ -17,11 +21,12 @@ pub struct Capture {
     /// `UNSTABLE_ENABLE_SOCKS5`.
     pub socks5: bool,
     /// How long a connection waits for the record of its own workload; 5 s.
+    #[serde(serialize_with = "show::duration")]
     pub workload_wait: Duration,
 }
 
 /// Whom this process serves.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[non_exhaustive]
 pub enum ProxyMode {
     /// Every pod the CNI agent names.
@@ -31,7 +36,7 @@ pub enum ProxyMode {
 }
 
 /// A workload by the names that Kubernetes gives it.
-#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize)]
 #[non_exhaustive]
 pub struct WorkloadRef {
     /// Namespace.
@@ -58,7 +63,7 @@ impl WorkloadRef {
 }
 
 /// Whether names are served to captured pods.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[non_exhaustive]
 pub enum DnsCapture {
     /// `DNS_CAPTURE` present and not `true`.
@@ -70,7 +75,7 @@ pub enum DnsCapture {
 }
 
 /// Options of every socket the proxy opens or accepts.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Serialize)]
 #[non_exhaustive]
 pub struct Sockets {
     /// `PACKET_MARK`: 1337 in shared mode, `None` in dedicated mode unless set.
@@ -84,15 +89,17 @@ pub struct Sockets {
     /// `KEEPALIVE_*`; `None` when off.
     pub keepalive: Option<Keepalive>,
     /// `USER_TIMEOUT_ENABLED` with the keepalive values; `None` when off.
+    #[serde(serialize_with = "show::optional_duration")]
     pub user_timeout: Option<Duration>,
     /// Longest wait for a TCP connection, socket creation and bind included; 10 s.
+    #[serde(serialize_with = "show::duration")]
     pub connect_timeout: Duration,
     /// Listen backlog of in-pod listeners; 128.
     pub backlog: i32,
 }
 
 /// Whether the application sees the address of the real client.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[non_exhaustive]
 pub enum OriginalSource {
     /// Try transparent sockets, go on without.
@@ -104,19 +111,21 @@ pub enum OriginalSource {
 }
 
 /// TCP keepalive.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[non_exhaustive]
 pub struct Keepalive {
-    /// Idle time before the first probe; 180 s.
+    /// Idle time before the first probe, 1 s to 32 767 s (what the kernel takes); 180 s.
+    #[serde(serialize_with = "show::duration")]
     pub time: Duration,
-    /// Time between probes; 180 s.
+    /// Time between probes, 1 s to 32 767 s; 180 s.
+    #[serde(serialize_with = "show::duration")]
     pub interval: Duration,
-    /// Probes before the connection counts as dead; 9.
+    /// Probes before the connection counts as dead, 1 to 127; 9.
     pub retries: u32,
 }
 
 /// HTTP/2 and pool parameters of HBONE.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Serialize)]
 #[non_exhaustive]
 pub struct Tunnel {
     /// `HTTP2_STREAM_WINDOW_SIZE`, bytes; 4 MiB.
@@ -125,9 +134,10 @@ pub struct Tunnel {
     pub connection_window: u32,
     /// `HTTP2_FRAME_SIZE`, bytes; 1 MiB.
     pub frame_size: u32,
-    /// `POOL_MAX_STREAMS_PER_CONNECTION`; 100.
+    /// `POOL_MAX_STREAMS_PER_CONNECTION`, at least 1; 100.
     pub pool_max_streams: u16,
     /// `POOL_UNUSED_RELEASE_TIMEOUT`; 5 min.
+    #[serde(serialize_with = "show::duration")]
     pub pool_idle_release: Duration,
     /// Streams a peer may have open on one connection; 200.
     pub server_max_streams: u32,
@@ -136,29 +146,36 @@ pub struct Tunnel {
     /// Largest header list accepted from a server, bytes; 16 384.
     pub client_max_header_bytes: u32,
     /// Longest wait for a TLS handshake, on either side; 10 s.
+    #[serde(serialize_with = "show::duration")]
     pub handshake_timeout: Duration,
     /// Longest wait for the peer's HTTP/2 preface and SETTINGS; 10 s.
+    #[serde(serialize_with = "show::duration")]
     pub preface_timeout: Duration,
     /// Longest wait for the answer to a CONNECT; 20 s, which leaves the peer its own 10 s connect.
+    #[serde(serialize_with = "show::duration")]
     pub answer_timeout: Duration,
     /// Wait before the first PING and after each PONG; 10 s.
+    #[serde(serialize_with = "show::duration")]
     pub ping_interval: Duration,
     /// Longest wait for a PONG; 20 s.
+    #[serde(serialize_with = "show::duration")]
     pub ping_timeout: Duration,
 }
 
 /// TLS parameters of HBONE.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Serialize)]
 #[non_exhaustive]
 pub struct Tls {
     /// `TLS12_ENABLED=true`: also offer TLS 1.2.
     pub tls12: bool,
     /// `COMPLIANCE_POLICY=pqc`.
     pub pqc: PqcPolicy,
+    /// `TRUST_DOMAINS`: trust domains whose peers are accepted besides those of the own one.
+    pub trust_domains: Arc<[Arc<str>]>,
 }
 
 /// Which key exchanges are offered.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[non_exhaustive]
 pub enum PqcPolicy {
     /// The library's default groups.
@@ -168,7 +185,7 @@ pub enum PqcPolicy {
 }
 
 /// Inbound behaviour that is not routing.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, Serialize)]
 #[non_exhaustive]
 pub struct Inbound {
     /// `ENABLE_RESPONSE_BAGGAGE`: read and answer baggage.

@@ -2,8 +2,12 @@
 
 use std::time::Duration;
 
+use serde::Serialize;
+
+use super::show;
+
 /// Ports of the proxy's own HTTP servers and of the in-pod listeners.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, Serialize)]
 #[non_exhaustive]
 pub struct Ports {
     /// `proxyAdminPort`; 15000, loopback only.
@@ -23,7 +27,7 @@ pub struct Ports {
 }
 
 /// Threads and what the process tells about itself.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Serialize)]
 #[non_exhaustive]
 pub struct Runtime {
     /// Data-plane worker threads, at least 1.
@@ -33,15 +37,16 @@ pub struct Runtime {
 }
 
 /// How long open connections may go on after a stop was asked for.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, Serialize)]
 #[non_exhaustive]
 pub struct Drain {
     /// `CONNECTION_TERMINATION_DEADLINE`, else from `TERMINATION_GRACE_PERIOD_SECONDS`, else 5 s.
+    #[serde(serialize_with = "show::duration")]
     pub deadline: Duration,
 }
 
 /// Log format and levels.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Serialize)]
 #[non_exhaustive]
 pub struct Logging {
     /// `RUST_LOG`, default `info`.
@@ -53,7 +58,7 @@ pub struct Logging {
 }
 
 /// Shape of a log line.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[non_exhaustive]
 pub enum LogFormat {
     /// Tab-separated text.

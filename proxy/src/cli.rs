@@ -1,0 +1,65 @@
+//! Arguments and environment become a [`Command`] and a [`Config`]; nothing else in the program
+//! reads either.
+//!
+//! `main` calls this room, in the order of its functions: [`logging`] first (so that everything
+//! after it can be logged), then [`command`], then [`configuration`]. All faults of the
+//! configuration are found in one pass and told together, so that an operator repairs a
+//! deployment once and not once per variable.
+
+pub mod build_info;
+mod command;
+mod control;
+mod data;
+mod demo;
+mod environment;
+mod fault;
+mod identity;
+mod proxy_config;
+mod reader;
+mod runtime;
+#[cfg(test)]
+mod tests;
+mod value;
+
+pub use command::{Command, UsageError, command, command_list};
+pub use demo::{DemoError, demo};
+pub use environment::{Disk, Environment, Files};
+pub use fault::{Fault, Faults, Given};
+
+use crate::config::{Config, Logging};
+use reader::Reader;
+
+/// How logs are written. Never fails: whether the filter makes sense is for the log writer to say.
+#[must_use]
+pub fn logging(environment: &Environment<'_>) -> Logging {
+    runtime::logging(&Reader::new(environment))
+}
+
+/// The effective configuration: defaults, then the mesh configuration file, then `PROXY_CONFIG`,
+/// then the variables. `arguments` are those after the program name, joined by spaces; they
+/// appear in the dumps only.
+///
+/// # Errors
+/// All [`Faults`] of all settings.
+pub fn configuration(environment: &Environment<'_>, arguments: &str) -> Result<Config, Faults> {
+    let mut reader = Reader::new(environment);
+    let proxy = proxy_config::load(&mut reader);
+    let identity = identity::parse(&mut reader, &proxy);
+    let control = control::parse(&mut reader, &proxy);
+    let capture = data::capture(&mut reader, &identity.metadata);
+    data::check_features(&mut reader, &capture, control.on_demand);
+    let config = Config {
+        sockets: data::sockets(&mut reader, &capture.mode),
+        tunnel: data::tunnel(&mut reader),
+        tls: data::tls(&mut reader),
+        inbound: data::inbound(&mut reader),
+        ports: runtime::ports(&proxy),
+        runtime: runtime::threads(&mut reader, &proxy, arguments),
+        drain: runtime::drain(&mut reader),
+        logging: runtime::logging(&reader),
+        identity,
+        control,
+        capture,
+    };
+    reader.finish(config)
+}

@@ -1,0 +1,254 @@
+//! The section [`ControlPlane`]: where mesh state and certificates come from.
+
+use std::{path::PathBuf, time::Duration};
+
+use http::{HeaderName, HeaderValue, Uri};
+use rustls::pki_types::{CertificateDer, DnsName, pem::PemObject as _};
+
+use super::{
+    fault::Given,
+    proxy_config::{ProxyConfig, Setting},
+    reader::Reader,
+    value::Reject,
+};
+use crate::config::{
+    Address, AuthToken, CertificateSource, ControlPlane, Header, MeshSource, RootSource,
+};
+
+pub(super) fn parse(reader: &mut Reader<'_>, proxy: &ProxyConfig) -> ControlPlane {
+    ControlPlane {
+        xds: xds(reader, proxy),
+        local: local(reader),
+        on_demand: reader.boolean("XDS_ON_DEMAND", false),
+        certificates: certificates(reader),
+        secret_ttl: reader.duration("SECRET_TTL").unwrap_or(DEFAULT_TTL),
+        token: token(reader),
+        preferred_service_namespace: reader.name("PREFERED_SERVICE_NAMESPACE"),
+        crl_path: reader.path("CRL_PATH"),
+    }
+}
+
+/// The variables of one kind of control-plane server.
+struct Server {
+    address: &'static str,
+    roots: &'static str,
+    alternative_host: &'static str,
+    headers: &'static str,
+}
+
+const XDS: Server = Server {
+    address: "XDS_ADDRESS",
+    roots: "XDS_ROOT_CA",
+    alternative_host: "ALT_XDS_HOSTNAME",
+    headers: "XDS_HEADER_",
+};
+
+const CA: Server = Server {
+    address: "CA_ADDRESS",
+    roots: "CA_ROOT_CA",
+    alternative_host: "ALT_CA_HOSTNAME",
+    headers: "CA_HEADER_",
+};
+
+/// Everything is checked even where the address is empty and the server therefore unused.
+fn xds(reader: &mut Reader<'_>, proxy: &ProxyConfig) -> Option<Address> {
+    let configured = match (reader.raw(XDS.address), &proxy.discovery_address) {
+        (Some(value), _) => (XDS.address, value),
+        (None, Some(Setting { key, value })) => (key.as_str(), value.as_str()),
+        (None, None) => (XDS.address, default_address(reader)),
+    };
+    server(reader, &XDS, configured)
+}
+
+fn certificates(reader: &mut Reader<'_>) -> CertificateSource {
+    let in_process = reader.boolean("FAKE_CA", false);
+    let root = fake_root(reader);
+    let configured = reader.raw(CA.address);
+    let address = configured.unwrap_or_else(|| default_address(reader));
+    let server = server(reader, &CA, (CA.address, address));
+    match server {
+        Some(address) if !in_process => CertificateSource::Istio(address),
+        _ => {
+            if !in_process && configured == Some("") {
+                let reject = Reject::new(
+                    "nobody would sign certificates",
+                    "the address of a certificate authority, or FAKE_CA=true beside it",
+                );
+                reader.fault(CA.address, Given::Value(String::new()), reject);
+            }
+            CertificateSource::InProcess { root }
+        }
+    }
+}
+
+/// Both files or neither.
+fn fake_root(reader: &mut Reader<'_>) -> Option<(PathBuf, PathBuf)> {
+    let mut file = |key| {
+        let path = reader.path(key)?;
+        if looks_like_pem(&path.to_string_lossy()) {
+            let reject = Reject::new("this is a PEM text", "the path of a PEM file");
+            reader.fault(key, Given::Secret, reject);
+        }
+        Some(path)
+    };
+    match (file("FAKE_CA_ROOT_CERT"), file("FAKE_CA_ROOT_KEY")) {
+        (Some(certificate), Some(key)) => Some((certificate, key)),
+        (None, None) => None,
+        _ => {
+            let reject = Reject::new("only one of them is set", "both, or neither");
+            let keys = "FAKE_CA_ROOT_CERT and FAKE_CA_ROOT_KEY";
+            reader.fault(keys, Given::Nothing, reject);
+            None
+        }
+    }
+}
+
+fn default_address(reader: &Reader<'_>) -> &'static str {
+    match reader.raw("KUBERNETES_SERVICE_HOST") {
+        Some(_) => "https://istiod.istio-system.svc:15012",
+        None => "https://localhost:15012",
+    }
+}
+
+/// One server; none if its address is empty or at fault. `configured` is the address and the
+/// key it comes from.
+fn server(reader: &mut Reader<'_>, keys: &Server, configured: (&str, &str)) -> Option<Address> {
+    let roots = roots(reader, keys.roots);
+    let alternative_host = host(reader, keys.alternative_host);
+    let headers = headers(reader, keys.headers);
+    let (key, text) = configured;
+    if text.is_empty() {
+        return None;
+    }
+    let given = if text.contains('@') {
+        Given::Secret
+    } else {
+        Given::Value(text.to_owned())
+    };
+    let outcome = uri(text);
+    Some(Address {
+        uri: reader.keep(key, given, outcome)?,
+        roots,
+        alternative_host,
+        headers,
+    })
+}
+
+fn uri(text: &str) -> Result<Uri, Reject> {
+    let reject = |reason| Reject::new(reason, "host:port, https://host:port or http://host:port");
+    let uri: Uri = if text.contains("://") {
+        text.parse()
+    } else {
+        format!("https://{text}").parse()
+    }
+    .map_err(|_| reject("not a URI"))?;
+    let authority = uri.authority().map_or("", |authority| authority.as_str());
+    if authority.contains('@') {
+        return Err(reject("credentials do not belong into an address"));
+    }
+    let host = uri.host().unwrap_or_default();
+    let port_is_sound = authority == host || uri.port_u16().is_some_and(|port| port > 0);
+    match uri.scheme_str() {
+        Some("https" | "http") if host.is_empty() => Err(reject("the host is missing")),
+        Some("https" | "http") if !port_is_sound => Err(reject("the port is out of range")),
+        Some("https" | "http") => Ok(uri),
+        _ => Err(reject("the scheme is not supported")),
+    }
+}
+
+/// A file may appear later, so a value that is neither `SYSTEM` nor PEM is a path, whether or not
+/// there is a file now.
+fn roots(reader: &mut Reader<'_>, key: &str) -> RootSource {
+    match reader.text(key) {
+        None => RootSource::File(DEFAULT_ROOTS.into()),
+        Some("SYSTEM") => RootSource::System,
+        Some(text) if looks_like_pem(text) => {
+            let mut certificates = CertificateDer::pem_slice_iter(text.as_bytes());
+            if !matches!(certificates.next(), Some(Ok(_))) {
+                let reject = Reject::new(
+                    "the PEM text begins with no readable certificate",
+                    "a path, SYSTEM, or PEM certificates",
+                );
+                reader.fault(key, Given::Secret, reject);
+            }
+            RootSource::Pem(text.to_owned())
+        }
+        Some(path) => RootSource::File(path.into()),
+    }
+}
+
+fn looks_like_pem(text: &str) -> bool {
+    text.contains("-----BEGIN")
+}
+
+fn host(reader: &mut Reader<'_>, key: &str) -> Option<String> {
+    let text = reader.text(key)?;
+    let outcome = DnsName::try_from(text)
+        .map(|_| text.to_owned())
+        .map_err(|_| Reject::new("not a DNS name", "a DNS name such as istiod.example.org"));
+    reader.keep(key, Given::Value(text.to_owned()), outcome)
+}
+
+fn headers(reader: &mut Reader<'_>, prefix: &str) -> Vec<Header> {
+    let mut headers = Vec::new();
+    for (name, value) in reader.environment().with_prefix(prefix) {
+        let outcome = header(name, value);
+        headers.extend(reader.keep(&format!("{prefix}{name}"), Given::Secret, outcome));
+    }
+    headers
+}
+
+fn header(name: &str, value: &str) -> Result<Header, Reject> {
+    let accepted = "a metadata name after the prefix, visible ASCII as the value";
+    let name = HeaderName::try_from(name.to_ascii_lowercase())
+        .map_err(|_| Reject::new("not a metadata name", accepted))?;
+    Ok(Header {
+        name,
+        value: secret_value(value).ok_or_else(|| Reject::new("not a metadata value", accepted))?,
+    })
+}
+
+fn secret_value(text: &str) -> Option<HeaderValue> {
+    let mut value = HeaderValue::from_str(text).ok()?;
+    value.to_str().ok()?;
+    value.set_sensitive(true);
+    Some(value)
+}
+
+/// The default file counts only if it exists now; a file that was asked for may appear later.
+fn token(reader: &mut Reader<'_>) -> Option<AuthToken> {
+    let files = reader.environment().files();
+    let Some(text) = reader.text("AUTH_TOKEN") else {
+        let exists = files.exists(DEFAULT_TOKEN.as_ref());
+        return exists.then(|| AuthToken::File(DEFAULT_TOKEN.into()));
+    };
+    let path_like = ["/", "./", "../"]
+        .iter()
+        .any(|start| text.starts_with(start));
+    if path_like || files.exists(text.as_ref()) {
+        return Some(AuthToken::File(text.into()));
+    }
+    let outcome = secret_value(text)
+        .map(|_| AuthToken::Literal(text.to_owned()))
+        .ok_or_else(|| Reject::new("not a token", "a path, or a token in visible ASCII"));
+    reader.keep("AUTH_TOKEN", Given::Secret, outcome)
+}
+
+fn local(reader: &mut Reader<'_>) -> Option<MeshSource> {
+    match (reader.path("LOCAL_XDS_PATH"), reader.text("LOCAL_XDS")) {
+        (Some(path), None) => Some(MeshSource::File(path)),
+        (None, Some(text)) => Some(MeshSource::Text(text.to_owned())),
+        (None, None) => None,
+        (Some(_), Some(_)) => {
+            let reject = Reject::new("both are set", "at most one of them");
+            reader.fault("LOCAL_XDS_PATH and LOCAL_XDS", Given::Nothing, reject);
+            None
+        }
+    }
+}
+
+/// 24 h.
+const DEFAULT_TTL: Duration = Duration::from_hours(24);
+// Absolute: where the process was started must not matter.
+const DEFAULT_ROOTS: &str = "/var/run/secrets/istio/root-cert.pem";
+const DEFAULT_TOKEN: &str = "/var/run/secrets/tokens/istio-token";

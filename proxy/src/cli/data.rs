@@ -1,0 +1,230 @@
+//! The sections of the data plane: capture, sockets, HBONE, TLS, inbound.
+
+use std::{collections::BTreeMap, net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
+
+use super::{
+    fault::Given,
+    identity::trust_domain,
+    reader::Reader,
+    value::{self, Reject},
+};
+use crate::config::{
+    Capture, DnsCapture, Inbound, Keepalive, OriginalSource, PqcPolicy, ProxyMode, Sockets, Tls,
+    Tunnel, WorkloadRef,
+};
+
+/// `metadata` is the merged node metadata, two keys of which act here.
+pub(super) fn capture(reader: &mut Reader<'_>, metadata: &BTreeMap<String, String>) -> Capture {
+    Capture {
+        enabled: reader.boolean("ENABLE_PROXY", true),
+        mode: mode(reader),
+        agent_socket: agent_socket(reader),
+        dns: dns(reader, metadata),
+        socks5: reader.boolean("UNSTABLE_ENABLE_SOCKS5", false),
+        workload_wait: Duration::from_secs(5),
+    }
+}
+
+/// Combinations of features that do not work.
+pub(super) fn check_features(reader: &mut Reader<'_>, capture: &Capture, on_demand: bool) {
+    let dns_off = capture.dns == DnsCapture::Off;
+    if !capture.enabled && dns_off {
+        let reject = Reject::new(
+            "with DNS capture off too there is nothing to do",
+            "ENABLE_PROXY=true, or ISTIO_META_DNS_CAPTURE=true",
+        );
+        reader.fault("ENABLE_PROXY", Given::Value("false".into()), reject);
+    }
+    if on_demand && !dns_off {
+        let reject = Reject::new(
+            "names cannot be served while services are looked up on demand",
+            "false, or ISTIO_META_DNS_CAPTURE=false beside it",
+        );
+        reader.fault("XDS_ON_DEMAND", Given::Value("true".into()), reject);
+    }
+}
+
+fn mode(reader: &mut Reader<'_>) -> ProxyMode {
+    let dedicated = reader.typed("PROXY_MODE", |text| match text {
+        "shared" => Ok(false),
+        "dedicated" => Ok(true),
+        _ => Err(Reject::new("not a mode", "shared or dedicated")),
+    });
+    if dedicated != Some(true) {
+        return ProxyMode::Shared;
+    }
+    let key = "PROXY_WORKLOAD_INFO";
+    let outcome = reader.raw(key).and_then(workload_ref).ok_or_else(|| {
+        Reject::new(
+            "PROXY_MODE=dedicated needs to know its workload",
+            "namespace/name/serviceaccount",
+        )
+    });
+    let given = reader
+        .raw(key)
+        .map_or(Given::Nothing, |text| Given::Value(text.into()));
+    reader
+        .keep(key, given, outcome)
+        .map_or(ProxyMode::Shared, ProxyMode::Dedicated)
+}
+
+fn workload_ref(text: &str) -> Option<WorkloadRef> {
+    let mut parts = text.split('/').filter(|part| !part.is_empty());
+    let workload = WorkloadRef::new(parts.next()?, parts.next()?, parts.next()?);
+    (text.matches('/').count() == 2).then_some(workload)
+}
+
+fn agent_socket(reader: &mut Reader<'_>) -> PathBuf {
+    let Some(text) = reader.text("INPOD_UDS") else {
+        return "/var/run/ztunnel/ztunnel.sock".into();
+    };
+    if text.len() > MAX_SOCKET_PATH_BYTES {
+        let reject = Reject::new(
+            "too long for a Unix socket",
+            format!("a path of at most {MAX_SOCKET_PATH_BYTES} bytes"),
+        );
+        reader.fault("INPOD_UDS", Given::Value(text.to_owned()), reject);
+    }
+    text.into()
+}
+
+fn dns(reader: &mut Reader<'_>, metadata: &BTreeMap<String, String>) -> DnsCapture {
+    let listen = metadata
+        .get("DNS_PROXY_ADDR")
+        .map_or(Some(DEFAULT_DNS), |text| {
+            let key = "ISTIO_META_DNS_PROXY_ADDR";
+            reader.keep(key, Given::Value(text.clone()), dns_address(text))
+        });
+    let on = metadata
+        .get("DNS_CAPTURE")
+        .is_none_or(|text| text.eq_ignore_ascii_case("true"));
+    if on {
+        listen.unwrap_or(DEFAULT_DNS)
+    } else {
+        DnsCapture::Off
+    }
+}
+
+fn dns_address(text: &str) -> Result<DnsCapture, Reject> {
+    let reject = || Reject::new("not an address to listen at", "localhost:PORT or IP:PORT");
+    if let Some(port) = text.strip_prefix("localhost:") {
+        return value::integer(port, &(1..=u16::MAX))
+            .map(DnsCapture::Loopback)
+            .map_err(|_| reject());
+    }
+    let address: SocketAddr = text.parse().map_err(|_| reject())?;
+    Ok(DnsCapture::At(address))
+}
+
+pub(super) fn sockets(reader: &mut Reader<'_>, mode: &ProxyMode) -> Sockets {
+    let mark = reader.typed("PACKET_MARK", |text| value::integer(text, &(0..=u32::MAX)));
+    let default_mark = match mode {
+        ProxyMode::Shared => Some(1337),
+        ProxyMode::Dedicated(_) => None,
+    };
+    let keepalive = keepalive(reader);
+    let user_timeout = reader.boolean("USER_TIMEOUT_ENABLED", false);
+    let original_source = match reader.typed("ENABLE_ORIG_SRC", value::boolean) {
+        None => OriginalSource::Auto,
+        Some(true) => OriginalSource::Required,
+        Some(false) => OriginalSource::Off,
+    };
+    Sockets {
+        mark: mark.or(default_mark),
+        reuse_port: reader.boolean("INPOD_PORT_REUSE", true),
+        original_source,
+        ipv6: reader.boolean("IPV6_ENABLED", true),
+        keepalive: reader
+            .boolean("KEEPALIVE_ENABLED", true)
+            .then_some(keepalive),
+        user_timeout: user_timeout.then(|| time_to_dead(keepalive)),
+        connect_timeout: Duration::from_secs(10),
+        backlog: 128,
+    }
+}
+
+/// Values outside of what the kernel takes are brought to its limits: an option that it refuses
+/// would otherwise silently mean no keepalive at all.
+fn keepalive(reader: &mut Reader<'_>) -> Keepalive {
+    let seconds = |value: Option<Duration>| {
+        value
+            .unwrap_or(Duration::from_mins(3))
+            .clamp(Duration::from_secs(1), Duration::from_secs(32_767))
+    };
+    Keepalive {
+        time: seconds(reader.duration("KEEPALIVE_TIME")),
+        interval: seconds(reader.duration("KEEPALIVE_INTERVAL")),
+        retries: reader
+            .integer("KEEPALIVE_RETRIES", &(0..=u32::MAX), 9)
+            .clamp(1, 127),
+    }
+}
+
+/// How long keepalive takes to find a silent peer dead: data that stays unacknowledged gets as
+/// long as an idle connection.
+fn time_to_dead(keepalive: Keepalive) -> Duration {
+    keepalive.time + keepalive.interval * keepalive.retries
+}
+
+pub(super) fn tunnel(reader: &mut Reader<'_>) -> Tunnel {
+    Tunnel {
+        stream_window: reader.integer("HTTP2_STREAM_WINDOW_SIZE", &WINDOW, 4 << 20),
+        connection_window: reader.integer("HTTP2_CONNECTION_WINDOW_SIZE", &WINDOW, 16 << 20),
+        frame_size: reader.integer("HTTP2_FRAME_SIZE", &FRAME, 1 << 20),
+        pool_max_streams: reader.integer("POOL_MAX_STREAMS_PER_CONNECTION", &(1..=u16::MAX), 100),
+        pool_idle_release: reader
+            .duration("POOL_UNUSED_RELEASE_TIMEOUT")
+            .unwrap_or(Duration::from_mins(5)),
+        server_max_streams: 200,
+        server_max_header_bytes: 65_536,
+        client_max_header_bytes: 16_384,
+        handshake_timeout: Duration::from_secs(10),
+        preface_timeout: Duration::from_secs(10),
+        answer_timeout: Duration::from_secs(20),
+        ping_interval: Duration::from_secs(10),
+        ping_timeout: Duration::from_secs(20),
+    }
+}
+
+pub(super) fn tls(reader: &mut Reader<'_>) -> Tls {
+    let pqc = if reader.literal("COMPLIANCE_POLICY", "pqc") {
+        PqcPolicy::Required
+    } else {
+        PqcPolicy::Default
+    };
+    Tls {
+        tls12: reader.literal("TLS12_ENABLED", "true"),
+        pqc,
+        trust_domains: trust_domains(reader),
+    }
+}
+
+fn trust_domains(reader: &mut Reader<'_>) -> Arc<[Arc<str>]> {
+    let key = "TRUST_DOMAINS";
+    let mut domains = Vec::new();
+    for domain in reader.text(key).unwrap_or_default().split(',') {
+        let domain = domain.trim();
+        if !domain.is_empty() {
+            let given = Given::Value(domain.to_owned());
+            domains.extend(reader.keep(key, given, trust_domain(domain)));
+        }
+    }
+    domains.sort();
+    domains.dedup();
+    domains.into()
+}
+
+pub(super) fn inbound(reader: &mut Reader<'_>) -> Inbound {
+    Inbound {
+        baggage: reader.boolean("ENABLE_RESPONSE_BAGGAGE", true),
+        localhost_app_tunnel: reader.boolean("LOCALHOST_APP_TUNNEL", true),
+    }
+}
+
+const DEFAULT_DNS: DnsCapture = DnsCapture::Loopback(15053);
+/// `sun_path` less its closing zero byte.
+const MAX_SOCKET_PATH_BYTES: usize = 107;
+/// Flow-control windows (RFC 9113 §6.9.1); a window of zero could never be used.
+const WINDOW: std::ops::RangeInclusive<u32> = 1..=(1 << 31) - 1;
+/// `SETTINGS_MAX_FRAME_SIZE` (RFC 9113 §6.5.2).
+const FRAME: std::ops::RangeInclusive<u32> = 16_384..=16_777_215;

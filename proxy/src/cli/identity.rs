@@ -1,0 +1,87 @@
+//! The section [`Identity`]: who this proxy is.
+
+use std::{collections::BTreeMap, sync::Arc};
+
+use super::{
+    fault::Given,
+    proxy_config::{META_PREFIX, ProxyConfig},
+    reader::Reader,
+    value::Reject,
+};
+use crate::config::{Identity, SelfIdentity};
+
+pub(super) fn parse(reader: &mut Reader<'_>, proxy: &ProxyConfig) -> Identity {
+    let or = |value: Option<Arc<str>>, default: &str| value.unwrap_or_else(|| default.into());
+    let cluster_id = reader
+        .name("ISTIO_META_CLUSTER_ID")
+        .or_else(|| reader.name("CLUSTER_ID"));
+    Identity {
+        own: own(reader),
+        node_name: reader.name("NODE_NAME"),
+        pod_name: or(reader.name("POD_NAME"), ""),
+        pod_namespace: or(reader.name("POD_NAMESPACE"), ""),
+        instance_ip: or(reader.name("INSTANCE_IP"), "1.1.1.1"),
+        network: or(reader.name("NETWORK"), ""),
+        cluster_id: or(cluster_id, "Kubernetes"),
+        cluster_domain: or(reader.name("CLUSTER_DOMAIN"), DEFAULT_DOMAIN),
+        istio_version: or(reader.name("ISTIO_META_ISTIO_VERSION"), "unknown"),
+        metadata: metadata(reader, proxy),
+        json_metadata: json_metadata(reader),
+    }
+}
+
+/// The identity of the proxy's own pod, if all its parts are known.
+fn own(reader: &mut Reader<'_>) -> Option<SelfIdentity> {
+    let trust_domain = reader
+        .text("TRUST_DOMAIN")
+        .and_then(|text| {
+            let outcome = trust_domain(text);
+            reader.keep("TRUST_DOMAIN", Given::Value(text.to_owned()), outcome)
+        })
+        .unwrap_or_else(|| DEFAULT_DOMAIN.into());
+    reader.name("POD_NAME")?;
+    Some(SelfIdentity {
+        trust_domain,
+        namespace: reader.name("POD_NAMESPACE")?,
+        service_account: reader.name("SERVICE_ACCOUNT")?,
+    })
+}
+
+/// The SPIFFE grammar of a trust domain.
+pub(super) fn trust_domain(text: &str) -> Result<Arc<str>, Reject> {
+    let allowed =
+        |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || b".-_".contains(&byte);
+    if (1..=255).contains(&text.len()) && text.bytes().all(allowed) {
+        return Ok(text.into());
+    }
+    Err(Reject::new(
+        "not a trust domain",
+        "1 to 255 lower-case letters, digits, dots, dashes and underscores",
+    ))
+}
+
+fn metadata(reader: &Reader<'_>, proxy: &ProxyConfig) -> BTreeMap<String, String> {
+    let mut metadata = proxy.metadata.clone();
+    let variables = reader.environment().with_prefix(META_PREFIX);
+    metadata.extend(variables.map(|(key, value)| (key.to_owned(), value.to_owned())));
+    metadata
+}
+
+/// What is not JSON is left out with an error in the log: metadata is for the control plane, and
+/// the data plane works without.
+fn json_metadata(reader: &Reader<'_>) -> BTreeMap<String, serde_json::Value> {
+    let parse = |(key, text): (&str, &str)| match serde_json::from_str(text) {
+        Ok(value) => Some((key.to_owned(), value)),
+        Err(error) => {
+            tracing::error!("ISTIO_METAJSON_{key} is not JSON and is left out: {error}");
+            None
+        }
+    };
+    reader
+        .environment()
+        .with_prefix("ISTIO_METAJSON_")
+        .filter_map(parse)
+        .collect()
+}
+
+const DEFAULT_DOMAIN: &str = "cluster.local";

@@ -1,0 +1,176 @@
+//! Faults: all of them at once, in words that help, and never a panic.
+
+use proptest::{collection::btree_map, prelude::*};
+
+use super::given;
+
+#[test]
+fn tells_all_faults_together() {
+    let faults = given(&[
+        ("AUTH_TOKEN", "to\u{7}ken"),
+        ("CA_ADDRESS", ""),
+        ("CA_HEADER_BAD NAME", "hidden"),
+        ("FAKE_CA_ROOT_KEY", "-----BEGIN PRIVATE KEY-----"),
+        ("HTTP2_FRAME_SIZE", "16383"),
+        ("ISTIO_META_DNS_CAPTURE", "no"),
+        ("ENABLE_PROXY", "false"),
+        ("LOCAL_XDS", "{}"),
+        ("LOCAL_XDS_PATH", "mesh.yaml"),
+        ("PACKET_MARK", ""),
+        ("PROXY_CONFIG", "concurrency: x\nproxyMetadata: {A: [1]}"),
+        ("PROXY_MODE", "both"),
+        ("SECRET_TTL", "tomorrow\nor later"),
+        ("XDS_ADDRESS", "ftp://istiod"),
+        ("ZTUNNEL_RESOURCE_CPU_LIMIT", "-1"),
+    ])
+    .file(
+        "/etc/istio/config/mesh",
+        "defaultConfig: {statsPort: 65536}",
+    )
+    .read()
+    .unwrap_err();
+    assert_eq!(faults.to_string(), include_str!("faults.txt").trim_end());
+}
+
+#[test]
+fn abridges_long_values() {
+    let long = "µ".repeat(10_000);
+    let text = given(&[("INPOD_UDS", &long)])
+        .read()
+        .unwrap_err()
+        .to_string();
+    assert!(text.len() < 400, "{text}");
+}
+
+#[test]
+fn never_repeats_a_document_or_credentials() {
+    for (key, value) in [
+        ("PROXY_CONFIG", "{proxyMetadata: {T: s3cret"),
+        ("PROXY_CONFIG", "s3cret"),
+        ("PROXY_CONFIG", "concurrency: [s3cret]"),
+        ("PROXY_CONFIG", "proxyMetadata: s3cret"),
+        ("PROXY_CONFIG", "proxyMetadata: {T: [s3cret]}"),
+        ("XDS_ADDRESS", "https://user:s3cret@istiod"),
+        ("CA_ADDRESS", "user:s3cret@istiod:1"),
+        ("AUTH_TOKEN", "s3cret\n"),
+        ("XDS_HEADER_A", "s3cret\n"),
+        ("XDS_ROOT_CA", "-----BEGIN CERTIFICATE-----s3cret"),
+    ] {
+        let text = given(&[(key, value)]).read().expect_err(key).to_string();
+        assert!(text.contains(key) && !text.contains("s3cret"), "{text}");
+    }
+}
+
+const KEYS: &[&str] = &[
+    "XDS_ADDRESS",
+    "CA_ADDRESS",
+    "XDS_ROOT_CA",
+    "CA_ROOT_CA",
+    "ALT_XDS_HOSTNAME",
+    "ALT_CA_HOSTNAME",
+    "AUTH_TOKEN",
+    "SECRET_TTL",
+    "XDS_ON_DEMAND",
+    "XDS_HEADER_X",
+    "CA_HEADER_X",
+    "XDS_HEADER_",
+    "PREFERED_SERVICE_NAMESPACE",
+    "LOCAL_XDS_PATH",
+    "LOCAL_XDS",
+    "FAKE_CA",
+    "FAKE_CA_ROOT_CERT",
+    "FAKE_CA_ROOT_KEY",
+    "NODE_NAME",
+    "POD_NAME",
+    "POD_NAMESPACE",
+    "SERVICE_ACCOUNT",
+    "TRUST_DOMAIN",
+    "TRUST_DOMAINS",
+    "INSTANCE_IP",
+    "NETWORK",
+    "ISTIO_META_CLUSTER_ID",
+    "CLUSTER_ID",
+    "CLUSTER_DOMAIN",
+    "ISTIO_META_ISTIO_VERSION",
+    "KUBERNETES_SERVICE_HOST",
+    "ENABLE_PROXY",
+    "PROXY_MODE",
+    "PROXY_WORKLOAD_INFO",
+    "INPOD_UDS",
+    "INPOD_PORT_REUSE",
+    "PACKET_MARK",
+    "ENABLE_ORIG_SRC",
+    "IPV6_ENABLED",
+    "LOCALHOST_APP_TUNNEL",
+    "ENABLE_RESPONSE_BAGGAGE",
+    "UNSTABLE_ENABLE_SOCKS5",
+    "CRL_PATH",
+    "POOL_MAX_STREAMS_PER_CONNECTION",
+    "POOL_UNUSED_RELEASE_TIMEOUT",
+    "HTTP2_STREAM_WINDOW_SIZE",
+    "HTTP2_CONNECTION_WINDOW_SIZE",
+    "HTTP2_FRAME_SIZE",
+    "KEEPALIVE_ENABLED",
+    "KEEPALIVE_TIME",
+    "KEEPALIVE_INTERVAL",
+    "KEEPALIVE_RETRIES",
+    "USER_TIMEOUT_ENABLED",
+    "TLS12_ENABLED",
+    "COMPLIANCE_POLICY",
+    "RUST_LOG",
+    "LOG_FORMAT",
+    "AUTHZ_POLICY_INFO_LOGGING",
+    "CONNECTION_TERMINATION_DEADLINE",
+    "TERMINATION_GRACE_PERIOD_SECONDS",
+    "ZTUNNEL_WORKER_THREADS",
+    "ZTUNNEL_CPU_LIMIT",
+    "ZTUNNEL_RESOURCE_CPU_LIMIT",
+    "ZTUNNEL_RESOURCE_CPU_REQUEST",
+    "PROXY_CONFIG",
+    "ISTIO_META_DNS_CAPTURE",
+    "ISTIO_META_DNS_PROXY_ADDR",
+    "ISTIO_METAJSON_X",
+];
+
+fn key() -> impl Strategy<Value = String> {
+    prop_oneof![
+        proptest::sample::select(KEYS).prop_map(str::to_owned),
+        ".{0,12}"
+    ]
+}
+
+/// Anything, with a preference for what nearly parses.
+fn value() -> impl Strategy<Value = String> {
+    prop_oneof![
+        ".{0,40}",
+        "[0-9]{0,40}(\\.[0-9]{0,40})?(m|%)?",
+        "([0-9]{1,20} ?(ns|us|µs|ms|s|m|h|d|w|mon|y)? ?[+*]? ?){0,4}",
+        "(https?://)?[a-z@:./\\[\\]-]{0,20}(:[0-9]{0,6})?",
+        "\\{?(proxyMetadata|concurrency|statsPort|discoveryAddress)?:? ?[\\[{&*!]?[a-z0-9]{0,4}.{0,10}",
+        "(localhost|[0-9.]{0,12}|\\[[0-9a-f:]{0,9}\\]):[0-9]{0,7}",
+        "-----BEGIN [A-Z]{0,12}-----.{0,30}",
+    ]
+}
+
+proptest! {
+    /// Any surroundings give a configuration or faults that can be printed.
+    #[test]
+    fn nothing_in_the_environment_panics(
+        variables in btree_map(key(), value(), 0..8),
+        mesh in proptest::option::of(value()),
+        cpus in 0_usize..100_000,
+    ) {
+        let mut surroundings = given(&[]).cpus(cpus);
+        surroundings.variables = variables;
+        if let Some(text) = mesh {
+            surroundings = surroundings.file("/etc/istio/config/mesh", &text);
+        }
+        match surroundings.read() {
+            Ok(config) => {
+                prop_assert!(config.runtime.worker_threads >= 1);
+                prop_assert!(serde_yaml_ng::to_string(&config).is_ok());
+            }
+            Err(faults) => prop_assert!(faults.iter().count() > 0 && !faults.to_string().is_empty()),
+        }
+    }
+}

@@ -1,0 +1,455 @@
+//! The table of each section: one setting in, one field out.
+
+use std::time::Duration;
+
+use proptest::prelude::*;
+
+use super::{Texts, given};
+use crate::{
+    cli::{Environment, logging, value},
+    config::{
+        AuthToken, CertificateSource, DnsCapture, Keepalive, LogFormat, OriginalSource, PqcPolicy,
+        ProxyMode, RootSource, WorkloadRef,
+    },
+};
+
+const PEM: &str = "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n";
+
+#[test]
+fn the_defaults_are_those_of_the_contract() {
+    let config = given(&[]).config();
+    let identity = &config.identity;
+    assert_eq!(&*identity.instance_ip, "1.1.1.1");
+    assert_eq!(&*identity.cluster_id, "Kubernetes");
+    assert_eq!(&*identity.cluster_domain, "cluster.local");
+    assert_eq!(&*identity.istio_version, "unknown");
+    assert!(identity.own.is_none() && identity.node_name.is_none());
+    assert_eq!(config.control.xds.unwrap().uri, "https://localhost:15012/");
+    assert_eq!(config.control.secret_ttl, Duration::from_secs(86_400));
+    assert!(config.control.token.is_none() && config.control.local.is_none());
+    assert!(config.capture.enabled && !config.capture.socks5);
+    assert_eq!(config.capture.dns, DnsCapture::Loopback(15053));
+    assert_eq!(
+        config.capture.agent_socket.to_str(),
+        Some("/var/run/ztunnel/ztunnel.sock")
+    );
+    let sockets = &config.sockets;
+    assert_eq!(sockets.mark, Some(1337));
+    assert!(sockets.reuse_port && sockets.ipv6 && sockets.user_timeout.is_none());
+    assert_eq!(sockets.original_source, OriginalSource::Auto);
+    let keepalive = Keepalive {
+        time: Duration::from_secs(180),
+        interval: Duration::from_secs(180),
+        retries: 9,
+    };
+    assert_eq!(sockets.keepalive, Some(keepalive));
+    let tunnel = &config.tunnel;
+    assert_eq!(tunnel.stream_window, 4_194_304);
+    assert_eq!(tunnel.connection_window, 16_777_216);
+    assert_eq!(
+        (tunnel.frame_size, tunnel.pool_max_streams),
+        (1_048_576, 100)
+    );
+    assert_eq!(tunnel.pool_idle_release, Duration::from_secs(300));
+    assert!(!config.tls.tls12 && config.tls.pqc == PqcPolicy::Default);
+    assert!(config.inbound.baggage && config.inbound.localhost_app_tunnel);
+}
+
+#[test]
+fn identity() {
+    let id = |variables: &[_]| given(variables).config().identity;
+    assert_eq!(&*id(&[("CLUSTER_ID", "b")]).cluster_id, "b");
+    let both = [("CLUSTER_ID", "b"), ("ISTIO_META_CLUSTER_ID", "a")];
+    assert_eq!(&*id(&both).cluster_id, "a");
+    let in_metadata = [("PROXY_CONFIG", "proxyMetadata: {CLUSTER_ID: x}")];
+    assert_eq!(&*id(&in_metadata).cluster_id, "Kubernetes");
+    let own = [
+        ("POD_NAME", "p"),
+        ("POD_NAMESPACE", "n"),
+        ("SERVICE_ACCOUNT", "s"),
+    ];
+    for left_out in 0..own.len() {
+        let mut incomplete = own.to_vec();
+        incomplete.remove(left_out);
+        assert!(id(&incomplete).own.is_none(), "{incomplete:?}");
+    }
+    let mut complete = own.to_vec();
+    complete.push(("TRUST_DOMAIN", "td.example"));
+    assert_eq!(&*id(&complete).own.unwrap().trust_domain, "td.example");
+    assert!(given(&[("TRUST_DOMAIN", "a/b")]).read().is_err());
+    let json = [
+        ("ISTIO_METAJSON_A", r#"{"x":[1]}"#),
+        ("ISTIO_METAJSON_B", "{"),
+    ];
+    let json = id(&json).json_metadata;
+    assert_eq!(json.len(), 1);
+    assert_eq!(json["A"]["x"][0], 1);
+}
+
+#[test]
+fn node_metadata_comes_in_three_layers() {
+    let config = given(&[(
+        "PROXY_CONFIG",
+        "proxyMetadata: {B: env-document}\nstatsPort: 3",
+    )])
+    .file(
+        "/etc/istio/config/mesh",
+        "defaultConfig:\n  proxyMetadata: {ISTIO_META_A: file, ISTIO_META_B: file}\n  \
+             proxyAdminPort: 1\n  statsPort: 2\n  discoveryAddress: mesh:1\nother: {}",
+    )
+    .config();
+    let metadata = &config.identity.metadata;
+    assert_eq!((&*metadata["A"], &*metadata["B"]), ("file", "env-document"));
+    assert_eq!((config.ports.admin, config.ports.stats), (1, 3));
+    assert_eq!(config.control.xds.unwrap().uri, "https://mesh:1/");
+}
+
+#[test]
+fn documents_that_say_nothing() {
+    for text in ["", " \n", "# nothing", "null", "{}", "proxyMetadata:"] {
+        given(&[("PROXY_CONFIG", text)]).config();
+        given(&[]).file("/etc/istio/config/mesh", text).config();
+    }
+}
+
+#[test]
+fn addresses() {
+    let in_cluster = given(&[("KUBERNETES_SERVICE_HOST", "x")]).config();
+    let istiod = "https://istiod.istio-system.svc:15012/";
+    assert_eq!(in_cluster.control.xds.unwrap().uri, istiod);
+    for good in ["[::1]:15012", "http://a:1", "https://10.0.0.1", "a"] {
+        given(&[("XDS_ADDRESS", good), ("CA_ADDRESS", good)]).config();
+    }
+    for bad in [
+        "https://",
+        "unix:///x",
+        "a b",
+        "://",
+        "a:99999",
+        ":15012",
+        "u@h",
+    ] {
+        let faulty = given(&[("XDS_ADDRESS", bad), ("CA_ADDRESS", bad)]).faulty();
+        let both = ["XDS_ADDRESS".to_owned(), "CA_ADDRESS".to_owned()];
+        assert_eq!(faulty, both.into(), "{bad}");
+    }
+    let alternative = given(&[("ALT_XDS_HOSTNAME", "x.example")]).config();
+    let host = alternative.control.xds.unwrap().alternative_host;
+    assert_eq!(host.as_deref(), Some("x.example"));
+    assert!(given(&[("ALT_CA_HOSTNAME", "not a name")]).read().is_err());
+}
+
+#[test]
+fn certificates() {
+    let source = |variables: &[_]| given(variables).config().control.certificates;
+    assert!(matches!(source(&[]), CertificateSource::Istio(_)));
+    let fake = ("FAKE_CA", "true");
+    let fresh = source(&[fake, ("CA_ADDRESS", "")]);
+    assert!(matches!(fresh, CertificateSource::InProcess { root: None }));
+    let files = [
+        fake,
+        ("FAKE_CA_ROOT_CERT", "c.pem"),
+        ("FAKE_CA_ROOT_KEY", "/k.pem"),
+    ];
+    let CertificateSource::InProcess { root } = source(&files) else {
+        panic!("FAKE_CA=true signs in this process");
+    };
+    assert_eq!(root, Some(("c.pem".into(), "/k.pem".into())));
+    assert_eq!(
+        given(&[("CA_ADDRESS", "")]).faulty(),
+        ["CA_ADDRESS".to_owned()].into()
+    );
+    assert!(
+        given(&[fake, ("FAKE_CA_ROOT_CERT", "c.pem")])
+            .read()
+            .is_err()
+    );
+    assert!(given(&[fake, ("CA_ADDRESS", "a b")]).read().is_err());
+}
+
+#[test]
+fn roots_and_tokens() {
+    let roots = |text| {
+        given(&[("XDS_ROOT_CA", text)])
+            .config()
+            .control
+            .xds
+            .unwrap()
+            .roots
+    };
+    assert_eq!(roots("SYSTEM"), RootSource::System);
+    assert_eq!(roots(PEM), RootSource::Pem(PEM.into()));
+    assert_eq!(
+        roots("/no/such.pem"),
+        RootSource::File("/no/such.pem".into())
+    );
+    assert_eq!(roots("no-such.pem"), RootSource::File("no-such.pem".into()));
+    let token = |text| given(&[("AUTH_TOKEN", text)]);
+    let default = "/var/run/secrets/tokens/istio-token";
+    let found = given(&[]).file(default, "t").config().control.token;
+    assert_eq!(found, Some(AuthToken::File(default.into())));
+    for path in ["/later", "./later", "../later"] {
+        let expected = Some(AuthToken::File(path.into()));
+        assert_eq!(token(path).config().control.token, expected);
+    }
+    let relative = token("tokens/t")
+        .file("tokens/t", "x")
+        .config()
+        .control
+        .token;
+    assert_eq!(relative, Some(AuthToken::File("tokens/t".into())));
+    let literal = token("eyJh.eyJp.c2ln").config().control.token;
+    assert_eq!(literal, Some(AuthToken::Literal("eyJh.eyJp.c2ln".into())));
+}
+
+#[test]
+fn capture() {
+    let dns = |text| given(&[("ISTIO_META_DNS_PROXY_ADDR", text)]);
+    assert_eq!(
+        dns("localhost:53").config().capture.dns,
+        DnsCapture::Loopback(53)
+    );
+    for address in ["127.0.0.1:5353", "[::1]:5353"] {
+        let expected = DnsCapture::At(address.parse().unwrap());
+        assert_eq!(dns(address).config().capture.dns, expected);
+    }
+    for bad in [
+        "",
+        "localhost",
+        "localhost:0",
+        "localhost:65536",
+        "1.2.3.4",
+        "host:53",
+    ] {
+        assert!(dns(bad).read().is_err(), "{bad:?}");
+    }
+    for (text, on) in [("true", true), ("TRUE", true), ("1", false), ("", false)] {
+        let config = given(&[("ISTIO_META_DNS_CAPTURE", text)]).config();
+        assert_eq!(config.capture.dns != DnsCapture::Off, on, "{text:?}");
+    }
+    let dns_only = given(&[("ENABLE_PROXY", "false")]).config();
+    assert!(!dns_only.capture.enabled);
+    let neither = [
+        ("ENABLE_PROXY", "false"),
+        ("ISTIO_META_DNS_CAPTURE", "false"),
+    ];
+    assert_eq!(given(&neither).faulty(), ["ENABLE_PROXY".to_owned()].into());
+}
+
+#[test]
+fn modes() {
+    let mode = ("PROXY_MODE", "dedicated");
+    let config = given(&[mode, ("PROXY_WORKLOAD_INFO", "n/p/s")]).config();
+    let workload = WorkloadRef::new("n", "p", "s");
+    assert_eq!(config.capture.mode, ProxyMode::Dedicated(workload));
+    assert_eq!(config.sockets.mark, None);
+    let marked = [mode, ("PROXY_WORKLOAD_INFO", "n/p/s"), ("PACKET_MARK", "7")];
+    assert_eq!(given(&marked).config().sockets.mark, Some(7));
+    assert_eq!(
+        given(&[mode]).faulty(),
+        ["PROXY_WORKLOAD_INFO".to_owned()].into()
+    );
+    for bad in ["", "a/b", "a/b/c/d", "a//c", "//", "/a/b/c"] {
+        assert!(
+            given(&[mode, ("PROXY_WORKLOAD_INFO", bad)]).read().is_err(),
+            "{bad:?}"
+        );
+    }
+    given(&[("PROXY_WORKLOAD_INFO", "only read in dedicated mode")]).config();
+}
+
+#[test]
+fn sockets() {
+    let of = |variables: &[_]| given(variables).config().sockets;
+    assert_eq!(
+        of(&[("ENABLE_ORIG_SRC", "true")]).original_source,
+        OriginalSource::Required
+    );
+    assert_eq!(
+        of(&[("ENABLE_ORIG_SRC", "false")]).original_source,
+        OriginalSource::Off
+    );
+    assert_eq!(of(&[("KEEPALIVE_ENABLED", "false")]).keepalive, None);
+    let extreme = of(&[
+        ("KEEPALIVE_TIME", "24h"),
+        ("KEEPALIVE_INTERVAL", "0"),
+        ("KEEPALIVE_RETRIES", "1000"),
+        ("USER_TIMEOUT_ENABLED", "true"),
+    ]);
+    let keepalive = Keepalive {
+        time: Duration::from_secs(32_767),
+        interval: Duration::from_secs(1),
+        retries: 127,
+    };
+    assert_eq!(extreme.keepalive, Some(keepalive));
+    assert_eq!(
+        extreme.user_timeout,
+        Some(Duration::from_secs(32_767 + 127))
+    );
+    assert_eq!(of(&[("PACKET_MARK", "4294967295")]).mark, Some(u32::MAX));
+}
+
+#[test]
+fn tunnel_and_tls() {
+    let tls = given(&[("TLS12_ENABLED", "true"), ("COMPLIANCE_POLICY", "pqc")])
+        .config()
+        .tls;
+    assert!(tls.tls12 && tls.pqc == PqcPolicy::Required);
+    let other = given(&[("TLS12_ENABLED", "1"), ("COMPLIANCE_POLICY", "fips")])
+        .config()
+        .tls;
+    assert!(!other.tls12 && other.pqc == PqcPolicy::Default);
+    let tls = given(&[("TRUST_DOMAINS", "b.example, a,,a")]).config().tls;
+    assert_eq!(tls.trust_domains.to_vec(), ["a".into(), "b.example".into()]);
+    assert!(given(&[("TRUST_DOMAINS", "a,B")]).read().is_err());
+    for (key, low, high) in [
+        ("HTTP2_STREAM_WINDOW_SIZE", "1", "2147483647"),
+        ("HTTP2_CONNECTION_WINDOW_SIZE", "1", "2147483647"),
+        ("HTTP2_FRAME_SIZE", "16384", "16777215"),
+        ("POOL_MAX_STREAMS_PER_CONNECTION", "1", "65535"),
+    ] {
+        given(&[(key, low)]).config();
+        given(&[(key, high)]).config();
+        for bad in ["0", "2147483648", "+1", "1_000", "0x10", " 5", ""] {
+            assert!(given(&[(key, bad)]).read().is_err(), "{key}={bad}");
+        }
+    }
+}
+
+#[test]
+fn logs_are_told_how_before_anything_else() {
+    let of = |variables: &[(&str, &str)]| {
+        let files = Texts::default();
+        logging(&Environment::new(given(variables).variables, 1, &files))
+    };
+    let default = of(&[]);
+    assert_eq!(
+        (&*default.filter, default.format),
+        ("info", LogFormat::Text)
+    );
+    assert!(!default.policy_at_info);
+    let set = of(&[
+        ("RUST_LOG", "access=debug"),
+        ("LOG_FORMAT", "json"),
+        ("AUTHZ_POLICY_INFO_LOGGING", "true"),
+    ]);
+    assert_eq!(
+        (&*set.filter, set.format),
+        ("access=debug", LogFormat::Json)
+    );
+    assert!(set.policy_at_info);
+    assert_eq!(of(&[("LOG_FORMAT", "JSON")]).format, LogFormat::Text);
+}
+
+#[test]
+fn every_boolean_accepts_two_spellings() {
+    for key in [
+        "XDS_ON_DEMAND",
+        "FAKE_CA",
+        "ENABLE_PROXY",
+        "INPOD_PORT_REUSE",
+        "ENABLE_ORIG_SRC",
+        "IPV6_ENABLED",
+        "LOCALHOST_APP_TUNNEL",
+        "ENABLE_RESPONSE_BAGGAGE",
+        "UNSTABLE_ENABLE_SOCKS5",
+        "KEEPALIVE_ENABLED",
+        "USER_TIMEOUT_ENABLED",
+    ] {
+        for bad in ["", "1", "0", "TRUE", "False", "yes", " true"] {
+            let faulty = given(&[(key, bad)]).faulty();
+            assert_eq!(faulty, [key.to_owned()].into(), "{key}={bad}");
+        }
+    }
+}
+
+#[test]
+fn durations() {
+    for (text, millis) in [
+        ("250ms", 250),
+        ("5m", 300_000),
+        ("1h30m", 5_400_000),
+        ("24h", 86_400_000),
+        ("1h 30m", 5_400_000),
+        ("90", 90_000),
+        ("0", 0),
+        ("1s500ms", 1_500),
+        ("1000000ns", 1),
+        ("1000us", 1),
+        ("1000µs", 1),
+        ("1d", 86_400_000),
+        ("1w", 604_800_000),
+        ("1mon", 2_592_000_000),
+        ("1y", 31_536_000_000),
+        ("1m+30", 90_000),
+        ("1m + 30s", 90_000),
+        ("2*3s", 6_000),
+        ("1m*10", 600_000),
+    ] {
+        assert_eq!(
+            value::duration(text),
+            Ok(Duration::from_millis(millis)),
+            "{text}"
+        );
+    }
+    for bad in [
+        "",
+        " ",
+        "-1s",
+        "1.5s",
+        "x",
+        "5 parsecs",
+        "s",
+        "99999999999999999999y",
+        "600y600y600y",
+    ] {
+        assert!(value::duration(bad).is_err(), "{bad:?}");
+    }
+}
+
+#[test]
+fn cpu_quantities() {
+    for (text, cpus) in [
+        ("2", 2),
+        ("1.5", 2),
+        ("500m", 1),
+        ("1001m", 2),
+        ("0.000000001", 1),
+    ] {
+        assert_eq!(value::cpus(text), Ok(cpus), "{text}");
+    }
+    for bad in [
+        "",
+        "0",
+        "0m",
+        "-1",
+        "inf",
+        "NaN",
+        "1.",
+        ".5",
+        "1.5.1",
+        "m",
+        "1e3",
+        "9999999999",
+    ] {
+        assert!(value::cpus(bad).is_err(), "{bad:?}");
+    }
+}
+
+proptest! {
+    #[test]
+    fn integers_round_trip(number: u32) {
+        prop_assert_eq!(value::integer(&number.to_string(), &(0..=u32::MAX)), Ok(number));
+    }
+
+    #[test]
+    fn milli_cpus_round_up(milli in 1_usize..10_000_000) {
+        prop_assert_eq!(value::cpus(&format!("{milli}m")), Ok(milli.div_ceil(1000)));
+    }
+
+    #[test]
+    fn a_share_of_the_cores_is_exact(cores in 1_usize..10_000, percent in 1_usize..=100) {
+        let threads = value::Threads::parse(&format!("{percent}%")).unwrap();
+        prop_assert_eq!(threads.of(cores), (cores * percent).div_ceil(100));
+    }
+}
