@@ -3,7 +3,9 @@
 //! The rooms stand on floors; a room imports rooms of lower floors only. `ARCHITECTURE.md` in
 //! the repository draws the house, and a test holds every `crate::` import against it.
 
+pub mod admin;
 pub mod cli;
 pub mod config;
 pub mod listen;
 pub mod node;
+pub mod telemetry;

@@ -1,0 +1,172 @@
+//! The server that the endpoints share.
+
+use std::{
+    convert::Infallible,
+    error::Error,
+    fmt, io,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    sync::Arc,
+    time::Duration,
+};
+
+use bytes::Bytes;
+use http::{HeaderValue, Request, Response, StatusCode, header::CONTENT_TYPE};
+use http_body_util::{BodyExt, Full, combinators::UnsyncBoxBody};
+use hyper::{body::Incoming, server::conn::http1, service::service_fn};
+use hyper_util::rt::{TokioIo, TokioTimer};
+use socket2::{Domain, Protocol, Socket, Type};
+use tokio::{
+    net::{TcpListener, TcpStream},
+    sync::{OwnedSemaphorePermit, Semaphore},
+    task::JoinSet,
+    time::{sleep, timeout},
+};
+use tokio_util::sync::CancellationToken;
+
+/// The body of every answer.
+pub(super) type Body = UnsyncBoxBody<Bytes, fmt::Error>;
+
+/// Listens on `port` of every address: IPv6 and IPv4 in one socket, or IPv4 alone.
+///
+/// # Errors
+/// What the operating system says.
+pub fn bind(port: u16, ipv6: bool) -> io::Result<TcpListener> {
+    let (domain, any) = if ipv6 {
+        (Domain::IPV6, IpAddr::from(Ipv6Addr::UNSPECIFIED))
+    } else {
+        (Domain::IPV4, IpAddr::from(Ipv4Addr::UNSPECIFIED))
+    };
+    let socket = Socket::new(domain, Type::STREAM, Some(Protocol::TCP))?;
+    if ipv6 {
+        socket.set_only_v6(false)?;
+    }
+    socket.set_reuse_address(true)?;
+    socket.set_nonblocking(true)?;
+    socket.bind(&SocketAddr::new(any, port).into())?;
+    socket.listen(BACKLOG)?;
+    TcpListener::from_std(socket.into())
+}
+
+/// Answers requests with `handler` until `stop` fires, then lets those in flight end.
+///
+/// # Cancel safety
+/// Dropping the future closes all connections.
+pub(super) async fn serve<H, F>(listener: TcpListener, handler: H, stop: CancellationToken)
+where
+    H: Fn(&Request<Incoming>) -> F + Send + Sync + 'static,
+    F: Future<Output = Response<Body>> + Send + 'static,
+{
+    let handler = Arc::new(handler);
+    let slots = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+    let mut connections = JoinSet::new();
+    loop {
+        tokio::select! {
+            biased; // stopping goes before accepting
+            () = stop.cancelled() => break,
+            Some(_) = connections.join_next() => {}
+            (stream, slot) = accept(&listener, &slots) => {
+                let (handler, stop) = (Arc::clone(&handler), stop.clone());
+                connections.spawn(async move {
+                    let _slot = slot;
+                    connection(stream, handler, stop).await;
+                });
+            }
+        }
+    }
+    drop(listener);
+    let finished = async { while connections.join_next().await.is_some() {} };
+    if timeout(STOP_LIMIT, finished).await.is_err() {
+        connections.shutdown().await;
+    }
+}
+
+/// A text answer.
+pub(super) fn text(status: StatusCode, text: String) -> Response<Body> {
+    let mut response = empty(status);
+    *response.body_mut() = full(Bytes::from(text));
+    let plain = HeaderValue::from_static("text/plain");
+    response.headers_mut().insert(CONTENT_TYPE, plain);
+    response
+}
+
+/// An answer without body and content type.
+pub(super) fn empty(status: StatusCode) -> Response<Body> {
+    let mut response = Response::new(full(Bytes::new()));
+    *response.status_mut() = status;
+    response
+}
+
+fn full(bytes: Bytes) -> Body {
+    Full::new(bytes)
+        .map_err(|never| match never {})
+        .boxed_unsync()
+}
+
+/// Takes a slot, then a connection. An error of `accept` is that connection's, or means that the
+/// process has no descriptors left: waiting a little serves both.
+async fn accept(
+    listener: &TcpListener,
+    slots: &Arc<Semaphore>,
+) -> (TcpStream, Option<OwnedSemaphorePermit>) {
+    let slot = Arc::clone(slots).acquire_owned().await.ok();
+    loop {
+        match listener.accept().await {
+            Ok((stream, _)) => return (stream, slot),
+            Err(error) => {
+                tracing::debug!(error = &error as &dyn Error, "accept failed");
+                sleep(ACCEPT_PAUSE).await;
+            }
+        }
+    }
+}
+
+async fn connection<H, F>(stream: TcpStream, handler: Arc<H>, stop: CancellationToken)
+where
+    H: Fn(&Request<Incoming>) -> F + Send + Sync + 'static,
+    F: Future<Output = Response<Body>> + Send + 'static,
+{
+    if let Err(error) = stream.set_nodelay(true) {
+        tracing::debug!(error = &error as &dyn Error, "TCP_NODELAY failed");
+    }
+    let service = service_fn(|request| {
+        let response = handler(&request);
+        async move { Ok::<_, Infallible>(response.await) }
+    });
+    let connection = http1::Builder::new()
+        .timer(TokioTimer::new())
+        .half_close(true)
+        .max_buf_size(READ_BUFFER_BYTES)
+        .header_read_timeout(HEAD_LIMIT)
+        .serve_connection(TokioIo::new(stream), service);
+    let mut connection = std::pin::pin!(connection);
+    let whole = async {
+        tokio::select! {
+            biased; // an answer that is ready goes out before the connection is told to end
+            ended = connection.as_mut() => return ended,
+            () = stop.cancelled() => connection.as_mut().graceful_shutdown(),
+        }
+        connection.as_mut().await
+    };
+    match timeout(CONNECTION_LIMIT, whole).await {
+        Ok(Ok(())) => {}
+        Ok(Err(error)) => {
+            tracing::debug!(error = &error as &dyn Error, "connection ended");
+        }
+        Err(_) => tracing::debug!("connection cut: it lasted too long"),
+    }
+}
+
+/// Listen backlog.
+const BACKLOG: i32 = 128;
+/// Connections served at a time; more wait in the backlog.
+const MAX_CONNECTIONS: usize = 128;
+/// Read buffer of a connection, and so the longest request head.
+const READ_BUFFER_BYTES: usize = 8 << 10;
+/// Longest wait for a complete request head; idle connections end after the same time.
+const HEAD_LIMIT: Duration = Duration::from_secs(2);
+/// Longest life of a connection: a reader that takes nothing gives its slot back.
+const CONNECTION_LIMIT: Duration = Duration::from_secs(300);
+/// How long a stop waits for requests in flight.
+const STOP_LIMIT: Duration = Duration::from_secs(5);
+/// Pause after a failed accept.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(50);

@@ -1,0 +1,195 @@
+//! 15020: metrics in OpenMetrics text.
+//!
+//! An exposition of many series is large, so it is never held as a whole: a blocking task encodes
+//! it into chunks, compresses them when the scraper asks, and hands them to the connection through
+//! a short queue. A scraper that stops reading stops the encoding.
+
+use std::{
+    fmt,
+    io::{self, BufWriter, Write},
+    sync::Arc,
+};
+
+use bytes::Bytes;
+use flate2::{Compression, write::GzEncoder};
+use futures_util::stream;
+use http::{
+    HeaderMap, HeaderValue, Response, StatusCode,
+    header::{ACCEPT, ACCEPT_ENCODING, CONTENT_ENCODING, CONTENT_TYPE, VARY},
+};
+use http_body_util::{BodyExt, StreamBody};
+use hyper::body::Frame;
+use prometheus_client::{encoding::text::encode, registry::Registry};
+use tokio::{net::TcpListener, sync::mpsc, task::spawn_blocking};
+use tokio_util::sync::CancellationToken;
+
+use super::http1::{Body, empty, serve, text};
+
+/// Serves `/metrics` and `/stats/prometheus` until `stop` fires.
+pub async fn serve_stats(listener: TcpListener, registry: Arc<Registry>, stop: CancellationToken) {
+    let handler = move |request: &http::Request<_>| {
+        let wanted = match request.uri().path() {
+            "/metrics" | "/stats/prometheus" => {
+                Some((Arc::clone(&registry), Shape::of(request.headers())))
+            }
+            _ => None,
+        };
+        async move {
+            match wanted {
+                Some((registry, shape)) => exposition(registry, shape).await,
+                None => empty(StatusCode::NOT_FOUND),
+            }
+        }
+    };
+    serve(listener, handler, stop).await;
+}
+
+/// What the scraper negotiated. The text is the same in either content type.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Shape {
+    content_type: &'static str,
+    encoding: Encoding,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Encoding {
+    Identity,
+    Gzip,
+}
+
+impl Shape {
+    fn of(headers: &HeaderMap) -> Self {
+        let open_metrics = elements(headers, &ACCEPT)
+            .any(|(name, _)| name.eq_ignore_ascii_case("application/openmetrics-text"));
+        let gzip = elements(headers, &ACCEPT_ENCODING)
+            .any(|(name, parameters)| name.eq_ignore_ascii_case("gzip") && !is_refused(parameters));
+        Self {
+            content_type: if open_metrics {
+                "application/openmetrics-text;charset=utf-8;version=1.0.0"
+            } else {
+                "text/plain; charset=utf-8"
+            },
+            encoding: if gzip {
+                Encoding::Gzip
+            } else {
+                Encoding::Identity
+            },
+        }
+    }
+}
+
+/// Elements of a list header over all its lines, each as (name, parameters).
+fn elements<'a>(
+    headers: &'a HeaderMap,
+    name: &http::HeaderName,
+) -> impl Iterator<Item = (&'a str, &'a str)> {
+    headers
+        .get_all(name)
+        .iter()
+        .filter_map(|value| value.to_str().ok())
+        .flat_map(|value| value.split(','))
+        .map(|element| {
+            let (name, parameters) = element.split_once(';').unwrap_or((element, ""));
+            (name.trim(), parameters.trim())
+        })
+}
+
+/// `q=0`, in any of its spellings.
+fn is_refused(parameters: &str) -> bool {
+    let weight = parameters
+        .strip_prefix("q=")
+        .or_else(|| parameters.strip_prefix("Q="));
+    weight.is_some_and(|weight| weight.trim().parse() == Ok(0.0_f32))
+}
+
+/// Starts the encoding and answers when its first chunk is there; a failure before that is told by
+/// the status, a later one by cutting the body.
+async fn exposition(registry: Arc<Registry>, shape: Shape) -> Response<Body> {
+    let (chunk_tx, mut chunk_rx) = mpsc::channel(QUEUED_CHUNKS);
+    // Nobody awaits the task: it ends with the body, which holds the other end of the queue.
+    drop(spawn_blocking(move || {
+        let chunks = Chunks { tx: &chunk_tx };
+        if write_exposition(&registry, shape.encoding, chunks).is_err() {
+            // Fails if the scraper has gone, which is fine.
+            let _ = chunk_tx.blocking_send(Err(fmt::Error));
+        }
+    }));
+    let first = match chunk_rx.recv().await {
+        Some(Ok(chunk)) => chunk,
+        Some(Err(error)) => {
+            return text(StatusCode::INTERNAL_SERVER_ERROR, error.to_string());
+        }
+        None => {
+            return text(
+                StatusCode::INTERNAL_SERVER_ERROR,
+                "encoding ended".to_owned(),
+            );
+        }
+    };
+    let chunks = stream::unfold((Some(Ok(first)), chunk_rx), |(first, mut rest)| async {
+        let chunk = match first {
+            Some(first) => first,
+            None => rest.recv().await?,
+        };
+        Some((chunk.map(Frame::data), (None, rest)))
+    });
+    let mut response = Response::new(BodyExt::boxed_unsync(StreamBody::new(chunks)));
+    let headers = response.headers_mut();
+    headers.insert(CONTENT_TYPE, HeaderValue::from_static(shape.content_type));
+    headers.insert(VARY, HeaderValue::from_static("accept, accept-encoding"));
+    if shape.encoding == Encoding::Gzip {
+        headers.insert(CONTENT_ENCODING, HeaderValue::from_static("gzip"));
+    }
+    response
+}
+
+fn write_exposition(registry: &Registry, encoding: Encoding, chunks: Chunks<'_>) -> io::Result<()> {
+    match encoding {
+        Encoding::Identity => encode_into(registry, chunks).map(drop),
+        Encoding::Gzip => {
+            let chunks = BufWriter::with_capacity(CHUNK_BYTES, chunks);
+            let gzip = encode_into(registry, GzEncoder::new(chunks, Compression::fast()))?;
+            gzip.finish()?.flush()
+        }
+    }
+}
+
+fn encode_into<W: Write>(registry: &Registry, out: W) -> io::Result<W> {
+    let mut text = Text(BufWriter::with_capacity(CHUNK_BYTES, out));
+    encode(&mut text, registry).map_err(io::Error::other)?;
+    text.0.into_inner().map_err(io::IntoInnerError::into_error)
+}
+
+/// Takes text for a writer of bytes.
+struct Text<W: Write>(BufWriter<W>);
+
+impl<W: Write> fmt::Write for Text<W> {
+    fn write_str(&mut self, text: &str) -> fmt::Result {
+        self.0.write_all(text.as_bytes()).map_err(|_| fmt::Error)
+    }
+}
+
+/// Sends what is written to the connection, and waits while the connection has enough.
+struct Chunks<'a> {
+    tx: &'a mpsc::Sender<Result<Bytes, fmt::Error>>,
+}
+
+impl Write for Chunks<'_> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let sent = self.tx.blocking_send(Ok(Bytes::copy_from_slice(bytes)));
+        sent.map_err(|_| io::ErrorKind::BrokenPipe)?;
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// Size of the pieces in which an exposition travels.
+const CHUNK_BYTES: usize = 32 << 10;
+/// Pieces that wait for the scraper to read.
+const QUEUED_CHUNKS: usize = 2;
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,21 @@
+//! What the proxy tells about itself: metrics, access log, log records and readiness.
+//!
+//! Every room above reports through the handles of this one; it knows none of them. Metric
+//! families live in the [`prometheus_client`] registry that the caller hands in, so that a scrape
+//! sees whatever was registered. A flow costs one hash when it is opened ([`Traffic::open`]);
+//! after that, everything is an atomic addition.
+
+mod access;
+mod authorization;
+mod labels;
+pub mod logging;
+mod process;
+mod readiness;
+mod traffic;
+
+pub use access::{Access, HboneTarget, Route, reject};
+pub use authorization::{AuthorizationEvent, AuthorizationLog};
+pub use labels::{Label, LabelValue, Labels, Party, Reporter, ResponseFlag, Security, ServiceName};
+pub use process::{PodMetrics, register_process};
+pub use readiness::{Readiness, ReadinessTask};
+pub use traffic::{Meter, SocketGuard, Traffic};

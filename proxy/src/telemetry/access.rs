@@ -1,0 +1,264 @@
+//! The access log: one line when a flow opens, one when it ends, one for each early rejection.
+
+use std::{error::Error, fmt, net::SocketAddr, sync::Arc, time::Duration};
+
+use tokio::time::Instant;
+use tracing::{
+    Level,
+    field::{DisplayValue, display},
+};
+
+use super::{
+    labels::{Reporter, ResponseFlag, Security, Stored},
+    traffic::Meter,
+};
+
+/// Reports one flow: `connection opened` when made, `connection complete` when it ends, and the
+/// closing of its [`Meter`], which also holds the names, identities and byte counts it tells.
+///
+/// Dropping it without [`Access::close`] reports a cancelled flow, so that every exit is told.
+#[derive(Debug)]
+#[must_use = "dropping the record reports the flow as cancelled"]
+pub struct Access {
+    meter: Meter,
+    route: Route,
+    opened: Instant,
+    reported: bool,
+}
+
+/// What the access log tells beyond the metric labels.
+#[derive(Debug, Clone)]
+pub struct Route {
+    /// The peer that connected, IPv4-mapped addresses unmapped.
+    pub source: SocketAddr,
+    /// Outbound: the address dialled. Inbound HBONE: the pod's HBONE address. Inbound plaintext:
+    /// the original destination.
+    pub destination: SocketAddr,
+    /// The CONNECT authority, HBONE only.
+    pub hbone: Option<HboneTarget>,
+    /// Name of the source pod, or workload name of a source known from its baggage; `None` tells
+    /// the canonical service.
+    pub source_pod: Option<Arc<str>>,
+    /// The same for the destination.
+    pub destination_pod: Option<Arc<str>>,
+}
+
+/// The authority of a CONNECT.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum HboneTarget {
+    /// An address.
+    Address(SocketAddr),
+    /// A host name and port, across networks.
+    Host(Arc<str>, u16),
+}
+
+/// One line with the fields that every access line has, then the given ones.
+macro_rules! access_line {
+    ($level:expr, $message:literal, $access:ident, { $($extra:tt)* }) => {{
+        let (labels, route) = ($access.meter.labels(), &$access.route);
+        let (source, destination) = (&labels.source, &labels.destination);
+        tracing::event!(
+            target: "access",
+            parent: None,
+            $level,
+            {
+                src.addr = %route.source,
+                src.workload = pod(&route.source_pod, &source.canonical_service),
+                src.namespace = source.namespace.as_deref(),
+                src.identity = $access.proven(&source.principal),
+                src.cluster = source.cluster.as_deref(),
+                dst.addr = %route.destination,
+                dst.hbone_addr = hbone(route),
+                dst.service = labels.service.hostname.as_deref(),
+                dst.workload = pod(&route.destination_pod, &destination.canonical_service),
+                dst.namespace = destination.namespace.as_deref(),
+                dst.identity = $access.proven(&destination.principal),
+                dst.cluster = destination.cluster.as_deref(),
+                direction = labels.reporter.direction(),
+                $($extra)*
+            },
+            $message
+        )
+    }};
+}
+impl Access {
+    /// Logs `connection opened` (debug) and starts the clock.
+    pub fn open(meter: Meter, route: Route) -> Self {
+        let access = Self {
+            meter,
+            route,
+            opened: Instant::now(),
+            reported: false,
+        };
+        access.log_opened();
+        access
+    }
+
+    /// The counters of the flow.
+    pub fn meter(&self) -> &Meter {
+        &self.meter
+    }
+
+    /// Ends the flow under `flag`; with an `error`, whose causes are logged too, it counts as
+    /// failed in the log.
+    pub fn close(mut self, flag: ResponseFlag, error: Option<&(dyn Error + 'static)>) {
+        self.meter.end_with(flag);
+        self.report(error);
+    }
+
+    fn report(&mut self, error: Option<&(dyn Error + 'static)>) {
+        self.reported = true;
+        match error {
+            None => self.log_complete(),
+            Some(error) => self.log_failed(error),
+        }
+    }
+
+    fn log_opened(&self) {
+        access_line!(Level::DEBUG, "connection opened", self, {});
+    }
+
+    fn log_complete(&self) {
+        access_line!(Level::INFO, "connection complete", self, {
+            bytes_sent = self.bytes().0,
+            bytes_recv = self.bytes().1,
+            duration = Millis::of(self.opened.elapsed()).as_str(),
+        });
+    }
+
+    fn log_failed(&self, error: &(dyn Error + 'static)) {
+        access_line!(Level::ERROR, "connection complete", self, {
+            bytes_sent = self.bytes().0,
+            bytes_recv = self.bytes().1,
+            duration = Millis::of(self.opened.elapsed()).as_str(),
+            error,
+        });
+    }
+
+    /// (sent, received) as the local workload sees them: the metrics count by who is client.
+    fn bytes(&self) -> (u64, u64) {
+        let (to_server, to_client) = self.meter.totals();
+        match self.meter.labels().reporter {
+            Reporter::Source => (to_server, to_client),
+            Reporter::Destination => (to_client, to_server),
+        }
+    }
+
+    /// `value`, if the peers proved their identities.
+    fn proven<'a>(&self, value: &'a Stored) -> Option<&'a str> {
+        match self.meter.labels().security {
+            Security::MutualTls => value.as_deref(),
+            Security::Unknown => None,
+        }
+    }
+}
+
+impl Drop for Access {
+    fn drop(&mut self) {
+        if !self.reported {
+            let why = if std::thread::panicking() {
+                Cancelled::Panic
+            } else {
+                Cancelled::Drain
+            };
+            self.report(Some(&why));
+        }
+    }
+}
+
+impl fmt::Display for HboneTarget {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Address(address) => address.fmt(f),
+            Self::Host(name, port) => write!(f, "{name}:{port}"),
+        }
+    }
+}
+
+/// Logs `connection failed` (warn) for a connection that was refused before it became a flow: no
+/// metric counts it.
+pub fn reject(
+    reporter: Reporter,
+    source: SocketAddr,
+    destination: Option<SocketAddr>,
+    error: &(dyn Error + 'static),
+) {
+    tracing::event!(
+        target: "access",
+        parent: None,
+        Level::WARN,
+        {
+            src.addr = %source,
+            dst.addr = destination.map(display),
+            direction = reporter.direction(),
+            error,
+        },
+        "connection failed"
+    );
+}
+
+fn pod<'a>(name: &'a Option<Arc<str>>, service: &'a Stored) -> Option<&'a str> {
+    let name = name.as_deref().filter(|name| !name.is_empty());
+    name.or(service.as_deref())
+}
+
+fn hbone(route: &Route) -> Option<DisplayValue<&HboneTarget>> {
+    route.hbone.as_ref().map(display)
+}
+
+/// Why a flow was dropped instead of closed.
+#[derive(Debug, thiserror::Error)]
+enum Cancelled {
+    #[error("connection closed due to connection drain")]
+    Drain,
+    #[error("connection closed due to an internal error")]
+    Panic,
+}
+
+/// A duration in whole milliseconds, as text without an allocation.
+struct Millis {
+    digits: [u8; 24],
+    len: usize,
+}
+
+impl Millis {
+    fn of(duration: Duration) -> Self {
+        let millis = u64::try_from(duration.as_millis()).unwrap_or(u64::MAX);
+        let mut text = Self {
+            digits: [0; 24],
+            len: 0,
+        };
+        let mut rest = text.digits.as_mut_slice();
+        // 20 digits and the unit always fit.
+        let written = std::io::Write::write_fmt(&mut rest, format_args!("{millis}ms"));
+        let left = rest.len();
+        if written.is_ok() {
+            text.len = text.digits.len() - left;
+        }
+        text
+    }
+
+    fn as_str(&self) -> &str {
+        let text = self.digits.get(..self.len).unwrap_or_default();
+        std::str::from_utf8(text).unwrap_or_default()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn durations_are_whole_milliseconds() {
+        for (micros, text) in [
+            (0, "0ms"),
+            (999, "0ms"),
+            (13_900, "13ms"),
+            (60_000_000, "60000ms"),
+        ] {
+            assert_eq!(Millis::of(Duration::from_micros(micros)).as_str(), text);
+        }
+        assert_eq!(Millis::of(Duration::MAX).as_str(), "18446744073709551615ms");
+    }
+}

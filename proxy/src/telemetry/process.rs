@@ -1,0 +1,153 @@
+//! Families about the process itself: build, file descriptors, pods.
+
+use std::fmt;
+
+use nix::sys::resource::{Resource, getrlimit};
+use prometheus_client::{
+    collector::Collector,
+    encoding::{DescriptorEncoder, EncodeLabelSet, LabelSetEncoder},
+    metrics::{MetricType, counter::Counter, gauge::Gauge},
+    registry::Registry,
+};
+
+use super::labels::label;
+
+/// Registers `istio_build`, with `version` as its tag, and the families of file descriptors.
+pub fn register_process(registry: &mut Registry, version: &str) {
+    let build = Build(version.into());
+    registry.register_collector(Box::new(build));
+    registry.register_collector(Box::new(FileDescriptors));
+}
+
+/// What the pod manager reports. Exists in shared mode only.
+#[derive(Debug, Clone)]
+pub struct PodMetrics {
+    /// Pods that are being served.
+    pub active: Gauge,
+    /// Pods that the CNI agent named and that are not served yet.
+    pub pending: Gauge,
+    /// Pod proxies started so far.
+    pub started: Counter,
+    /// Pod proxies stopped so far.
+    pub stopped: Counter,
+}
+
+impl PodMetrics {
+    /// Zeroes, exported through `registry`.
+    pub fn register(registry: &mut Registry) -> Self {
+        let metrics = Self {
+            active: Gauge::default(),
+            pending: Gauge::default(),
+            started: Counter::default(),
+            stopped: Counter::default(),
+        };
+        registry.register(
+            "workload_manager_active_proxy_count",
+            "Pods that are being served (unstable)",
+            metrics.active.clone(),
+        );
+        registry.register(
+            "workload_manager_pending_proxy_count",
+            "Pods that wait to be served (unstable)",
+            metrics.pending.clone(),
+        );
+        registry.register(
+            "workload_manager_proxies_started",
+            "Pod proxies started (unstable)",
+            metrics.started.clone(),
+        );
+        registry.register(
+            "workload_manager_proxies_stopped",
+            "Pod proxies stopped (unstable)",
+            metrics.stopped.clone(),
+        );
+        metrics
+    }
+}
+
+#[derive(Debug)]
+struct Build(Box<str>);
+
+impl Collector for Build {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
+        encoder
+            .encode_descriptor(
+                "istio_build",
+                "Version of the proxy.",
+                None,
+                MetricType::Gauge,
+            )?
+            .encode_family(self)?
+            .encode_gauge(&1_u32)
+    }
+}
+
+impl EncodeLabelSet for Build {
+    fn encode(&self, set: &mut LabelSetEncoder<'_>) -> fmt::Result {
+        label(set, "component", "ztunnel")?;
+        label(set, "tag", &self.0)
+    }
+}
+
+/// Reads the numbers when scraped; a family that cannot be read is left out.
+#[derive(Debug)]
+struct FileDescriptors;
+
+impl Collector for FileDescriptors {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
+        let mut gauge = |name, help, value: Option<u64>| match value {
+            Some(value) => encoder
+                .encode_descriptor(name, help, None, MetricType::Gauge)?
+                .encode_gauge(&value),
+            None => Ok(()),
+        };
+        gauge("process_open_fds", "Open file descriptors.", open_fds())?;
+        gauge(
+            "process_max_fds",
+            "Most file descriptors that may be open.",
+            getrlimit(Resource::RLIMIT_NOFILE)
+                .ok()
+                .map(|(soft, _hard)| soft),
+        )
+    }
+}
+
+/// Entries of `/dev/fd`, without the one that reads it.
+fn open_fds() -> Option<u64> {
+    let entries = std::fs::read_dir("/dev/fd").ok()?.count();
+    u64::try_from(entries).ok()?.checked_sub(1)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn process_families_are_there_from_the_start() {
+        let mut registry = Registry::default();
+        register_process(&mut registry, "1.27.1\"");
+        let pods = PodMetrics::register(&mut registry);
+        pods.active.set(3);
+        pods.started.inc();
+        let mut text = String::new();
+        prometheus_client::encoding::text::encode(&mut text, &registry).unwrap();
+        for line in [
+            "# TYPE istio_build gauge",
+            r#"istio_build{component="ztunnel",tag="1.27.1\""} 1"#,
+            "# TYPE workload_manager_proxies_started counter",
+            "# HELP workload_manager_active_proxy_count Pods that are being served (unstable).",
+            "workload_manager_active_proxy_count 3",
+            "workload_manager_pending_proxy_count 0",
+            "workload_manager_proxies_started_total 1",
+            "workload_manager_proxies_stopped_total 0",
+        ] {
+            assert!(text.lines().any(|l| l == line), "{line} in\n{text}");
+        }
+        let value = |name| -> u64 {
+            let line = text.lines().find_map(|l| l.strip_prefix(name)).unwrap();
+            line.trim().parse().unwrap()
+        };
+        assert!(value("process_open_fds ") >= 3);
+        assert!(value("process_max_fds ") >= value("process_open_fds "));
+    }
+}
