@@ -1,0 +1,51 @@
+# Each target sees to what it needs: missing Debian packages are installed where that is allowed,
+# and named where it is not.
+
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint bench
+
+# command:package pairs, for .ci/need
+BUILD   := cc:gcc make:make git:git
+NETWORK := ip:iproute2 nft:nftables
+TRAFFIC := iperf3:iperf3 tcpdump:tcpdump
+LOAD    := wrk:wrk nginx:nginx-light
+
+CARGO_DENY := 0.20.2
+
+help: ## Show this list
+	@sed -nE 's/^([a-z]+):.*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
+
+demo: ## Two nodes and four pods as network namespaces, real traffic through the proxy (ARGS=--keep leaves them up)
+	@.ci/need $(BUILD) $(NETWORK) $(TRAFFIC)
+	cargo build --release -p culvert -p tests --bins
+	target/release/culvert demo $(ARGS)
+
+test: ## Unit, property and end-to-end tests
+	@.ci/need $(BUILD) $(NETWORK) $(TRAFFIC)
+	cargo build -p culvert -p tests --bins
+	cargo test --workspace --doc
+	@if cargo nextest --version >/dev/null 2>&1; then \
+	  set -x; cargo nextest run --workspace; \
+	else \
+	  set -x; cargo test --workspace --lib --bins --tests; \
+	fi
+
+lint: ## Formatting, clippy, documentation, dependencies; warnings are errors
+	@.ci/need $(BUILD)
+	cargo fmt --all --check
+	cargo clippy --workspace --all-targets -- -D warnings
+	RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps
+	@cargo deny --version >/dev/null 2>&1 || { set -x; cargo install cargo-deny --version $(CARGO_DENY) --locked --debug; }
+	cargo deny check bans licenses sources
+	@if timeout 120 cargo deny fetch db >/dev/null 2>&1; then \
+	  set -x; cargo deny check --disable-fetch advisories; \
+	else \
+	  echo "make lint: the advisory database cannot be fetched; known vulnerabilities are not checked" >&2; \
+	fi
+
+bench: ## Criterion benchmarks, then load through the proxy compared with direct traffic
+	@.ci/need $(BUILD) $(NETWORK) $(TRAFFIC) $(LOAD)
+	cargo build --release -p culvert -p benches --bins
+	cargo bench -p benches
+	target/release/culvert-bench $(ARGS)
