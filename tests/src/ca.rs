@@ -1,0 +1,122 @@
+//! Certificates of the test mesh: a root that proxies share through files, and leaves of any kind for raw peers.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::Context as _;
+use rcgen::{
+    BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair,
+    KeyUsagePurpose, SanType, date_time_ymd,
+};
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
+
+/// A certificate authority: `FAKE_CA_ROOT_CERT` and `FAKE_CA_ROOT_KEY`.
+#[derive(Debug)]
+pub struct Authority {
+    issuer: Issuer<'static, KeyPair>,
+    root: CertificateDer<'static>,
+    root_pem: String,
+}
+
+/// A leaf certificate with its key.
+#[derive(Debug)]
+pub struct Identity {
+    /// The leaf; the root signed it.
+    pub chain: Vec<CertificateDer<'static>>,
+    /// Its key.
+    pub key: PrivateKeyDer<'static>,
+}
+
+impl Clone for Identity {
+    fn clone(&self) -> Self {
+        Self {
+            chain: self.chain.clone(),
+            key: self.key.clone_key(),
+        }
+    }
+}
+
+impl Authority {
+    /// Makes a root with a fresh key.
+    ///
+    /// # Errors
+    /// When key generation or signing fails.
+    pub fn new(common_name: &str) -> anyhow::Result<Self> {
+        let key = KeyPair::generate()?;
+        let mut params = CertificateParams::default();
+        params
+            .distinguished_name
+            .push(DnType::CommonName, common_name);
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
+        let root = params.self_signed(&key)?;
+        Ok(Self {
+            root: root.der().clone(),
+            root_pem: root.pem(),
+            issuer: Issuer::new(params, key),
+        })
+    }
+
+    /// The root certificate.
+    #[must_use]
+    pub fn root(&self) -> &CertificateDer<'static> {
+        &self.root
+    }
+
+    /// Where [`Authority::write`] puts certificate and key.
+    #[must_use]
+    pub fn files(directory: &Path) -> (PathBuf, PathBuf) {
+        (
+            directory.join("root-cert.pem"),
+            directory.join("root-key.pem"),
+        )
+    }
+
+    /// Writes certificate and PKCS#8 key as PEM.
+    ///
+    /// # Errors
+    /// When the files cannot be written.
+    pub fn write(&self, directory: &Path) -> anyhow::Result<()> {
+        let (cert, key) = Self::files(directory);
+        std::fs::write(&cert, &self.root_pem).context("root certificate")?;
+        std::fs::write(&key, self.issuer.key().serialize_pem()).context("root key")
+    }
+
+    /// A certificate with one URI name, valid now.
+    ///
+    /// # Errors
+    /// When the URI is not ASCII or signing fails.
+    pub fn issue(&self, spiffe_id: &str) -> anyhow::Result<Identity> {
+        self.sign(&Self::leaf(spiffe_id)?)
+    }
+
+    /// As [`Authority::issue`], but it ended years ago.
+    ///
+    /// # Errors
+    /// As [`Authority::issue`].
+    pub fn issue_expired(&self, spiffe_id: &str) -> anyhow::Result<Identity> {
+        let mut params = Self::leaf(spiffe_id)?;
+        params.not_before = date_time_ymd(2020, 1, 1);
+        params.not_after = date_time_ymd(2020, 1, 2);
+        self.sign(&params)
+    }
+
+    fn leaf(spiffe_id: &str) -> anyhow::Result<CertificateParams> {
+        let mut params = CertificateParams::default();
+        params.subject_alt_names = vec![SanType::URI(spiffe_id.try_into()?)];
+        params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
+        params.extended_key_usages = vec![
+            ExtendedKeyUsagePurpose::ServerAuth,
+            ExtendedKeyUsagePurpose::ClientAuth,
+        ];
+        Ok(params)
+    }
+
+    fn sign(&self, params: &CertificateParams) -> anyhow::Result<Identity> {
+        let key = KeyPair::generate()?;
+        let leaf = params.signed_by(&key, &self.issuer)?;
+        Ok(Identity {
+            chain: vec![leaf.der().clone()],
+            key: PrivatePkcs8KeyDer::from(key.serialize_der()).into(),
+        })
+    }
+}

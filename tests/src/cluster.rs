@@ -1,0 +1,114 @@
+//! A whole running mesh: on each node an agent, a proxy and their conversation.
+
+use std::{collections::BTreeMap, path::PathBuf, sync::Arc};
+
+use anyhow::Context;
+
+use crate::{
+    agent::{Agent, Session},
+    mesh::Mesh,
+    proxy::{Proxy, ProxyOptions},
+    wait,
+    world::{Node, Pod, World},
+};
+
+/// Proxies on all nodes of a world, ready, with all captured pods enrolled.
+#[derive(Debug)]
+pub struct Cluster<'a> {
+    /// One per node.
+    pub nodes: Vec<NodeRun<'a>>,
+    /// The file that all proxies read.
+    pub mesh_file: PathBuf,
+}
+
+/// What runs on one node.
+#[derive(Debug)]
+pub struct NodeRun<'a> {
+    /// Listens for further proxies.
+    pub agent: Agent,
+    /// The conversation with the proxy.
+    pub session: Session,
+    /// The proxy.
+    pub proxy: Proxy<'a>,
+}
+
+impl<'a> Cluster<'a> {
+    /// Writes the mesh, starts all proxies, and hands them the captured pods of their nodes.
+    ///
+    /// # Errors
+    /// When a proxy does not start or refuses a pod.
+    pub async fn start(world: &'a World, mesh: &Mesh, pods: &[&Arc<Pod>]) -> anyhow::Result<Self> {
+        Self::start_with(world, mesh, pods, &BTreeMap::new()).await
+    }
+
+    /// As [`Cluster::start`], with further variables for all proxies.
+    ///
+    /// # Errors
+    /// As [`Cluster::start`].
+    pub async fn start_with(
+        world: &'a World,
+        mesh: &Mesh,
+        pods: &[&Arc<Pod>],
+        env: &BTreeMap<&str, &str>,
+    ) -> anyhow::Result<Self> {
+        let mesh_file = ProxyOptions::mesh_file(world);
+        mesh.write(&mesh_file)?;
+        let mut nodes = Vec::new();
+        for node in world.nodes() {
+            let options = env
+                .iter()
+                .fold(ProxyOptions::new(world, node), |options, (key, value)| {
+                    options.env(key, value)
+                });
+            let mine: Vec<&Pod> = captured(pods, node);
+            nodes.push(
+                NodeRun::start(world, node, &options, &mine)
+                    .await
+                    .with_context(|| node.name().to_owned())?,
+            );
+        }
+        Ok(Self { nodes, mesh_file })
+    }
+
+    /// The proxy of a node.
+    #[must_use]
+    pub fn proxy(&self, node: usize) -> &Proxy<'a> {
+        &self.nodes[node].proxy
+    }
+}
+
+impl<'a> NodeRun<'a> {
+    /// Starts agent and proxy of one node and hands over these pods.
+    ///
+    /// # Errors
+    /// When the proxy does not connect, or refuses a pod.
+    pub async fn start(
+        world: &World,
+        node: &'a Node,
+        options: &ProxyOptions,
+        pods: &[&Pod],
+    ) -> anyhow::Result<Self> {
+        let mut agent = Agent::bind(&ProxyOptions::agent_socket(world, node))?;
+        let proxy = options.start(node)?;
+        let connected = tokio::time::timeout(wait::SOON, agent.accept()).await;
+        let session = connected.with_context(|| {
+            format!(
+                "the proxy does not connect; its log:\n{}",
+                proxy.log().tail(40)
+            )
+        })??;
+        session.snapshot(pods).await?;
+        proxy.ready().await;
+        Ok(Self {
+            agent,
+            session,
+            proxy,
+        })
+    }
+}
+
+fn captured<'p>(pods: &[&'p Arc<Pod>], node: &Node) -> Vec<&'p Pod> {
+    let pods = pods.iter().map(|pod| Arc::as_ref(pod));
+    pods.filter(|pod| pod.node() == node.name() && pod.spec().redirect.is_some())
+        .collect()
+}
