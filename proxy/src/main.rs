@@ -6,6 +6,7 @@ use anyhow::Context as _;
 use culvert::{
     cli::{self, Command, build_info::BuildInfo},
     node,
+    telemetry::logging::DOCUMENT_SCOPE,
 };
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use tracing::{info, warn};
@@ -45,7 +46,7 @@ fn proxy(environment: &cli::Environment<'_>, arguments: &str) -> anyhow::Result<
         warn!("the limit of open files stays as it is: {error}");
     }
     let yaml = serde_yaml_ng::to_string(&config).context("cannot print the configuration")?;
-    info!("running with the configuration:\n{yaml}");
+    info!(target: DOCUMENT_SCOPE, "running with the configuration:\n{yaml}");
     node::run(&config)?;
     Ok(())
 }

@@ -64,3 +64,48 @@ impl AuthorizationLog {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{config::LogFormat, telemetry::logging::tests::capture};
+    use AuthorizationEvent as Event;
+
+    #[test]
+    fn verdicts_have_their_wording_and_level() {
+        let cases = [
+            (Event::Denied("ns/p"), "deny policy match\tpolicy=\"ns/p\""),
+            (
+                Event::Allowed("ns/p"),
+                "allow policy match\tpolicy=\"ns/p\"",
+            ),
+            (Event::NoAllowPolicies, "no allow policies, allow\t"),
+            (Event::NoneMatched, "no allow policies matched\t"),
+            (
+                Event::DryRunDenied("ns/p"),
+                "dry-run: deny policy match\tpolicy=\"ns/p\"",
+            ),
+            (
+                Event::DryRunAllowed("ns/p"),
+                "dry-run: allow policy match\tpolicy=\"ns/p\"",
+            ),
+            (
+                Event::DryRunNoneMatched,
+                "dry-run: no allow policies match\t",
+            ),
+        ];
+        for (event, expected) in cases {
+            for (at_info, level) in [(true, "info"), (false, "debug")] {
+                let log = AuthorizationLog::new(at_info);
+                let lines = capture(LogFormat::Text, "off,state=debug", |_| log.report(event));
+                assert_eq!(lines, [format!("{level}\tstate\t{expected}")]);
+            }
+        }
+        let log = AuthorizationLog::new(true);
+        let lines = capture(LogFormat::Text, "info", |_| {
+            log.report(Event::NotMatched("ns/p"));
+            log.report(Event::Missing("ns/p"));
+        });
+        assert_eq!(lines, ["warn\tstate\tpolicy is not known\tpolicy=\"ns/p\""]);
+    }
+}

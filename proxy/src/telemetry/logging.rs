@@ -120,5 +120,9 @@ impl Levels {
     }
 }
 
+/// The scope of records that are documents, such as the configuration at start: in text format
+/// their message keeps its lines. All other messages are held to one line, whatever is in them.
+pub const DOCUMENT_SCOPE: &str = "config";
+
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;

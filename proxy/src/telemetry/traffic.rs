@@ -206,6 +206,7 @@ impl Inner {
 
 /// One label set and its counters. Bytes and openings are only ever counted without a flag; a
 /// failed flow is one closing and one failure under its flag, so one number per flag says both.
+/// With all names shared, a series takes some 460 bytes, its place in the table included.
 #[derive(Debug)]
 struct Series {
     hash: u64,

@@ -7,6 +7,7 @@ use std::{
 
 use tracing::field::{Field, Visit};
 
+use super::DOCUMENT_SCOPE;
 use crate::config::LogFormat;
 
 /// Writes the fields of a record or span but its message: `k=v k=v` or `"k":v,"k":v`.
@@ -20,6 +21,8 @@ pub(super) struct Fields<'a> {
 /// Writes the message of a record and what surrounds it, or nothing if it has none.
 pub(super) struct Message<'a> {
     format: LogFormat,
+    /// Line feeds of the message stay what they are, in text.
+    document: bool,
     out: &'a mut String,
 }
 
@@ -75,8 +78,12 @@ impl<'a> Fields<'a> {
 }
 
 impl<'a> Message<'a> {
-    pub(super) fn new(format: LogFormat, out: &'a mut String) -> Self {
-        Self { format, out }
+    pub(super) fn new(format: LogFormat, scope: &str, out: &'a mut String) -> Self {
+        Self {
+            format,
+            document: scope == DOCUMENT_SCOPE,
+            out,
+        }
     }
 
     fn put(&mut self, field: &Field, text: fmt::Arguments<'_>) {
@@ -85,7 +92,11 @@ impl<'a> Message<'a> {
         }
         match self.format {
             LogFormat::Text => {
-                write_to(&mut OneLine(self.out), text);
+                if self.document {
+                    write_to(self.out, text);
+                } else {
+                    write_to(&mut OneLine(self.out), text);
+                }
                 self.out.push('\t');
             }
             LogFormat::Json => {

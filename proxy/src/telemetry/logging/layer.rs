@@ -132,7 +132,7 @@ where
         }
     }
     line.push('\t');
-    event.record(&mut Message::new(LogFormat::Text, line));
+    event.record(&mut Message::new(LogFormat::Text, metadata.target(), line));
     event.record(&mut Fields::new(LogFormat::Text, line));
     line.push('\n');
 }
@@ -149,7 +149,7 @@ where
     timestamp(line, OffsetDateTime::now_utc());
     line.push_str("\",\"scope\":");
     json_string(line, metadata.target());
-    event.record(&mut Message::new(LogFormat::Json, line));
+    event.record(&mut Message::new(LogFormat::Json, metadata.target(), line));
     event.record(&mut Fields::continued(LogFormat::Json, line));
     let scope = context.event_scope(event).into_iter();
     for span in scope.flat_map(|scope| scope.from_root()) {
@@ -165,7 +165,7 @@ where
 }
 
 /// RFC 3339 in UTC with six fractional digits.
-fn timestamp(line: &mut String, now: OffsetDateTime) {
+pub(super) fn timestamp(line: &mut String, now: OffsetDateTime) {
     let (year, month, day) = now.to_calendar_date();
     let (hour, minute, second, micro) = now.to_hms_micro();
     let month = u8::from(month);
