@@ -108,8 +108,12 @@ impl Agent {
     async fn awaited(&self, id: &SpiffeId) -> Result<Arc<Svid>, SvidError> {
         let wait = self.0.options.wait;
         let deadline = Instant::now() + wait;
-        let mut outcomes = self.0.demand(id);
         loop {
+            let mut outcomes = self.0.demand(id);
+            // Only now: an outcome before the subscription would be missed.
+            if let Some(svid) = self.current(id) {
+                return Ok(svid);
+            }
             match timeout_at(deadline, outcomes.changed()).await {
                 Err(_) => return Err(self.0.timed_out(id)),
                 Ok(Err(_)) => return Err(SvidError::Forgotten(id.clone())),
@@ -122,7 +126,6 @@ impl Agent {
                 let id = id.clone();
                 return Err(SvidError::Unavailable { id, reason });
             }
-            outcomes = self.0.demand(id);
         }
     }
 

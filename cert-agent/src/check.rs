@@ -209,3 +209,6 @@ pub enum Rejection {
 
 /// How far the authority's clock may be ahead of ours.
 const CLOCK_SKEW: Duration = Duration::from_secs(60);
+
+#[cfg(test)]
+mod tests;

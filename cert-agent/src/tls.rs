@@ -75,3 +75,21 @@ static GROUPS: &[&dyn SupportedKxGroup] = &[
     kx_group::X25519MLKEM768,
 ];
 static PQC_GROUPS: &[&dyn SupportedKxGroup] = &[kx_group::X25519MLKEM768];
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pqc_only_leaves_no_way_around_its_group() {
+        let options = TlsOptions {
+            tls12: true,
+            pqc_only: true,
+            ..TlsOptions::default()
+        };
+        let provider = options.provider();
+        assert_eq!(provider.kx_groups.len(), 1);
+        assert_eq!(provider.cipher_suites, TLS13_SUITES);
+        assert_eq!(options.versions(), [&TLS13]);
+    }
+}
