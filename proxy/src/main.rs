@@ -6,7 +6,7 @@ use anyhow::Context as _;
 use culvert::{
     cli::{self, Command, build_info::BuildInfo},
     node,
-    telemetry::logging::DOCUMENT_SCOPE,
+    telemetry::logging::{self, DOCUMENT_SCOPE},
 };
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use tracing::{info, warn};
@@ -29,6 +29,8 @@ fn main() -> ExitCode {
 /// be logged.
 fn run() -> anyhow::Result<()> {
     let environment = cli::Environment::of_process();
+    // Held to the end: dropping it writes out what is queued.
+    let _logs = logging::init(&cli::logging(&environment))?;
     let arguments: Vec<OsString> = std::env::args_os().skip(1).collect();
     let shown = arguments.join(" ".as_ref());
     match cli::command(arguments)? {

@@ -132,6 +132,21 @@ const KEYS: &[&str] = &[
     "ISTIO_METAJSON_X",
 ];
 
+#[test]
+fn the_readme_names_every_variable() {
+    let readme = include_str!("../../../../README.md");
+    let documented = |key: &str| readme.contains(&format!("`{key}`"));
+    for key in KEYS {
+        let family = key
+            .rsplit_once('_')
+            .map(|(stem, _)| format!("{stem}_<NAME>"));
+        assert!(
+            documented(key) || family.is_some_and(|key| documented(&key)),
+            "{key}"
+        );
+    }
+}
+
 fn key() -> impl Strategy<Value = String> {
     prop_oneof![
         proptest::sample::select(KEYS).prop_map(str::to_owned),
