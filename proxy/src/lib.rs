@@ -8,4 +8,5 @@ pub mod cli;
 pub mod config;
 pub mod listen;
 pub mod node;
+pub mod pods;
 pub mod telemetry;

@@ -1,0 +1,165 @@
+//! The pods that are being served: one task each.
+
+use std::{collections::HashMap, error::Error, sync::Arc, time::Duration};
+
+use tokio::{
+    task::{Id, JoinError, JoinSet},
+    time::sleep,
+};
+use tokio_util::sync::CancellationToken;
+use tracing::{error, info, warn};
+
+use super::{Launch, Pod, Settings, Stop, error_chain, roster::Stage, zds::Candidate};
+use crate::{
+    config::WorkloadRef,
+    listen::{self, Netns},
+    telemetry::PodMetrics,
+};
+
+/// The real [`Stage`].
+pub(super) struct Instances {
+    settings: Arc<Settings>,
+    launch: Arc<dyn Launch>,
+    metrics: PodMetrics,
+    stop: Stop,
+    tasks: JoinSet<()>,
+    /// Whom the tasks serve, those included that are being cut.
+    running: HashMap<Id, Served>,
+}
+
+/// Whom a task serves.
+#[derive(Debug, Clone)]
+pub(super) struct Served {
+    pub(super) uid: Arc<str>,
+    pub(super) who: WorkloadRef,
+}
+
+/// One pod that is up.
+#[derive(Debug)]
+pub(super) struct Instance {
+    id: Id,
+    stop: Stop,
+}
+
+impl Instance {
+    pub(super) fn id(&self) -> Id {
+        self.id
+    }
+}
+
+impl Instances {
+    /// None yet. Firing a token of `stop` stops all.
+    pub(super) fn new(
+        settings: Arc<Settings>,
+        launch: Arc<dyn Launch>,
+        metrics: PodMetrics,
+        stop: Stop,
+    ) -> Self {
+        Self {
+            settings,
+            launch,
+            metrics,
+            stop,
+            tasks: JoinSet::new(),
+            running: HashMap::new(),
+        }
+    }
+
+    /// Waits for a task to end; `None` if there is none.
+    ///
+    /// # Cancel safety
+    /// Nothing is lost when the future is dropped.
+    pub(super) async fn next_ended(&mut self) -> Option<(Id, Served)> {
+        loop {
+            let (id, panic) = match self.tasks.join_next_with_id().await? {
+                Ok((id, ())) => (id, None),
+                Err(error) => (error.id(), Some(error)),
+            };
+            self.metrics.stopped.inc();
+            // Every task is entered when it is spawned, so there always is one.
+            let Some(served) = self.running.remove(&id) else {
+                continue;
+            };
+            if let Some(panic) = panic.filter(JoinError::is_panic) {
+                let panic = &panic as &dyn Error;
+                error!(uid = %served.uid, error = panic, "the proxy of a pod panicked");
+            }
+            return Some((id, served));
+        }
+    }
+
+    /// Everyone who has a task.
+    pub(super) fn served(&self) -> impl Iterator<Item = &Served> {
+        self.running.values()
+    }
+
+    /// Waits for all tasks, as long as they take.
+    pub(super) async fn finish(&mut self) {
+        while self.next_ended().await.is_some() {}
+    }
+}
+
+impl Stage for Instances {
+    type Netns = Arc<Netns>;
+    type Instance = Instance;
+
+    fn same(one: &Arc<Netns>, other: &Arc<Netns>) -> bool {
+        one.id() == other.id()
+    }
+
+    fn start(&mut self, candidate: &Candidate<Arc<Netns>>) -> Result<Instance, String> {
+        let Candidate { uid, who, netns } = candidate;
+        let Settings {
+            sockets,
+            ports,
+            data,
+            ..
+        } = &*self.settings;
+        let listeners = {
+            let _register_here = data.enter();
+            listen::bind(netns, sockets, ports).map_err(|error| error_chain(&error))?
+        };
+        let pod = Pod {
+            uid: Arc::clone(uid),
+            who: who.clone(),
+            netns: Arc::clone(netns),
+            listeners,
+        };
+        let stop = self.stop.child();
+        let serve = serve(Arc::clone(&self.launch), pod, stop.clone());
+        let id = self.tasks.spawn_on(serve, data).id();
+        let served = Served {
+            uid: Arc::clone(uid),
+            who: who.clone(),
+        };
+        self.running.insert(id, served);
+        self.metrics.started.inc();
+        info!(%uid, name = %who.name, namespace = %who.namespace, "pod is up");
+        Ok(Instance { id, stop })
+    }
+
+    fn cut(&mut self, instance: Instance) {
+        if let Some(Served { uid, who }) = self.running.get(&instance.id) {
+            info!(%uid, name = %who.name, namespace = %who.namespace, "pod is cut");
+        }
+        instance.stop.now();
+    }
+}
+
+/// The task of one pod. Whoever ignores the force token is dropped.
+async fn serve(launch: Arc<dyn Launch>, pod: Pod, stop: Stop) {
+    let uid = Arc::clone(&pod.uid);
+    let overdue = overdue(stop.force.clone());
+    tokio::select! {
+        () = launch.launch(pod, stop) => {}
+        () = overdue => warn!(%uid, "the proxy of a pod did not stop in time and was dropped"),
+    }
+}
+
+async fn overdue(force: CancellationToken) {
+    force.cancelled().await;
+    sleep(FORCED_LIMIT).await;
+}
+
+/// How long a pod may take to end after it was told to cut everything.
+const FORCED_LIMIT: Duration = Duration::from_secs(2);

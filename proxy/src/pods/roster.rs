@@ -1,0 +1,279 @@
+//! Which pods are served: the rules of the workload manager, without sockets and clock.
+//!
+//! Requests and other events go in; out come a verdict for the agent, and calls to the [`Stage`],
+//! where pods really start and stop. A uid is either up or pending, never both, and never twice.
+
+use std::{
+    collections::{HashMap, HashSet},
+    sync::Arc,
+    time::Duration,
+};
+
+use tokio::time::Instant;
+
+use super::zds::{Candidate, Request};
+
+/// Where pods start and stop. Neither waits.
+pub(super) trait Stage {
+    /// A pod's network namespace.
+    type Netns;
+    /// A pod that is being served.
+    type Instance;
+
+    /// Whether both are the same namespace.
+    fn same(one: &Self::Netns, other: &Self::Netns) -> bool;
+    /// Binds all listeners of a pod and serves them. The error is for the agent and the log.
+    fn start(&mut self, pod: &Candidate<Self::Netns>) -> Result<Self::Instance, String>;
+    /// Closes the listeners and cuts all connections, in the background.
+    fn cut(&mut self, instance: Self::Instance);
+}
+
+/// What the agent is told.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Verdict {
+    /// Done.
+    Done,
+    /// Not done; the agent may go on.
+    Refused(String),
+    /// Agent and proxy are out of step: not done, and the connection must start over.
+    OutOfStep(String),
+}
+
+/// The pods of this node.
+pub(super) struct Roster<S: Stage> {
+    stage: S,
+    entries: HashMap<Arc<str>, Entry<S>>,
+    link: Link,
+}
+
+struct Entry<S: Stage> {
+    pod: Candidate<S::Netns>,
+    phase: Phase<S::Instance>,
+}
+
+#[derive(Debug)]
+enum Phase<I> {
+    Up(I),
+    Pending(Retry),
+}
+
+/// The next attempt at a pod whose sockets could not be made.
+#[derive(Debug, Clone, Copy)]
+struct Retry {
+    at: Instant,
+    delay: Duration,
+}
+
+/// How far the connection to the agent has come.
+#[derive(Debug)]
+enum Link {
+    Down,
+    /// The agent is naming its pods; these so far.
+    Snapshot(HashSet<Arc<str>>),
+    /// The agent has named all of them.
+    Live,
+}
+
+impl<S: Stage> Roster<S> {
+    pub(super) fn new(stage: S) -> Self {
+        Self {
+            stage,
+            entries: HashMap::new(),
+            link: Link::Down,
+        }
+    }
+
+    /// A new connection: the agent will name its pods. Those that are up stay; what is pending
+    /// will be named again or is gone.
+    pub(super) fn connected(&mut self) {
+        self.link = Link::Snapshot(HashSet::new());
+        self.entries
+            .retain(|_, entry| matches!(entry.phase, Phase::Up(_)));
+    }
+
+    /// The connection is gone. Pods are served as before.
+    pub(super) fn disconnected(&mut self) {
+        self.link = Link::Down;
+    }
+
+    /// Carries out one request.
+    pub(super) fn handle(&mut self, request: Request<S::Netns>, now: Instant) -> Verdict {
+        match request {
+            Request::Add(pod) => self.add(pod, now),
+            Request::Keep(uid) => self.keep(uid),
+            Request::Del(uid) => {
+                self.del(&uid);
+                Verdict::Done
+            }
+            Request::SnapshotSent => self.snapshot_sent(),
+        }
+    }
+
+    fn add(&mut self, pod: Candidate<S::Netns>, now: Instant) -> Verdict {
+        if let Link::Snapshot(named) = &mut self.link {
+            named.insert(Arc::clone(&pod.uid));
+        }
+        if let Some(Entry {
+            pod: served,
+            phase: Phase::Up(_),
+        }) = self.entries.get(&pod.uid)
+            && S::same(&served.netns, &pod.netns)
+        {
+            return Verdict::Done;
+        }
+        // A sandbox made anew has another namespace; what was in the old one is worthless.
+        self.remove(&pod.uid);
+        match self.try_start(pod, FIRST_RETRY, now) {
+            Ok(()) => Verdict::Done,
+            Err(reason) => Verdict::Refused(reason),
+        }
+    }
+
+    fn keep(&mut self, uid: Arc<str>) -> Verdict {
+        match &mut self.link {
+            Link::Snapshot(named) => {
+                named.insert(uid);
+                Verdict::Done
+            }
+            Link::Live | Link::Down => Verdict::OutOfStep("keep after the snapshot".into()),
+        }
+    }
+
+    fn del(&mut self, uid: &str) {
+        if let Link::Snapshot(named) = &mut self.link {
+            named.remove(uid);
+            // An instance is left to the end of the snapshot, which may name the pod again.
+            if self.is_up(uid) {
+                return;
+            }
+        }
+        self.remove(uid);
+    }
+
+    fn snapshot_sent(&mut self) -> Verdict {
+        let Link::Snapshot(named) = &self.link else {
+            return Verdict::OutOfStep("the snapshot was already sent".into());
+        };
+        let stale = self.entries.keys().filter(|uid| !named.contains(*uid));
+        for uid in stale.cloned().collect::<Vec<_>>() {
+            self.remove(&uid);
+        }
+        self.link = Link::Live;
+        Verdict::Done
+    }
+
+    /// The instance of `uid` that `is_it` recognises ended unasked; it will be started again.
+    /// Returns false if there is no such instance, because it was cut.
+    pub(super) fn ended(
+        &mut self,
+        uid: &str,
+        is_it: impl FnOnce(&S::Instance) -> bool,
+        now: Instant,
+    ) -> bool {
+        let Some(entry) = self.entries.get_mut(uid) else {
+            return false;
+        };
+        match &entry.phase {
+            Phase::Up(instance) if is_it(instance) => {
+                entry.phase = Phase::Pending(Retry::after(FIRST_RETRY, now));
+                true
+            }
+            Phase::Up(_) | Phase::Pending(_) => false,
+        }
+    }
+
+    /// When [`Self::retry`] has something to do.
+    pub(super) fn next_retry(&self) -> Option<Instant> {
+        let due = |entry: &Entry<S>| match &entry.phase {
+            Phase::Up(_) => None,
+            Phase::Pending(retry) => Some(retry.at),
+        };
+        self.entries.values().filter_map(due).min()
+    }
+
+    /// Tries again what is due.
+    pub(super) fn retry(&mut self, now: Instant) {
+        let due = self.entries.extract_if(
+            |_, entry| matches!(&entry.phase, Phase::Pending(retry) if retry.at <= now),
+        );
+        for (_, entry) in due.collect::<Vec<_>>() {
+            let Phase::Pending(retry) = entry.phase else {
+                continue;
+            };
+            // The reason was told at the first failure, and the pod stays visible as pending.
+            let _ = self.try_start(entry.pod, retry.next_delay(), now);
+        }
+    }
+
+    /// Puts the pod up, or makes it pending.
+    fn try_start(
+        &mut self,
+        pod: Candidate<S::Netns>,
+        delay: Duration,
+        now: Instant,
+    ) -> Result<(), String> {
+        let started = self.stage.start(&pod);
+        let (phase, outcome) = match started {
+            Ok(instance) => (Phase::Up(instance), Ok(())),
+            Err(reason) => (Phase::Pending(Retry::after(delay, now)), Err(reason)),
+        };
+        let uid = Arc::clone(&pod.uid);
+        self.entries.insert(uid, Entry { pod, phase });
+        outcome
+    }
+
+    fn remove(&mut self, uid: &str) {
+        if let Some(Entry {
+            phase: Phase::Up(instance),
+            ..
+        }) = self.entries.remove(uid)
+        {
+            self.stage.cut(instance);
+        }
+    }
+
+    /// Whether the agent has named all pods and all of them are up.
+    pub(super) fn is_ready(&self) -> bool {
+        matches!(self.link, Link::Live) && self.next_retry().is_none()
+    }
+
+    fn is_up(&self, uid: &str) -> bool {
+        let entry = self.entries.get(uid);
+        entry.is_some_and(|entry| matches!(entry.phase, Phase::Up(_)))
+    }
+
+    /// Every pod, and whether it is up.
+    pub(super) fn pods(&self) -> impl Iterator<Item = (&Candidate<S::Netns>, bool)> {
+        let entries = self.entries.values();
+        entries.map(|Entry { pod, phase }| (pod, matches!(phase, Phase::Up(_))))
+    }
+
+    pub(super) fn stage(&mut self) -> &mut S {
+        &mut self.stage
+    }
+
+    /// Gives the stage back; everything on it goes on.
+    pub(super) fn into_stage(self) -> S {
+        self.stage
+    }
+}
+
+impl Retry {
+    fn after(delay: Duration, now: Instant) -> Self {
+        Self {
+            at: now + delay,
+            delay,
+        }
+    }
+
+    fn next_delay(self) -> Duration {
+        (self.delay * 2).min(LAST_RETRY)
+    }
+}
+
+const FIRST_RETRY: Duration = Duration::from_millis(250);
+/// A pod is up at most this long after the obstacle has gone. An attempt costs three sockets.
+const LAST_RETRY: Duration = Duration::from_secs(5);
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,106 @@
+//! What the admin dump shows of the pods.
+
+use std::sync::Arc;
+
+use arc_swap::ArcSwap;
+use serde_json::{Map, Value, json};
+
+use crate::config::WorkloadRef;
+
+/// The pods as of now, for readers on other threads. Clones share.
+#[derive(Debug, Clone, Default)]
+pub struct View(Arc<ArcSwap<Vec<PodState>>>);
+
+/// One pod.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct PodState {
+    /// The Kubernetes uid.
+    pub uid: Arc<str>,
+    /// The pod's names.
+    pub who: WorkloadRef,
+    /// How far it has come.
+    pub phase: PodPhase,
+}
+
+/// How far a pod has come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum PodPhase {
+    /// Its listeners could not be bound; tried again.
+    Pending,
+    /// Served, or being cut.
+    Up,
+}
+
+impl View {
+    /// All pods in order of their uid, each uid once.
+    pub fn pods(&self) -> Arc<Vec<PodState>> {
+        self.0.load_full()
+    }
+
+    /// The object `workloadState` of the admin dump; `connections` gives those of a uid.
+    pub fn workload_state(&self, connections: impl Fn(&str) -> Value) -> Value {
+        let entry = |pod: &PodState| {
+            let WorkloadRef {
+                name,
+                namespace,
+                service_account,
+            } = &pod.who;
+            let info = json!({
+                "name": **name,
+                "namespace": **namespace,
+                "serviceAccount": **service_account,
+            });
+            match pod.phase {
+                PodPhase::Pending => json!({"state": "Pending", "info": info}),
+                PodPhase::Up => {
+                    json!({"state": "Up", "info": info, "connections": connections(&pod.uid)})
+                }
+            }
+        };
+        let pods = self.pods();
+        let entries = pods.iter().map(|pod| (pod.uid.to_string(), entry(pod)));
+        Value::Object(entries.collect::<Map<_, _>>())
+    }
+
+    /// Replaces what is shown. Of several states of one uid the first stands.
+    pub(super) fn show(&self, mut pods: Vec<PodState>) {
+        pods.sort_by(|one, other| one.uid.cmp(&other.uid));
+        pods.dedup_by(|later, earlier| later.uid == earlier.uid);
+        self.0.store(Arc::new(pods));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn pod(uid: &str, phase: PodPhase) -> PodState {
+        PodState {
+            uid: uid.into(),
+            who: WorkloadRef::new("shop", "web-1", "web"),
+            phase,
+        }
+    }
+
+    #[test]
+    fn shows_each_uid_once_as_istioctl_reads_it() {
+        let view = View::default();
+        assert_eq!(view.workload_state(|_| Value::Null), json!({}));
+        view.show(vec![
+            pod("b", PodPhase::Up),
+            pod("a", PodPhase::Pending),
+            pod("b", PodPhase::Up),
+        ]);
+        let info = json!({"name": "web-1", "namespace": "shop", "serviceAccount": "web"});
+        let connections = json!({"inbound": [], "outbound": []});
+        assert_eq!(
+            view.workload_state(|_| connections.clone()),
+            json!({
+                "a": {"state": "Pending", "info": info},
+                "b": {"state": "Up", "info": info, "connections": connections},
+            })
+        );
+    }
+}
