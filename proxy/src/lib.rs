@@ -9,4 +9,6 @@ pub mod config;
 pub mod listen;
 pub mod node;
 pub mod pods;
+pub mod relay;
 pub mod telemetry;
+pub mod tunnel;

@@ -1,0 +1,321 @@
+//! The two directions of a flow in one small future.
+
+use std::{
+    error::Error,
+    fmt,
+    pin::Pin,
+    task::{Context, Poll, ready},
+};
+
+use bytes::Buf;
+
+use super::{Appetite, Buffers, Endpoint, Fault, Payload};
+use crate::telemetry::Meter;
+
+/// Chunks that one direction moves before it lets other tasks run.
+const TURN: u8 = 16;
+
+/// Where moved bytes are counted.
+pub trait Count {
+    /// `bytes` went from downstream to upstream.
+    fn received(&self, bytes: u64);
+    /// `bytes` went from upstream to downstream.
+    fn sent(&self, bytes: u64);
+}
+
+impl Count for Meter {
+    fn received(&self, bytes: u64) {
+        Self::received(self, bytes);
+    }
+
+    fn sent(&self, bytes: u64) {
+        Self::sent(self, bytes);
+    }
+}
+
+/// A side of a flow: downstream opened it, upstream was dialled for it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[expect(clippy::exhaustive_enums, reason = "a flow has two sides")]
+pub enum Side {
+    /// Who opened the flow.
+    Downstream,
+    /// Whom the flow was opened to.
+    Upstream,
+}
+
+impl fmt::Display for Side {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Downstream => "downstream",
+            Self::Upstream => "upstream",
+        })
+    }
+}
+
+/// How a flow ended.
+#[derive(Debug)]
+#[non_exhaustive]
+pub struct Outcome {
+    /// The side that ended it: whose fault it was, or else whose direction ended first.
+    pub ended_by: Side,
+    /// In which way.
+    pub ending: Ending,
+}
+
+/// The way a flow ended.
+#[derive(Debug)]
+#[non_exhaustive]
+pub enum Ending {
+    /// Both directions came to their orderly end.
+    Clean,
+    /// A side gave up (TCP reset, `CANCEL`): no error, though bytes may be missing.
+    Reset,
+    /// A side broke, with the text for the access log.
+    Failed(Box<dyn Error + Send + Sync>),
+}
+
+/// Moves bytes both ways between `downstream` and `upstream` until both directions have ended.
+///
+/// # Cancel safety
+/// Dropping the future drops both endpoints: sockets close, an unfinished stream is reset.
+pub fn pump<'a, D, U, C>(
+    downstream: D,
+    upstream: U,
+    count: &'a C,
+    buffers: &'a Buffers,
+) -> Pump<'a, D, U, C>
+where
+    D: Endpoint + Unpin,
+    U: Endpoint + Unpin,
+    C: Count,
+{
+    Pump {
+        downstream,
+        upstream,
+        inward: Lane::default(),
+        outward: Lane::default(),
+        count,
+        buffers,
+        outcome: None,
+    }
+}
+
+/// The future of [`pump`].
+#[must_use = "a pump does nothing unless awaited"]
+pub struct Pump<'a, D, U, C> {
+    downstream: D,
+    upstream: U,
+    /// Downstream to upstream.
+    inward: Lane,
+    /// Upstream to downstream.
+    outward: Lane,
+    count: &'a C,
+    buffers: &'a Buffers,
+    outcome: Option<Outcome>,
+}
+
+impl<D, U, C> fmt::Debug for Pump<'_, D, U, C> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Pump")
+            .field("inward", &self.inward.state)
+            .field("outward", &self.outward.state)
+            .finish_non_exhaustive()
+    }
+}
+
+impl<D, U, C> Future for Pump<'_, D, U, C>
+where
+    D: Endpoint + Unpin,
+    U: Endpoint + Unpin,
+    C: Count,
+{
+    type Output = Outcome;
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Outcome> {
+        let this = self.get_mut();
+        let (down, up, count) = (&mut this.downstream, &mut this.upstream, this.count);
+        let (inward, outward) = (&mut this.inward, &mut this.outward);
+        let outcome = &mut this.outcome;
+        let buffers = this.buffers;
+        let reverse = &mut outward.state;
+        let mut turn = Turn {
+            cx,
+            buffers,
+            reverse,
+        };
+        inward.run(&mut turn, down, up, |event| {
+            match event {
+                Event::Moved(bytes) => count.received(bytes),
+                Event::Ended(end) => end.settle(outcome, Side::Downstream, Side::Upstream),
+            };
+        });
+        let reverse = &mut inward.state;
+        let mut turn = Turn {
+            cx,
+            buffers,
+            reverse,
+        };
+        outward.run(&mut turn, up, down, |event| {
+            match event {
+                Event::Moved(bytes) => count.sent(bytes),
+                Event::Ended(end) => end.settle(outcome, Side::Upstream, Side::Downstream),
+            };
+        });
+        if inward.state != State::Done || outward.state != State::Done {
+            return Poll::Pending;
+        }
+        Poll::Ready(this.outcome.take().unwrap_or(Outcome {
+            ended_by: Side::Downstream,
+            ending: Ending::Clean,
+        }))
+    }
+}
+
+/// What a poll of the pump passes down.
+struct Turn<'t, 'c> {
+    cx: &'t mut Context<'c>,
+    buffers: &'t Buffers,
+    /// The state of the other lane.
+    reverse: &'t mut State,
+}
+
+/// What happened in a lane.
+enum Event {
+    Moved(u64),
+    Ended(End),
+}
+
+/// Why a lane stopped moving bytes.
+enum End {
+    /// Its source came to its end.
+    Orderly,
+    /// Its source reset or broke.
+    Source(Fault),
+    /// Its sink takes no more.
+    Sink(Fault),
+}
+
+impl End {
+    /// The first end decides the outcome, a failure overrides what is no failure.
+    fn settle(self, outcome: &mut Option<Outcome>, source: Side, sink: Side) {
+        let (ended_by, ending) = match self {
+            Self::Orderly => (source, Ending::Clean),
+            Self::Source(Fault::Reset) => (source, Ending::Reset),
+            Self::Source(Fault::Failed(error)) => (source, Ending::Failed(error)),
+            Self::Sink(Fault::Reset) => (sink, Ending::Reset),
+            Self::Sink(Fault::Failed(error)) => (sink, Ending::Failed(error)),
+        };
+        let rank = |ending: &Ending| match ending {
+            Ending::Clean => 0,
+            Ending::Reset => 1,
+            Ending::Failed(_) => 2,
+        };
+        if outcome
+            .as_ref()
+            .is_none_or(|held| rank(&held.ending) < rank(&ending))
+        {
+            *outcome = Some(Outcome { ended_by, ending });
+        }
+    }
+}
+
+/// One direction.
+#[derive(Default)]
+struct Lane {
+    pending: Payload,
+    appetite: Appetite,
+    state: State,
+}
+
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+enum State {
+    #[default]
+    Moving,
+    /// No more bytes will come; the sink is to be told.
+    Finishing,
+    Done,
+}
+
+impl Lane {
+    /// Moves what can be moved now.
+    fn run<S: Endpoint, T: Endpoint>(
+        &mut self,
+        turn: &mut Turn<'_, '_>,
+        source: &mut S,
+        sink: &mut T,
+        mut tell: impl FnMut(Event),
+    ) {
+        let mut chunks = 0;
+        loop {
+            let step = match self.state {
+                State::Moving if chunks == TURN => {
+                    turn.cx.waker().wake_by_ref();
+                    return;
+                }
+                State::Moving => self.step(turn, source, sink),
+                State::Finishing => sink.poll_finish(turn.cx).map(|finished| {
+                    self.state = State::Done;
+                    finished.map(|()| 0).map_err(End::Sink)
+                }),
+                State::Done => return,
+            };
+            match step {
+                Poll::Pending => return,
+                Poll::Ready(Ok(0)) => {}
+                Poll::Ready(Ok(bytes)) => {
+                    chunks += 1;
+                    tell(Event::Moved(u64::try_from(bytes).unwrap_or(u64::MAX)));
+                }
+                Poll::Ready(Err(end)) => {
+                    self.stop(&end, turn.reverse);
+                    tell(Event::Ended(end));
+                }
+            }
+        }
+    }
+
+    /// Moves one chunk.
+    fn step<S: Endpoint, T: Endpoint>(
+        &mut self,
+        turn: &mut Turn<'_, '_>,
+        source: &mut S,
+        sink: &mut T,
+    ) -> Poll<Result<usize, End>> {
+        if !self.pending.has_remaining() {
+            match source.poll_readable(turn.cx) {
+                Poll::Pending if *turn.reverse == State::Done => {
+                    // Nothing is read from the sink any more, so only asking it tells of its end.
+                    ready!(sink.poll_gone(turn.cx));
+                    return Poll::Ready(Err(End::Sink(Fault::Reset)));
+                }
+                Poll::Pending => return Poll::Pending,
+                Poll::Ready(readable) => readable.map_err(End::Source)?,
+            }
+            ready!(sink.poll_room(turn.cx)).map_err(End::Sink)?;
+            let taken = source.poll_take(turn.cx, &mut self.appetite, turn.buffers);
+            match ready!(taken).map_err(End::Source)? {
+                Some(payload) => self.pending = payload,
+                None => return Poll::Ready(Err(End::Orderly)),
+            }
+        }
+        let put = ready!(sink.poll_put(turn.cx, &mut self.pending)).map_err(End::Sink)?;
+        source.release(put);
+        if !self.pending.has_remaining() {
+            self.pending = Payload::empty();
+        }
+        Poll::Ready(Ok(put))
+    }
+
+    fn stop(&mut self, end: &End, reverse: &mut State) {
+        self.pending = Payload::empty();
+        self.state = match end {
+            End::Orderly => State::Finishing,
+            End::Source(_) => {
+                // A side that cannot be read any more takes no bytes either.
+                *reverse = State::Done;
+                State::Finishing
+            }
+            End::Sink(_) => State::Done,
+        };
+    }
+}

@@ -1,0 +1,29 @@
+//! HBONE: byte streams to and from peers, as HTTP/2 CONNECT over mutual TLS.
+//!
+//! `flow` opens streams through a [`Pool`] (one per captured pod) and takes them from [`serve`]
+//! (one call per accepted connection); both hand it a [`Stream`] that `relay` pumps. This room
+//! decides nothing: whom to trust comes as a TLS configuration, where to go as a [`Key`] and a
+//! [`Request`], and how to dial through [`Dial`]. Every wait on a peer has a limit.
+
+pub mod client;
+mod error;
+pub mod headers;
+mod io;
+mod keepalive;
+mod pool;
+mod server;
+mod stream;
+#[cfg(test)]
+mod tests;
+mod tls;
+mod window;
+
+pub use self::{
+    client::{Answer, Request},
+    error::{ConnectError, OpenError, ServeError},
+    io::ReadAhead,
+    pool::{Dial, Key, Pool},
+    server::{Connect, Incoming, Responder, serve},
+    stream::{Buffered, Stream},
+    tls::{AcceptError, Tls, accept},
+};

@@ -1,0 +1,304 @@
+//! One HBONE connection seen from its client: opening it, driving it, asking it for streams.
+//!
+//! [`super::Pool`] shares connections; an inner tunnel uses [`open`] by itself.
+
+use std::{
+    future::poll_fn,
+    net::IpAddr,
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll},
+};
+
+use h2::client::{Builder, Connection, SendRequest};
+use http::{HeaderMap, HeaderValue, Method, StatusCode, Uri, uri};
+use rustls::ClientConfig;
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    time::timeout,
+};
+use tokio_rustls::client::TlsStream;
+
+use super::{
+    error::{ConnectError, OpenError},
+    headers::{BAGGAGE, FORWARDED, NETWORK, TRACEPARENT},
+    io::ReadAhead,
+    keepalive::Keepalive,
+    pool::Lease,
+    stream::Stream,
+    tls,
+    window::Window,
+};
+use crate::{
+    config,
+    relay::{Buffers, Payload},
+};
+
+/// Stands for "no SETTINGS yet" in `max_concurrent_send_streams`. The library replaces it by the
+/// peer's limit, or by `usize::MAX` if the peer sets none.
+const NO_SETTINGS: usize = usize::MAX - 1;
+
+/// Bytes that a stream may have queued for the connection before it waits.
+pub(super) const SEND_BUFFER: usize = 256 << 10;
+
+/// What a CONNECT says.
+#[derive(Debug, Clone)]
+pub struct Request {
+    uri: Uri,
+    headers: [(http::HeaderName, HeaderValue); 3],
+    network: Option<HeaderValue>,
+}
+
+impl Request {
+    /// A CONNECT to `authority` with the headers that are always sent.
+    ///
+    /// # Errors
+    /// If `authority` is not one.
+    pub fn new(
+        authority: &str,
+        baggage: HeaderValue,
+        forwarded: HeaderValue,
+        traceparent: HeaderValue,
+    ) -> Result<Self, ConnectError> {
+        let mut parts = uri::Parts::default();
+        let invalid = |error: http::Error| ConnectError::Request(Arc::new(error));
+        let authority = uri::Authority::try_from(authority).map_err(|e| invalid(e.into()))?;
+        parts.authority = Some(authority);
+        Ok(Self {
+            uri: Uri::from_parts(parts).map_err(|e| invalid(e.into()))?,
+            headers: [
+                (BAGGAGE, baggage),
+                (FORWARDED, forwarded),
+                (TRACEPARENT, traceparent),
+            ],
+            network: None,
+        })
+    }
+
+    /// Adds the sender's network, as the inner request of a double tunnel does.
+    #[must_use]
+    pub fn from_network(mut self, network: HeaderValue) -> Self {
+        self.network = Some(network);
+        self
+    }
+
+    fn to_http(&self) -> http::Request<()> {
+        let mut request = http::Request::new(());
+        *request.method_mut() = Method::CONNECT;
+        *request.uri_mut() = self.uri.clone();
+        let headers = request.headers_mut();
+        headers.reserve(self.headers.len() + 1);
+        for (name, value) in &self.headers {
+            headers.insert(name.clone(), value.clone());
+        }
+        if let Some(network) = &self.network {
+            headers.insert(NETWORK, network.clone());
+        }
+        request
+    }
+}
+
+/// A stream that the peer granted.
+#[derive(Debug)]
+#[non_exhaustive]
+pub struct Answer {
+    /// The bytes.
+    pub stream: Stream,
+    /// Headers of the 200.
+    pub headers: HeaderMap,
+}
+
+/// Opens TLS and HTTP/2 over `io` to a peer at `address`, and waits for its SETTINGS.
+/// The connection lives as long as [`Driver::run`] runs.
+///
+/// # Errors
+/// If a handshake fails or takes longer than `config` allows.
+pub async fn open<T: AsyncRead + AsyncWrite + Unpin>(
+    io: T,
+    address: IpAddr,
+    tls: Arc<ClientConfig>,
+    config: &config::Tunnel,
+    buffers: &Buffers,
+) -> Result<(Sender, Driver<TlsStream<ReadAhead<T>>>), OpenError> {
+    let io = tls::connect(io, tls, address, buffers, config.handshake_timeout).await?;
+    handshake(io, config).await
+}
+
+/// Opens HTTP/2 over an established session.
+pub(super) async fn handshake<T: AsyncRead + AsyncWrite + Unpin>(
+    io: T,
+    config: &config::Tunnel,
+) -> Result<(Sender, Driver<T>), OpenError> {
+    let opening = async {
+        let (send, connection) = Builder::new()
+            .enable_push(false)
+            .initial_window_size(config.stream_window)
+            .initial_connection_window_size(config.connection_window)
+            .max_frame_size(config.frame_size)
+            .max_header_list_size(config.client_max_header_bytes)
+            .initial_max_send_streams(NO_SETTINGS)
+            .max_send_buffer_size(SEND_BUFFER)
+            .handshake(io)
+            .await?;
+        let mut driver = Driver::new(connection, config);
+        poll_fn(|cx| driver.poll_settings(cx)).await?;
+        Ok((
+            Sender {
+                send,
+                answer_timeout: config.answer_timeout,
+            },
+            driver,
+        ))
+    };
+    timeout(config.preface_timeout, opening)
+        .await
+        .map_err(|_| OpenError::SettingsTimeout(config.preface_timeout))?
+}
+
+/// Asks one connection for streams.
+#[derive(Clone)]
+pub struct Sender {
+    send: SendRequest<Payload>,
+    answer_timeout: std::time::Duration,
+}
+
+impl std::fmt::Debug for Sender {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Sender").finish_non_exhaustive()
+    }
+}
+
+/// How far a failed request got.
+pub(super) enum Failed {
+    /// The connection takes no more requests; the peer never saw this one.
+    Unsent(ConnectError),
+    /// The peer said that it did not handle it.
+    Unhandled(ConnectError),
+    /// It may have been handled.
+    Final(ConnectError),
+}
+
+impl Sender {
+    /// Opens a stream and waits for the peer's answer.
+    ///
+    /// # Errors
+    /// If the answer is not 200 or does not come in time, or the connection is gone.
+    /// # Cancel safety
+    /// Dropping the future resets this stream only.
+    pub async fn connect(&self, request: &Request) -> Result<Answer, ConnectError> {
+        self.request(request, None)
+            .await
+            .map_err(|failed| match failed {
+                Failed::Unsent(error) | Failed::Unhandled(error) | Failed::Final(error) => error,
+            })
+    }
+
+    pub(super) async fn request(
+        &self,
+        request: &Request,
+        lease: Option<Lease>,
+    ) -> Result<Answer, Failed> {
+        let unsent = |error: h2::Error| Failed::Unsent(error.into());
+        let mut send = self.send.clone();
+        poll_fn(|cx| send.poll_ready(cx)).await.map_err(unsent)?;
+        let (answer, sender) = send
+            .send_request(request.to_http(), false)
+            .map_err(unsent)?;
+        drop(send);
+        let answer = match timeout(self.answer_timeout, answer).await {
+            Ok(Ok(answer)) => answer,
+            Ok(Err(error)) if is_unhandled(&error) => return Err(Failed::Unhandled(error.into())),
+            Ok(Err(error)) => return Err(Failed::Final(error.into())),
+            Err(_) => {
+                let error = ConnectError::AnswerTimeout(self.answer_timeout);
+                return Err(Failed::Final(error));
+            }
+        };
+        if answer.status() != StatusCode::OK {
+            return Err(Failed::Final(ConnectError::Refused(answer.status())));
+        }
+        let (head, receiver) = answer.into_parts();
+        Ok(Answer {
+            stream: Stream::new(sender, receiver, lease),
+            headers: head.headers,
+        })
+    }
+}
+
+/// The peer refused the stream, or was closing before it saw it.
+fn is_unhandled(error: &h2::Error) -> bool {
+    error.is_remote() && (error.is_go_away() || error.reason() == Some(h2::Reason::REFUSED_STREAM))
+}
+
+/// The work of one client connection: frames, PINGs, windows.
+pub struct Driver<T> {
+    connection: Connection<T, Payload>,
+    keepalive: Option<Keepalive>,
+    window: Window,
+}
+
+impl<T> std::fmt::Debug for Driver<T> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Driver").finish_non_exhaustive()
+    }
+}
+
+impl<T: AsyncRead + AsyncWrite + Unpin> Driver<T> {
+    fn new(mut connection: Connection<T, Payload>, config: &config::Tunnel) -> Self {
+        let pings = connection.ping_pong();
+        Self {
+            connection,
+            keepalive: pings.map(|pings| Keepalive::new(pings, config)),
+            window: Window::new(config),
+        }
+    }
+
+    /// Runs the connection until it is closed, by either side, or the peer stops answering.
+    ///
+    /// # Cancel safety
+    /// Dropping the future closes the connection at once.
+    pub async fn run(mut self) {
+        poll_fn(|cx| self.poll_run(cx, |_| 0)).await;
+    }
+
+    /// Streams the peer allows at once.
+    pub(super) fn peer_limit(&self) -> usize {
+        self.connection.max_concurrent_send_streams()
+    }
+
+    /// Ready when the connection has ended. `streams` learns the peer's limit and tells how many
+    /// streams are open.
+    pub(super) fn poll_run(
+        &mut self,
+        cx: &mut Context<'_>,
+        streams: impl FnOnce(usize) -> usize,
+    ) -> Poll<()> {
+        if let Poll::Ready(end) = Pin::new(&mut self.connection).poll(cx) {
+            if let Err(error) = end {
+                tracing::debug!(%error, "connection ended");
+            }
+            return Poll::Ready(());
+        }
+        let open = streams(self.peer_limit());
+        if let Some(size) = self.window.grow(open) {
+            self.connection.set_target_window_size(size);
+        }
+        self.keepalive
+            .as_mut()
+            .map_or(Poll::Pending, |keepalive| keepalive.poll_dead(cx))
+    }
+
+    fn poll_settings(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), OpenError>> {
+        let end = Pin::new(&mut self.connection).poll(cx);
+        if self.peer_limit() != NO_SETTINGS {
+            return Poll::Ready(Ok(()));
+        }
+        end.map(|end| Err(end.map_or_else(OpenError::Http2, |()| OpenError::Closed)))
+    }
+}
+
+impl From<h2::Error> for OpenError {
+    fn from(error: h2::Error) -> Self {
+        Self::Http2(error)
+    }
+}

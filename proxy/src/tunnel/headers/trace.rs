@@ -1,0 +1,64 @@
+//! `traceparent`: ids that tie the logs of two proxies together.
+
+use std::fmt;
+
+use http::{HeaderMap, HeaderValue};
+use rand::Rng;
+
+use super::TRACEPARENT;
+
+/// Trace and span id of one application connection.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct TraceParent {
+    /// 16 bytes, the same on every hop.
+    pub trace_id: u128,
+    /// 8 bytes, of the sender.
+    pub span_id: u64,
+}
+
+impl TraceParent {
+    /// Fresh random ids.
+    pub fn random(rng: &mut impl Rng) -> Self {
+        Self {
+            trace_id: (u128::from(rng.next_u64()) << 64) | u128::from(rng.next_u64()),
+            span_id: rng.next_u64(),
+        }
+    }
+
+    /// Reads the header; anything but four hexadecimal fields of the right lengths is absent.
+    #[must_use]
+    pub fn read(headers: &HeaderMap) -> Option<Self> {
+        Self::parse(headers.get(TRACEPARENT)?.to_str().ok()?)
+    }
+
+    fn parse(text: &str) -> Option<Self> {
+        let mut fields = text.split('-');
+        let mut field = |length: usize| {
+            let field = fields.next()?;
+            let hex = field.len() == length && field.bytes().all(|b| b.is_ascii_hexdigit());
+            hex.then_some(field)
+        };
+        let (_version, trace, span, _flags) = (field(2)?, field(32)?, field(16)?, field(2)?);
+        if fields.next().is_some() {
+            return None;
+        }
+        Some(Self {
+            trace_id: u128::from_str_radix(trace, 16).ok()?,
+            span_id: u64::from_str_radix(span, 16).ok()?,
+        })
+    }
+
+    /// The header value.
+    #[must_use]
+    pub fn to_value(self) -> HeaderValue {
+        let text = self.to_string();
+        HeaderValue::try_from(text).unwrap_or_else(|_| HeaderValue::from_static(""))
+    }
+}
+
+impl fmt::Display for TraceParent {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "00-{:032x}-{:016x}-00", self.trace_id, self.span_id)
+    }
+}

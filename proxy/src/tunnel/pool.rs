@@ -1,0 +1,266 @@
+//! The HBONE connections of one captured pod, shared by its flows.
+//!
+//! A flow takes a lease on a connection before it asks for a stream and gives it back when the
+//! stream is gone. Leases are counted under the lock that guards the map, also on connections that
+//! are still being opened, so that no burst overshoots the limit and flows for one key wait for
+//! the same attempt: it succeeds or fails once for all of them.
+
+mod lease;
+mod shelf;
+#[cfg(test)]
+mod tests;
+
+use std::{
+    fmt,
+    future::poll_fn,
+    io,
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+};
+
+use cert_agent::SpiffeId;
+use futures_util::future::BoxFuture;
+use parking_lot::Mutex;
+use rustls::ClientConfig;
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    pin, select,
+    sync::watch,
+    task::JoinSet,
+    time::{Instant, sleep_until},
+};
+
+pub(super) use self::lease::Lease;
+use self::{
+    lease::{Load, State, Tunnel},
+    shelf::Shelf,
+};
+use super::{
+    client::{self, Answer, Driver, Failed, Request, Sender},
+    error::{ConnectError, OpenError},
+};
+use crate::{config, relay::Buffers};
+
+/// Connections that a request tries before it gives up: more than a chain of closing ones.
+const TRIES: usize = 4;
+
+/// What makes two requests share a connection: all of it.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+#[expect(clippy::exhaustive_structs, reason = "a plain record, built by `flow`")]
+pub struct Key {
+    /// Who asks.
+    pub source: SpiffeId,
+    /// Who may answer; sorted and without duplicates, so that equal sets are equal keys.
+    pub expected: Arc<[SpiffeId]>,
+    /// Where the peer listens.
+    pub destination: SocketAddr,
+    /// The pod's own address.
+    pub source_ip: IpAddr,
+}
+
+/// What the pool needs from the room above to open a connection; not asked while one is shared.
+pub trait Dial: Send + Sync + 'static {
+    /// The transport.
+    type Io: AsyncRead + AsyncWrite + Unpin + Send + 'static;
+
+    /// Connects to `to` from inside the pod. Has its own time limit; a timeout is told apart by
+    /// [`io::ErrorKind::TimedOut`].
+    fn dial(&self, to: SocketAddr) -> BoxFuture<'_, io::Result<Self::Io>>;
+
+    /// The current TLS configuration of `key.source` that accepts `key.expected`.
+    fn tls<'a>(
+        &'a self,
+        key: &'a Key,
+    ) -> BoxFuture<'a, Result<Arc<ClientConfig>, Box<dyn std::error::Error + Send + Sync>>>;
+}
+
+/// The pool of one pod. Dropping it ends all its connections and the streams on them.
+pub struct Pool<D> {
+    shelf: Arc<Shelf>,
+    dial: Arc<D>,
+    config: Arc<config::Tunnel>,
+    buffers: Buffers,
+    tasks: Mutex<JoinSet<()>>,
+}
+
+impl<D> fmt::Debug for Pool<D> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Pool")
+            .field("connections", &self.connections())
+            .finish_non_exhaustive()
+    }
+}
+
+impl<D> Pool<D> {
+    /// Connections held, those being opened included.
+    #[must_use]
+    pub fn connections(&self) -> usize {
+        self.shelf.len()
+    }
+
+    /// Lets go of all connections: each closes with GOAWAY when its last stream ends.
+    pub fn release(&self) {
+        self.shelf.clear();
+    }
+}
+
+impl<D: Dial> Pool<D> {
+    /// An empty pool.
+    pub fn new(config: Arc<config::Tunnel>, dial: D, buffers: Buffers) -> Self {
+        Self {
+            shelf: Arc::new(Shelf::new()),
+            dial: Arc::new(dial),
+            config,
+            buffers,
+            tasks: Mutex::new(JoinSet::new()),
+        }
+    }
+
+    /// Opens a stream on a connection of `key`, which is opened if there is none with room.
+    /// A request that its peer never handled is tried again on another connection.
+    ///
+    /// # Errors
+    /// If no connection can be opened, or the answer is not 200 or does not come in time.
+    /// # Cancel safety
+    /// Dropping the future resets this stream only; a connection being opened goes on for others.
+    pub async fn connect(&self, key: &Key, request: &Request) -> Result<Answer, ConnectError> {
+        // Boxed: the steps need a kilobyte that the flow need not hold while it relays.
+        Box::pin(self.try_connect(key, request)).await
+    }
+
+    async fn try_connect(&self, key: &Key, request: &Request) -> Result<Answer, ConnectError> {
+        let mut refused = 0;
+        let mut tries = 0;
+        loop {
+            let mut lease = self.lease(key);
+            let sender = lease.sender().await?;
+            if lease.is_surplus() {
+                continue;
+            }
+            let tunnel = lease.tunnel();
+            let error = match sender.request(request, Some(lease)).await {
+                Ok(answer) => return Ok(answer),
+                Err(Failed::Final(error)) => return Err(error),
+                Err(Failed::Unsent(error)) => error,
+                Err(Failed::Unhandled(error)) => {
+                    refused += 1;
+                    error
+                }
+            };
+            self.shelf.forget(key, &tunnel);
+            tries += 1;
+            if refused > 1 || tries >= TRIES {
+                return Err(error);
+            }
+        }
+    }
+
+    /// A slot on a connection that has one, or on a new one.
+    fn lease(&self, key: &Key) -> Lease {
+        self.shelf.lease(key, || {
+            let (opened, state) = watch::channel(State::Opening);
+            let load = Arc::new(Load::new(self.config.pool_max_streams));
+            let task = Task {
+                key: key.clone(),
+                shelf: Arc::clone(&self.shelf),
+                dial: Arc::clone(&self.dial),
+                config: Arc::clone(&self.config),
+                buffers: self.buffers.clone(),
+                load: Arc::clone(&load),
+            };
+            let mut tasks = self.tasks.lock();
+            while let Some(ended) = tasks.try_join_next() {
+                if let Err(error) = ended {
+                    tracing::error!(%error, "a tunnel ended abnormally");
+                }
+            }
+            tasks.spawn(task.run(opened));
+            Arc::new(Tunnel::new(load, state))
+        })
+    }
+}
+
+/// Opens one connection and drives it to its end.
+struct Task<D> {
+    key: Key,
+    shelf: Arc<Shelf>,
+    dial: Arc<D>,
+    config: Arc<config::Tunnel>,
+    buffers: Buffers,
+    load: Arc<Load>,
+}
+
+impl<D: Dial> Task<D> {
+    async fn run(self, opened: watch::Sender<State>) {
+        match Box::pin(self.open()).await {
+            Ok((sender, driver)) => {
+                self.load.limit_to(driver.peer_limit());
+                opened.send_replace(State::Ready(sender));
+                // The state now lives as long as the shelf or a lease holds it.
+                drop(opened);
+                self.drive(driver).await;
+            }
+            Err(error) => {
+                // First off the shelf: who comes later starts a new attempt.
+                self.shelf.remove(&self.key, &self.load);
+                opened.send_replace(State::Failed(Arc::new(error)));
+            }
+        }
+        self.shelf.remove(&self.key, &self.load);
+    }
+
+    async fn open(&self) -> Result<(Sender, Driver<TlsIo<D>>), OpenError> {
+        let to = self.key.destination;
+        let tls = self
+            .dial
+            .tls(&self.key)
+            .await
+            .map_err(OpenError::Identity)?;
+        let io = self.dial.dial(to).await.map_err(|source| {
+            if source.kind() == io::ErrorKind::TimedOut {
+                let port = to.port();
+                OpenError::DialTimeout { port, source }
+            } else {
+                OpenError::Dial(source)
+            }
+        })?;
+        client::open(io, to.ip(), tls, &self.config, &self.buffers).await
+    }
+
+    /// Runs the connection; once it was idle for long, takes it off the shelf, whereupon it closes.
+    async fn drive(&self, mut driver: Driver<TlsIo<D>>) {
+        let load = &self.load;
+        let running = poll_fn(|cx| {
+            driver.poll_run(cx, |limit| {
+                load.limit_to(limit);
+                load.streams()
+            })
+        });
+        pin!(running);
+        select! {
+            () = &mut running => return,
+            () = self.idle() => {}
+        }
+        running.await;
+    }
+
+    /// Ready when the connection was retired because nobody used it.
+    async fn idle(&self) {
+        let release = self.config.pool_idle_release;
+        let mut check = self.load.idle_since() + release;
+        loop {
+            sleep_until(check).await;
+            if self.load.streams() > 0 {
+                // Ends are not signalled; look again before long.
+                check = Instant::now() + release / 10;
+                continue;
+            }
+            check = self.load.idle_since() + release;
+            if check <= Instant::now() && self.shelf.retire(&self.key, &self.load) {
+                return;
+            }
+        }
+    }
+}
+
+type TlsIo<D> = tokio_rustls::client::TlsStream<super::io::ReadAhead<<D as Dial>::Io>>;

@@ -1,0 +1,156 @@
+//! Slots on a connection.
+
+use std::{
+    fmt,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicUsize, Ordering},
+    },
+};
+
+use parking_lot::Mutex;
+use tokio::{sync::watch, time::Instant};
+
+use super::{OpenError, Sender};
+
+/// How far a connection is.
+#[derive(Clone)]
+pub(super) enum State {
+    Opening,
+    Ready(Sender),
+    Failed(Arc<OpenError>),
+}
+
+/// How much a connection carries. Shared by its task, which must not hold the connection itself:
+/// it closes when nobody does.
+pub(super) struct Load {
+    streams: AtomicUsize,
+    limit: AtomicUsize,
+    configured: usize,
+    idle_since: Mutex<Instant>,
+    closing: AtomicBool,
+}
+
+impl Load {
+    pub(super) fn new(limit: u16) -> Self {
+        let configured = usize::from(limit).max(1);
+        Self {
+            streams: AtomicUsize::new(0),
+            limit: AtomicUsize::new(configured),
+            configured,
+            idle_since: Mutex::new(Instant::now()),
+            closing: AtomicBool::new(false),
+        }
+    }
+
+    /// Open streams and those about to be opened.
+    pub(super) fn streams(&self) -> usize {
+        self.streams.load(Ordering::Relaxed)
+    }
+
+    /// Takes over what the peer allows, within what we were configured to use.
+    pub(super) fn limit_to(&self, peer: usize) {
+        // A peer that allows none at all keeps its one stream waiting, not the pool spinning.
+        let limit = peer.clamp(1, self.configured);
+        self.limit.store(limit, Ordering::Relaxed);
+    }
+
+    pub(super) fn idle_since(&self) -> Instant {
+        *self.idle_since.lock()
+    }
+
+    /// Marks the connection as one that gets no more streams.
+    pub(super) fn close(&self) {
+        self.closing.store(true, Ordering::Relaxed);
+    }
+
+    /// Takes a slot if there is one. Called under the lock of the shelf.
+    fn enter(&self) -> bool {
+        let room = self.streams() < self.limit.load(Ordering::Relaxed);
+        let free = room && !self.closing.load(Ordering::Relaxed);
+        if free {
+            self.streams.fetch_add(1, Ordering::Relaxed);
+        }
+        free
+    }
+
+    /// Gives a slot back if there are too many, and tells whether.
+    fn leave_surplus(&self) -> bool {
+        let limit = self.limit.load(Ordering::Relaxed);
+        let fewer = |streams| (streams > limit).then(|| streams - 1);
+        let (set, fetch) = (Ordering::Relaxed, Ordering::Relaxed);
+        self.streams.fetch_update(set, fetch, fewer).is_ok()
+    }
+
+    fn leave(&self) {
+        if self.streams.fetch_sub(1, Ordering::Relaxed) == 1 {
+            *self.idle_since.lock() = Instant::now();
+        }
+    }
+}
+
+/// A connection as the shelf and its leases hold it.
+pub(super) struct Tunnel {
+    pub(super) load: Arc<Load>,
+    state: watch::Receiver<State>,
+}
+
+impl Tunnel {
+    pub(super) const fn new(load: Arc<Load>, state: watch::Receiver<State>) -> Self {
+        Self { load, state }
+    }
+}
+
+/// One slot, taken. Given back when dropped.
+pub(in crate::tunnel) struct Lease {
+    tunnel: Arc<Tunnel>,
+    /// Whether the slot was given back already.
+    returned: bool,
+}
+
+impl Lease {
+    /// Takes a slot of `tunnel`. Called under the lock of the shelf.
+    pub(super) fn take(tunnel: &Arc<Tunnel>) -> Option<Self> {
+        tunnel.load.enter().then(|| Self {
+            tunnel: Arc::clone(tunnel),
+            returned: false,
+        })
+    }
+
+    pub(super) fn tunnel(&self) -> Arc<Tunnel> {
+        Arc::clone(&self.tunnel)
+    }
+
+    /// The connection, once it is open.
+    pub(super) async fn sender(&self) -> Result<Sender, Arc<OpenError>> {
+        let mut state = self.tunnel.state.clone();
+        let settled = state.wait_for(|state| !matches!(state, State::Opening));
+        // The sender of the state is gone only if the task of the connection was ended.
+        let state = settled.await.map(|state| state.clone());
+        match state.unwrap_or_else(|_| State::Failed(Arc::new(OpenError::Closed))) {
+            State::Ready(sender) => Ok(sender),
+            State::Failed(error) => Err(error),
+            State::Opening => Err(Arc::new(OpenError::Closed)),
+        }
+    }
+
+    /// Gives the slot back if more were given out than the peer turned out to allow.
+    pub(super) fn is_surplus(&mut self) -> bool {
+        self.returned = self.tunnel.load.leave_surplus();
+        self.returned
+    }
+}
+
+impl Drop for Lease {
+    fn drop(&mut self) {
+        if !self.returned {
+            self.tunnel.load.leave();
+        }
+    }
+}
+
+impl fmt::Debug for Lease {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Lease(one of {})", self.tunnel.load.streams())
+    }
+}

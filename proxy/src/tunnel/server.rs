@@ -1,0 +1,247 @@
+//! One HBONE connection seen from its server.
+
+use std::{fmt, future::poll_fn, time::Duration};
+
+use h2::{
+    RecvStream,
+    server::{Builder, Connection, SendResponse},
+};
+use http::{HeaderMap, HeaderValue, Method, Response, StatusCode, Uri};
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    task::{JoinError, JoinSet},
+    time::timeout,
+};
+use tokio_util::sync::CancellationToken;
+
+use super::{
+    client::SEND_BUFFER,
+    error::{Malformed, ServeError},
+    headers::{self, Baggage, TraceParent},
+    keepalive::Keepalive,
+    stream::Stream,
+    window::Window,
+};
+use crate::{config, relay::Payload};
+
+/// How long a dying connection may take to say so.
+const FAREWELL: Duration = Duration::from_secs(1);
+
+/// A CONNECT whose method and authority are in order.
+#[derive(Debug)]
+pub struct Connect {
+    authority: Box<str>,
+    headers: HeaderMap,
+}
+
+impl Connect {
+    /// `address:port` or `host:port`.
+    #[must_use]
+    pub fn authority(&self) -> &str {
+        &self.authority
+    }
+
+    /// What the source says about itself.
+    #[must_use]
+    pub fn baggage(&self) -> Option<Baggage<String>> {
+        Baggage::read(&self.headers)
+    }
+
+    /// The service that the client dialled.
+    #[must_use]
+    pub fn forwarded_host(&self) -> Option<&str> {
+        headers::forwarded_host(&self.headers)
+    }
+
+    /// The client's trace, unless absent or invalid.
+    #[must_use]
+    pub fn trace(&self) -> Option<TraceParent> {
+        TraceParent::read(&self.headers)
+    }
+
+    /// The network of the source, if told.
+    #[must_use]
+    pub fn network(&self) -> Option<&str> {
+        self.headers.get(headers::NETWORK)?.to_str().ok()
+    }
+
+    /// All headers.
+    #[must_use]
+    pub const fn headers(&self) -> &HeaderMap {
+        &self.headers
+    }
+}
+
+/// A stream that a client asks for.
+#[derive(Debug)]
+#[non_exhaustive]
+pub struct Incoming {
+    /// What it asks.
+    pub connect: Connect,
+    /// How to answer.
+    pub responder: Responder,
+}
+
+/// Answers one CONNECT. Dropped without an answer, it resets the stream (`CANCEL`).
+pub struct Responder {
+    send: SendResponse<Payload>,
+    recv: RecvStream,
+}
+
+impl fmt::Debug for Responder {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Responder")
+            .field(&self.send.stream_id())
+            .finish()
+    }
+}
+
+impl Responder {
+    /// Answers 200, with `baggage` if given. Call it once the upstream connection stands.
+    ///
+    /// # Errors
+    /// If the client gave up meanwhile.
+    pub fn accept(mut self, baggage: Option<HeaderValue>) -> Result<Stream, h2::Error> {
+        let mut answer = Response::new(());
+        if let Some(baggage) = baggage {
+            answer.headers_mut().insert(headers::BAGGAGE, baggage);
+        }
+        let send = self.send.send_response(answer, false)?;
+        Ok(Stream::new(send, self.recv, None))
+    }
+
+    /// Answers `status` and ends the stream.
+    pub fn refuse(mut self, status: StatusCode) {
+        let mut answer = Response::new(());
+        *answer.status_mut() = status;
+        // A client that has gone needs no answer.
+        let _ = self.send.send_response(answer, true);
+    }
+
+    /// Ready when the client has given up, so that dialling for it can stop.
+    ///
+    /// # Cancel safety
+    /// Nothing is lost.
+    pub async fn gone(&mut self) {
+        let _ = poll_fn(|cx| self.send.poll_reset(cx)).await;
+    }
+}
+
+/// Serves one established session: gives each CONNECT to `handler`, which runs as a task of its
+/// own until the connection or this future ends. After `stop` the client is told to go away, and
+/// open streams run on until they end or this future is dropped.
+///
+/// # Errors
+/// If the client breaks the protocol or falls silent.
+/// # Cancel safety
+/// Dropping the future ends the connection and all its streams.
+pub async fn serve<T, H, F>(
+    io: T,
+    config: &config::Tunnel,
+    stop: CancellationToken,
+    handler: H,
+) -> Result<(), ServeError>
+where
+    T: AsyncRead + AsyncWrite + Unpin,
+    H: Fn(Incoming) -> F,
+    F: Future<Output = ()> + Send + 'static,
+{
+    let handshake = Builder::new()
+        .initial_window_size(config.stream_window)
+        .initial_connection_window_size(config.connection_window)
+        .max_frame_size(config.frame_size)
+        .max_concurrent_streams(config.server_max_streams)
+        .max_header_list_size(config.server_max_header_bytes)
+        .max_send_buffer_size(SEND_BUFFER)
+        .handshake(io);
+    let mut connection = timeout(config.preface_timeout, handshake)
+        .await
+        .map_err(|_| ServeError::PrefaceTimeout(config.preface_timeout))??;
+    let mut keepalive = connection
+        .ping_pong()
+        .map(|pings| Keepalive::new(pings, config));
+    let mut window = Window::new(config);
+    let mut streams = JoinSet::new();
+    let mut draining = false;
+    let end = loop {
+        tokio::select! {
+            biased; // a stop goes before new streams; a dead peer is noticed under load
+            () = stop.cancelled(), if !draining => {
+                draining = true;
+                connection.graceful_shutdown();
+            }
+            () = dead(&mut keepalive) => {
+                say_farewell(&mut connection).await;
+                break Err(ServeError::Silent(config.ping_timeout));
+            }
+            Some(ended) = streams.join_next() => report(ended),
+            accepted = connection.accept() => match accepted {
+                Some(Ok((request, send))) => {
+                    if let Some(incoming) = check(request, send) {
+                        streams.spawn(handler(incoming));
+                    }
+                    if let Some(size) = window.grow(streams.len()) {
+                        connection.set_target_window_size(size);
+                    }
+                }
+                Some(Err(error)) => break Err(error.into()),
+                None => break Ok(()),
+            },
+        }
+    };
+    drop(connection);
+    // Streams of a dead connection end by themselves, after what they received is delivered.
+    while let Some(ended) = streams.join_next().await {
+        report(ended);
+    }
+    end
+}
+
+/// Answers what is no CONNECT to a target with 400.
+fn check(request: http::Request<RecvStream>, send: SendResponse<Payload>) -> Option<Incoming> {
+    let (head, recv) = request.into_parts();
+    let responder = Responder { send, recv };
+    match target(&head.method, &head.uri) {
+        Ok(authority) => Some(Incoming {
+            connect: Connect {
+                authority: authority.into(),
+                headers: head.headers,
+            },
+            responder,
+        }),
+        Err(error) => {
+            tracing::debug!(%error, "malformed request");
+            responder.refuse(StatusCode::BAD_REQUEST);
+            None
+        }
+    }
+}
+
+fn target<'a>(method: &Method, uri: &'a Uri) -> Result<&'a str, Malformed> {
+    if method != Method::CONNECT {
+        return Err(Malformed::Method(method.clone()));
+    }
+    Ok(headers::authority(uri)?)
+}
+
+async fn dead(keepalive: &mut Option<Keepalive>) {
+    match keepalive {
+        Some(keepalive) => poll_fn(|cx| keepalive.poll_dead(cx)).await,
+        None => std::future::pending().await,
+    }
+}
+
+/// Tells the client why nothing more comes, if it still reads.
+async fn say_farewell<T: AsyncRead + AsyncWrite + Unpin>(connection: &mut Connection<T, Payload>) {
+    connection.abrupt_shutdown(h2::Reason::NO_ERROR);
+    let closed = poll_fn(|cx| connection.poll_closed(cx));
+    let _ = timeout(FAREWELL, closed).await;
+}
+
+fn report(ended: Result<(), JoinError>) {
+    if let Err(error) = ended
+        && error.is_panic()
+    {
+        tracing::error!(%error, "a stream panicked");
+    }
+}
