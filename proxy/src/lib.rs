@@ -7,6 +7,7 @@ pub mod admin;
 pub mod cli;
 pub mod config;
 pub mod listen;
+pub mod mesh;
 pub mod node;
 pub mod pods;
 pub mod relay;

@@ -1,0 +1,591 @@
+//! The rules of look-ups, one table each.
+
+use std::net::IpAddr;
+
+use xds_client::proto::{security, workload as pb};
+
+use super::*;
+use crate::config::WorkloadRef;
+
+mod fixture;
+
+use fixture::*;
+
+fn uid(found: Option<&Arc<Workload>>) -> Option<&str> {
+    found.map(|workload| workload.uid())
+}
+
+fn key(found: Option<&Arc<Service>>) -> Option<&str> {
+    found.map(|service| &**service.key())
+}
+
+fn addr(text: &str) -> IpAddr {
+    text.parse().unwrap()
+}
+
+#[test]
+fn finds_a_workload_by_uid_address_and_name() {
+    let mesh = mesh();
+    let mut here = pod("c1//Pod/shop/cart", "10.0.0.7");
+    here.node = "n1".into();
+    let elsewhere = pod("c1//Pod/shop/web", "10.0.0.8");
+    put(&mesh, [here.into(), elsewhere.into()]);
+    let state = mesh.read();
+    let found = state.workload("c1//Pod/shop/cart").unwrap();
+    assert_eq!((found.name(), &**found.namespace()), ("cart", "shop"));
+    assert_eq!(
+        uid(state.workload_at("", addr("10.0.0.7"))),
+        Some(found.uid())
+    );
+    assert_eq!(
+        uid(state.workload_at("", addr("::ffff:10.0.0.7"))),
+        Some(found.uid())
+    );
+    assert_eq!(uid(state.workload_at("n2", addr("10.0.0.7"))), None);
+    let who = |name: &str, account: &str| WorkloadRef::new("shop", name, account);
+    assert_eq!(
+        uid(state.local_workload(&who("cart", "default"))),
+        Some(found.uid())
+    );
+    assert_eq!(uid(state.local_workload(&who("cart", "other"))), None);
+    assert_eq!(
+        uid(state.local_workload(&who("web", "default"))),
+        None,
+        "not on this node"
+    );
+}
+
+#[test]
+fn applies_identity_defaults() {
+    let mesh = mesh();
+    put(&mesh, [pod("c1//Pod/shop/cart", "10.0.0.7").into()]);
+    let state = mesh.read();
+    let found = state.workload("c1//Pod/shop/cart").unwrap();
+    let id = found.identity().unwrap().as_str();
+    assert_eq!(id, "spiffe://cluster.local/ns/shop/sa/default");
+    assert_eq!((&**found.cluster_id(), found.capacity()), ("Kubernetes", 1));
+}
+
+#[test]
+fn ranks_workloads_of_one_address() {
+    let hbone = |uid| workload(uid, "10.0.0.7", |w| w.tunnel_protocol = 1);
+    let plain = |uid| workload(uid, "10.0.0.7", |_| {});
+    let host = |uid| workload(uid, "10.0.0.7", |w| w.network_mode = 1);
+    let cases: [(&str, Vec<pb::Workload>, Option<&str>); 5] = [
+        (
+            "pods go before tunnels",
+            vec![hbone("we"), plain("c//Pod/a/b")],
+            Some("c//Pod/a/b"),
+        ),
+        (
+            "tunnelled pods first",
+            vec![hbone("c//Pod/a/b"), plain("c//Pod/a/c")],
+            Some("c//Pod/a/b"),
+        ),
+        (
+            "tunnels go before the rest",
+            vec![hbone("we1"), plain("we2")],
+            Some("we1"),
+        ),
+        (
+            "the last among equals",
+            vec![plain("we2"), plain("we1")],
+            Some("we1"),
+        ),
+        (
+            "never the host network",
+            vec![host("c//Pod/a/b"), host("c//Pod/a/c")],
+            None,
+        ),
+    ];
+    for (what, workloads, expected) in cases {
+        let mesh = mesh();
+        put(&mesh, workloads.into_iter().map(Into::into));
+        assert_eq!(
+            uid(mesh.read().workload_at("", addr("10.0.0.7"))),
+            expected,
+            "{what}"
+        );
+    }
+}
+
+#[test]
+fn removing_the_owner_of_an_address_leaves_the_others() {
+    let mesh = mesh();
+    put(
+        &mesh,
+        [
+            pod("c//Pod/a/b", "10.0.0.7").into(),
+            pod("we", "10.0.0.7").into(),
+        ],
+    );
+    remove(&mesh, "c//Pod/a/b");
+    assert_eq!(
+        uid(mesh.read().workload_at("", addr("10.0.0.7"))),
+        Some("we")
+    );
+}
+
+#[test]
+fn replacing_keeps_the_age_of_a_workload() {
+    let mesh = mesh();
+    put(
+        &mesh,
+        [pod("old", "10.0.0.7").into(), pod("new", "10.0.0.7").into()],
+    );
+    put(
+        &mesh,
+        [workload("old", "10.0.0.7", |w| w.status = 1).into()],
+    );
+    assert_eq!(
+        uid(mesh.read().workload_at("", addr("10.0.0.7"))),
+        Some("new")
+    );
+}
+
+#[test]
+fn links_converge_in_any_order() {
+    let linked = || {
+        workload("c//Pod/a/b", "10.0.0.7", |w| {
+            link(w, "a/s.a", &[(80, 8080)]);
+        })
+    };
+    let target = || service("a", "s.a", &["10.96.0.7"]);
+    let orders: [Vec<Vec<Address>>; 4] = [
+        vec![vec![linked().into()], vec![target().into()]],
+        vec![vec![target().into()], vec![linked().into()]],
+        vec![vec![target().into(), linked().into()]],
+        vec![vec![linked().into(), target().into()]],
+    ];
+    for order in orders {
+        let mesh = mesh();
+        for batch in order {
+            put(&mesh, batch);
+        }
+        let state = mesh.read();
+        let found = state.service("a", "s.a").unwrap();
+        let endpoints: Vec<_> = state
+            .endpoints(found)
+            .map(|e| (e.workload.uid(), e.target_port(80)))
+            .collect();
+        assert_eq!(endpoints, [("c//Pod/a/b", Some(8080))]);
+        let of = state.workload("c//Pod/a/b").unwrap();
+        assert_eq!(
+            state
+                .services_of(of)
+                .map(|(s, _)| &**s.key())
+                .collect::<Vec<_>>(),
+            ["a/s.a"]
+        );
+    }
+}
+
+#[test]
+fn moving_a_workload_moves_its_link() {
+    let mesh = mesh();
+    put(
+        &mesh,
+        [
+            service("a", "s1", &[]).into(),
+            service("a", "s2", &[]).into(),
+            workload("w", "10.0.0.7", |w| link(w, "a/s1", &[])).into(),
+        ],
+    );
+    put(
+        &mesh,
+        [workload("w", "10.0.0.7", |w| link(w, "a/s2", &[])).into()],
+    );
+    let state = mesh.read();
+    let count = |host| state.endpoints(state.service("a", host).unwrap()).count();
+    assert_eq!((count("s1"), count("s2")), (0, 1));
+}
+
+#[test]
+fn endpoints_are_kept_whatever_their_health_and_through_the_absence_of_the_service() {
+    let mesh = mesh();
+    let sick = workload("w", "10.0.0.7", |w| {
+        link(w, "a/s", &[(80, 0)]);
+        w.status = 1;
+    });
+    put(&mesh, [service("a", "s", &[]).into(), sick.into()]);
+    remove(&mesh, "a/s");
+    assert_eq!(mesh.read().counts().staged_services, 1);
+    put(&mesh, [service("a", "s", &[]).into()]);
+    let state = mesh.read();
+    let endpoint = state
+        .endpoints(state.service("a", "s").unwrap())
+        .next()
+        .unwrap();
+    assert_eq!(
+        (endpoint.workload.health(), endpoint.target_port(80)),
+        (Health::Unhealthy, None)
+    );
+}
+
+/// One service per namespace, all of host `h` and address 10.96.0.1.
+fn contender(namespace: &str, edit: impl FnOnce(&mut pb::Service)) -> pb::Service {
+    let mut contender = service(namespace, "h", &["10.96.0.1"]);
+    edit(&mut contender);
+    contender
+}
+
+fn expect_service(
+    what: &str,
+    services: Vec<pb::Service>,
+    client: Option<&str>,
+    expected: Option<&str>,
+) {
+    let mesh = mesh();
+    put(&mesh, services.into_iter().map(Into::into));
+    let state = mesh.read();
+    let at = state.service_at("", addr("10.96.0.1"), client);
+    assert_eq!(key(at), expected, "{what}");
+    assert_eq!(key(state.service_by_host("h", client)), expected, "{what}");
+}
+
+#[test]
+fn ranks_services_of_one_address_or_host() {
+    let plain = |ns: &str| contender(ns, |_| {});
+    let canonical = |ns: &str| contender(ns, |s| s.canonical = true);
+    let both = || vec![plain("a"), canonical("b")];
+    expect_service("own namespace", both(), Some("a"), Some("a/h"));
+    expect_service("canonical", both(), Some("c"), Some("b/h"));
+    let plains = vec![plain("b"), plain("a")];
+    expect_service("the first by key", plains, Some("c"), Some("a/h"));
+    expect_service("nothing", vec![], Some("a"), None);
+}
+
+#[test]
+fn hides_private_services() {
+    let public = |ns: &str| contender(ns, |s| s.canonical = true);
+    let private = |ns: &str| contender(ns, |s| s.visibility = 1);
+    let both = || vec![private("a"), public("b")];
+    expect_service("from other namespaces", both(), Some("c"), Some("b/h"));
+    expect_service("not from its own", both(), Some("a"), Some("a/h"));
+    expect_service("wholly", vec![private("a")], Some("b"), None);
+    expect_service(
+        "not from nobody in particular",
+        vec![private("a")],
+        None,
+        Some("a/h"),
+    );
+    let odd = vec![contender("a", |s| s.visibility = 7)];
+    expect_service("unknown visibility is public", odd, Some("b"), Some("a/h"));
+}
+
+#[test]
+fn services_of_one_namespace_share_an_address() {
+    let mesh = mesh();
+    put(
+        &mesh,
+        [
+            service("a", "h1", &["10.96.0.1"]).into(),
+            service("a", "h2", &["10.96.0.1"]).into(),
+        ],
+    );
+    let at = |mesh: &Mesh| {
+        key(mesh.read().service_at("", addr("10.96.0.1"), Some("a"))).map(str::to_owned)
+    };
+    assert_eq!(at(&mesh).as_deref(), Some("a/h1"));
+    remove(&mesh, "a/h1");
+    assert_eq!(at(&mesh).as_deref(), Some("a/h2"));
+    put(&mesh, [service("a", "h1", &["10.96.0.2"]).into()]);
+    assert_eq!(at(&mesh).as_deref(), Some("a/h2"));
+}
+
+#[test]
+fn ranks_ranges_around_an_address() {
+    let ranged = |ns: &str, host: &str, net: &str| {
+        let mut s = service(ns, host, &[]);
+        s.addresses.push(network_address("", net));
+        s
+    };
+    let own_wide = || ranged("a", "wide", "10.0.0.0/8");
+    let wide = || ranged("b", "wide", "10.0.0.0/8");
+    let narrow = || ranged("b", "narrow", "10.1.0.0/16");
+    let host = || ranged("b", "host", "10.1.2.3/32");
+    let all = || ranged("b", "all", "0.0.0.0/0");
+    let six = || ranged("b", "six", "fd00::/8");
+    let cases = [
+        (
+            "own before length",
+            vec![own_wide(), narrow()],
+            "10.1.2.3",
+            Some("a/wide"),
+        ),
+        (
+            "the longest of others",
+            vec![wide(), narrow()],
+            "10.1.2.3",
+            Some("b/narrow"),
+        ),
+        (
+            "outside of the longest",
+            vec![wide(), narrow()],
+            "10.2.2.3",
+            Some("b/wide"),
+        ),
+        (
+            "address before range",
+            vec![own_wide(), host()],
+            "10.1.2.3",
+            Some("b/host"),
+        ),
+        ("everything", vec![all()], "10.1.2.3", Some("b/all")),
+        ("families do not mix", vec![six()], "10.1.2.3", None),
+    ];
+    for (what, services, ip, expected) in cases {
+        let mesh = mesh();
+        put(&mesh, services.into_iter().map(Into::into));
+        let state = mesh.read();
+        assert_eq!(
+            key(state.service_at("", addr(ip), Some("a"))),
+            expected,
+            "{what}"
+        );
+        assert_eq!(
+            key(state.service_at("other", addr(ip), Some("a"))),
+            None,
+            "{what}"
+        );
+    }
+}
+
+#[test]
+fn an_invisible_address_falls_through_to_a_range() {
+    let mesh = mesh();
+    let hidden = pb::Service {
+        visibility: 1,
+        ..service("b", "hidden", &["10.1.2.3"])
+    };
+    let mut open = service("b", "open", &[]);
+    open.addresses.push(network_address("", "10.0.0.0/8"));
+    put(&mesh, [hidden.into(), open.into()]);
+    assert_eq!(
+        key(mesh.read().service_at("", addr("10.1.2.3"), Some("a"))),
+        Some("b/open")
+    );
+}
+
+#[test]
+fn replacing_a_service_with_ranges_leaves_no_trace() {
+    let mesh = mesh();
+    let ranged = |net: &str| {
+        let mut s = service("a", "h", &[]);
+        s.addresses.push(network_address("", net));
+        s
+    };
+    put(&mesh, [ranged("10.0.0.0/8").into()]);
+    put(
+        &mesh,
+        [workload("w", "10.9.9.9", |w| link(w, "a/h", &[])).into()],
+    );
+    put(&mesh, [ranged("11.0.0.0/8").into()]);
+    let state = mesh.read();
+    assert_eq!(key(state.service_at("", addr("10.1.2.3"), None)), None);
+    let found = state.service_at("", addr("11.1.2.3"), None).unwrap();
+    assert_eq!(state.endpoints(found).count(), 1);
+}
+
+#[test]
+fn finds_workloads_by_host_name() {
+    let mesh = mesh();
+    let named = |uid: &str, ns: &str| {
+        workload(uid, "", |w| {
+            w.hostname = "db.example".into();
+            w.namespace = ns.into();
+        })
+    };
+    put(&mesh, [named("w1", "a").into(), named("w2", "b").into()]);
+    assert_eq!(
+        uid(mesh.read().workload_by_hostname("b", "db.example")),
+        Some("w2")
+    );
+    assert_eq!(
+        uid(mesh.read().workload_by_hostname("c", "db.example")),
+        None
+    );
+}
+
+#[test]
+fn collects_the_policies_of_a_workload() {
+    let mesh = mesh();
+    let policies = [
+        policy("root/global", security::Scope::Global),
+        policy("shop/own", security::Scope::Namespace),
+        policy("other/foreign", security::Scope::Namespace),
+        policy("shop/selected", security::Scope::WorkloadSelector),
+        policy("shop/unselected", security::Scope::WorkloadSelector),
+    ];
+    mesh.apply(Update {
+        policies: policies.into(),
+        ..Update::default()
+    });
+    let names = [
+        "shop/selected",
+        "shop/own",
+        "root/global",
+        "shop/gone",
+        "other/foreign",
+    ];
+    put(
+        &mesh,
+        [workload("w", "10.0.0.7", |w| {
+            w.authorization_policies = names.map(String::from).into();
+            w.namespace = "shop".into();
+        })
+        .into()],
+    );
+    let state = mesh.read();
+    let found: Vec<_> = state
+        .policies_for(state.workload("w").unwrap())
+        .map(|one| match one {
+            Applicable::Policy(policy) => policy.key.to_string(),
+            Applicable::Missing(key) => format!("?{key}"),
+        })
+        .collect();
+    assert_eq!(
+        found,
+        [
+            "root/global",
+            "shop/own",
+            "shop/selected",
+            "?shop/gone",
+            "other/foreign"
+        ]
+    );
+}
+
+#[test]
+fn a_policy_that_changes_scope_moves() {
+    let mesh = mesh();
+    put(&mesh, [pod("c//Pod/shop/w", "10.0.0.7").into()]);
+    let count = |mesh: &Mesh| {
+        let state = mesh.read();
+        state
+            .policies_for(state.workload("c//Pod/shop/w").unwrap())
+            .count()
+    };
+    for (scope, expected) in [
+        (security::Scope::Namespace, 1),
+        (security::Scope::Global, 1),
+        (security::Scope::WorkloadSelector, 0),
+        (security::Scope::Namespace, 1),
+    ] {
+        mesh.apply(Update {
+            policies: vec![policy("shop/p", scope)],
+            ..Update::default()
+        });
+        assert_eq!(count(&mesh), expected, "{scope:?}");
+    }
+    mesh.apply(Update {
+        removed_policies: vec!["shop/p".into()],
+        ..Update::default()
+    });
+    assert_eq!(count(&mesh), 0);
+}
+
+#[test]
+fn what_is_not_new_changes_nothing() {
+    let mesh = mesh();
+    let batch = || Update {
+        addresses: vec![
+            workload("w", "10.0.0.7", |w| {
+                link(w, "a/h", &[(80, 8080), (443, 8443)]);
+            })
+            .into(),
+            service("a", "h", &["10.96.0.1"]).into(),
+        ],
+        policies: vec![policy("shop/p", security::Scope::Global)],
+        ..Update::default()
+    };
+    assert!(mesh.apply(batch()).is_effective());
+    let changes = mesh.changes();
+    let held = Arc::clone(mesh.read().workload("w").unwrap());
+    assert!(!mesh.apply(batch()).is_effective());
+    assert!(!mesh.replace(batch()).is_effective());
+    assert!(
+        !mesh
+            .apply(Update {
+                removed_addresses: vec!["c1//Pod/x/unknown".into()],
+                ..Update::default()
+            })
+            .is_effective()
+    );
+    assert!(!changes.has_changed().unwrap());
+    assert!(Arc::ptr_eq(&held, mesh.read().workload("w").unwrap()));
+}
+
+#[test]
+fn the_last_of_one_name_holds_and_removals_come_after() {
+    let mesh = mesh();
+    let sick = || workload("w", "10.0.0.7", |w| w.status = 1);
+    put(&mesh, [pod("w", "10.0.0.7").into()]);
+    put(&mesh, [sick().into(), pod("w", "10.0.0.7").into()]);
+    assert_eq!(mesh.read().workload("w").unwrap().health(), Health::Healthy);
+    let report = mesh.apply(Update {
+        addresses: vec![pod("x", "10.0.0.8").into(), sick().into()],
+        removed_addresses: vec!["x".into(), "w".into()],
+        ..Update::default()
+    });
+    assert!(report.is_effective());
+    assert_eq!(mesh.read().counts(), Counts::default());
+}
+
+#[test]
+fn a_full_set_removes_what_it_does_not_name() {
+    let mesh = mesh();
+    put(
+        &mesh,
+        ["w1", "w2", "w3", "w4"].map(|uid| pod(uid, "10.0.0.7").into()),
+    );
+    put(&mesh, [service("a", "h", &[]).into()]);
+    let mut bad = pod("w2", "10.0.0.7");
+    bad.addresses = vec![vec![1, 2, 3]];
+    let report = mesh.replace(Update {
+        addresses: vec![pod("w1", "10.0.0.7").into(), bad.into()],
+        unreadable: vec!["w3".into()],
+        ..Update::default()
+    });
+    let reasons: Vec<_> = report.rejected.iter().map(ToString::to_string).collect();
+    assert_eq!(reasons, ["w2: addresses: an address of 3 bytes"]);
+    assert_eq!((report.workloads, report.services), (1, 1));
+    let state = mesh.read();
+    let mut left: Vec<_> = state.workloads().map(|w| w.uid()).collect();
+    left.sort_unstable();
+    assert_eq!(left, ["w1", "w2", "w3"]);
+}
+
+#[test]
+fn tells_which_identities_this_node_needs() {
+    let mesh = mesh();
+    let here = |uid: &str, account: &str, protocol| {
+        workload(uid, "10.0.0.7", |w| {
+            w.node = "n1".into();
+            w.service_account = account.into();
+            w.tunnel_protocol = protocol;
+        })
+    };
+    let id = |account: &str| SpiffeId::new("cluster.local", "shop", account).unwrap();
+    let report = put(
+        &mesh,
+        [
+            here("w1", "cart", 1).into(),
+            here("w2", "cart", 1).into(),
+            here("w3", "plain", 0).into(),
+            pod("elsewhere", "10.0.0.8").into(),
+        ],
+    );
+    assert_eq!(report.identities_appeared, [id("cart")]);
+    let report = put(&mesh, [here("w1", "web", 1).into()]);
+    assert_eq!(
+        (report.identities_appeared, report.identities_departed),
+        (vec![id("web")], vec![])
+    );
+    let report = remove(&mesh, "w2");
+    assert_eq!(
+        (report.identities_appeared, report.identities_departed),
+        (vec![], vec![id("cart")])
+    );
+    assert!(mesh.read().has_local_identity(&id("web")));
+}
