@@ -10,6 +10,8 @@ pub mod listen;
 pub mod mesh;
 pub mod node;
 pub mod pods;
+pub mod policy;
 pub mod relay;
+pub mod route;
 pub mod telemetry;
 pub mod tunnel;

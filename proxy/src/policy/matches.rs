@@ -1,0 +1,104 @@
+//! Whether one policy matches one connection.
+//!
+//! | level | its parts are joined by | without parts it |
+//! |---|---|---|
+//! | policy: rules | or | never matches |
+//! | rule: clauses | and | always matches |
+//! | clause: matches | or | always matches |
+//! | match: kinds of fields | and | never matches |
+//! | field: values | or | is not looked at |
+//!
+//! A negated field holds when none of its values matches.
+
+use std::net::IpAddr;
+
+use cert_agent::SpiffeId;
+use ipnet::IpNet;
+
+use super::Connection;
+use crate::mesh::{Clause, Condition, Match, Policy, Rule, ServiceAccount, StringMatch};
+
+pub(super) fn policy(policy: &Policy, connection: &Connection<'_>) -> bool {
+    policy.rules.iter().any(|part| rule(part, connection))
+}
+
+fn rule(rule: &Rule, connection: &Connection<'_>) -> bool {
+    rule.clauses.iter().all(|part| clause(part, connection))
+}
+
+fn clause(clause: &Clause, connection: &Connection<'_>) -> bool {
+    let mut matches = clause.matches.iter();
+    clause.matches.is_empty() || matches.any(|part| is_set(part) && holds(part, connection))
+}
+
+/// A match without any condition is no match, whatever the connection.
+fn is_set(m: &Match) -> bool {
+    let Match {
+        namespaces,
+        principals,
+        service_accounts,
+        source_ips,
+        destination_ips,
+        destination_ports,
+        ..
+    } = m;
+    let all_unset = namespaces.is_unset()
+        && principals.is_unset()
+        && service_accounts.is_unset()
+        && source_ips.is_unset()
+        && destination_ips.is_unset()
+        && destination_ports.is_unset();
+    !all_unset
+}
+
+/// The conditions, the cheap ones first. Without an identity there is no principal and no account to
+/// match, and the namespace is the empty text.
+fn holds(m: &Match, connection: &Connection<'_>) -> bool {
+    let Connection {
+        source,
+        destination,
+        identity,
+    } = *connection;
+    let namespace = identity.map_or("", SpiffeId::namespace);
+    condition(&m.destination_ports, |port| *port == destination.port())
+        && condition(&m.source_ips, |range| contains(range, source.ip()))
+        && condition(&m.destination_ips, |range| {
+            contains(range, destination.ip())
+        })
+        && condition(&m.namespaces, |value| text(value, namespace))
+        && condition(&m.principals, |value| {
+            identity.is_some_and(|id| text(value, path(id)))
+        })
+        && condition(&m.service_accounts, |account| {
+            identity.is_some_and(|id| is_account(account, id))
+        })
+}
+
+fn condition<T>(condition: &Condition<T>, matches: impl Fn(&T) -> bool) -> bool {
+    (condition.any_of.is_empty() || condition.any_of.iter().any(&matches))
+        && !condition.none_of.iter().any(matches)
+}
+
+fn text(value: &StringMatch, actual: &str) -> bool {
+    match value {
+        StringMatch::Exact(expected) => actual == &**expected,
+        StringMatch::Prefix(prefix) => actual.starts_with(&**prefix),
+        StringMatch::Suffix(suffix) => actual.ends_with(&**suffix),
+        StringMatch::Presence => !actual.is_empty(),
+    }
+}
+
+/// The identity as policies write it: without `spiffe://`.
+fn path(identity: &SpiffeId) -> &str {
+    let uri = identity.as_str();
+    uri.strip_prefix("spiffe://").unwrap_or(uri)
+}
+
+fn is_account(account: &ServiceAccount, identity: &SpiffeId) -> bool {
+    &*account.namespace == identity.namespace() && &*account.name == identity.service_account()
+}
+
+/// Families never mix: an IPv4 range says nothing about IPv6.
+fn contains(range: &IpNet, ip: IpAddr) -> bool {
+    range.contains(&ip.to_canonical())
+}

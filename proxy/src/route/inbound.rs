@@ -1,0 +1,262 @@
+//! Inbound validation, I1 to I7, and the guess which service an inbound connection was for.
+
+use std::{
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    sync::Arc,
+};
+
+use super::{Authority, InboundRefusal, LoopGuard, Owner, owner, upstream::referenced};
+use crate::mesh::{GatewayAddress, PortMap, Service, State, TargetPort, TunnelProtocol, Workload};
+
+/// What is known of one CONNECT.
+#[derive(Debug, Clone, Copy)]
+#[expect(clippy::exhaustive_structs, reason = "a query is built by its caller")]
+pub struct InboundQuery<'a> {
+    /// The pod that was reached.
+    pub local: &'a Arc<Workload>,
+    /// The address at which the TLS connection arrived.
+    pub local_ip: IpAddr,
+    /// What the peer asks for.
+    pub authority: &'a Authority,
+    /// `host=` of the peer's `forwarded` header.
+    pub forwarded_host: Option<&'a str>,
+    /// Whether application tunnels with a PROXY header go to loopback (`LOCALHOST_APP_TUNNEL`).
+    pub localhost_app_tunnel: bool,
+}
+
+/// What is known of one connection to the plaintext port.
+#[derive(Debug, Clone, Copy)]
+#[expect(clippy::exhaustive_structs, reason = "a query is built by its caller")]
+pub struct PlaintextQuery<'a> {
+    /// The pod that was reached.
+    pub local: &'a Arc<Workload>,
+    /// What the peer dialled.
+    pub destination: SocketAddr,
+}
+
+/// Where an inbound connection is delivered.
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub struct InboundRoute {
+    /// Pod address and resolved port: what policy judges and telemetry reports.
+    pub destination: SocketAddr,
+    /// What to dial; differs from `destination` for application tunnels on loopback only.
+    pub to: SocketAddr,
+    /// From which address.
+    pub from: ClientAddress,
+    /// The target that a PROXY header in front of the bytes must name.
+    pub proxy_target: Option<SocketAddr>,
+    /// The service this connection was probably meant for.
+    pub service: Option<Arc<Service>>,
+}
+
+/// The source address of the connection to the application.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum ClientAddress {
+    /// The peer's own, where the system allows it.
+    Original,
+    /// Loopback.
+    Loopback,
+}
+
+/// Decides where a CONNECT is delivered: always in the local pod.
+///
+/// # Errors
+/// [`InboundRefusal`] says why not, and with which status.
+pub fn inbound(
+    state: &State,
+    guard: &LoopGuard,
+    ask: &InboundQuery<'_>,
+) -> Result<InboundRoute, InboundRefusal> {
+    let local_ip = ask.local_ip.to_canonical();
+    let port = match ask.authority {
+        Authority::Address(address) => {
+            belongs_here(state, ask.local, local_ip, address.ip())?;
+            address.port()
+        }
+        Authority::Host { name, port } => host_port(state, ask.local, name, *port)?,
+    };
+    let tunnel = ask.local.application_tunnel();
+    let final_port = tunnel.and_then(|tunnel| tunnel.port).unwrap_or(port);
+    if guard.covers(port) || guard.covers(final_port) {
+        return Err(InboundRefusal::Recursion); // I6, also for what an application tunnel names
+    }
+    let destination = SocketAddr::new(local_ip, final_port);
+    let mut route = InboundRoute {
+        destination,
+        to: destination,
+        from: ClientAddress::Original,
+        proxy_target: None,
+        service: guess_service(state, ask.local, ask.forwarded_host, final_port).cloned(),
+    };
+    if tunnel.is_some_and(|tunnel| tunnel.protocol == TunnelProtocol::Proxy) {
+        route.proxy_target = Some(proxy_target(state, ask.local, ask.authority)?);
+        if ask.localhost_app_tunnel {
+            route.to.set_ip(loopback_like(local_ip));
+            route.from = ClientAddress::Loopback;
+        }
+    }
+    Ok(route)
+}
+
+/// Decides where a connection to the plaintext port is delivered: where it was sent.
+///
+/// # Errors
+/// [`InboundRefusal::Recursion`] if that is a port of this proxy, on whatever address.
+pub fn inbound_plaintext(
+    state: &State,
+    guard: &LoopGuard,
+    ask: &PlaintextQuery<'_>,
+) -> Result<InboundRoute, InboundRefusal> {
+    let port = ask.destination.port();
+    if guard.covers(port) {
+        return Err(InboundRefusal::Recursion);
+    }
+    let destination = SocketAddr::new(ask.destination.ip().to_canonical(), port);
+    Ok(InboundRoute {
+        destination,
+        to: destination,
+        from: ClientAddress::Original,
+        proxy_target: None,
+        service: guess_service(state, ask.local, None, port).cloned(),
+    })
+}
+
+/// The service that an inbound connection to `port` of `local` was probably meant for: of those
+/// that select the pod, the one the peer names, else the first that leads to this port.
+#[must_use]
+pub fn guess_service<'a>(
+    state: &'a State,
+    local: &'a Workload,
+    forwarded_host: Option<&str>,
+    port: u16,
+) -> Option<&'a Arc<Service>> {
+    let named = forwarded_host.and_then(|host| {
+        let mut services = state.services_of(local).map(|(service, _)| service);
+        services.find(|service| &**service.hostname() == host)
+    });
+    named.or_else(|| {
+        state
+            .services_of(local)
+            .find(|(service, ports)| leads_to(service, ports, port))
+            .map(|(service, _)| service)
+    })
+}
+
+fn leads_to(service: &Service, own: &PortMap, port: u16) -> bool {
+    let mut pairs = service.ports().pairs().iter().chain(own.pairs());
+    pairs.any(|(_, target)| *target == port)
+}
+
+/// I2 to I4: the named address is the pod's own, or that of something the pod is a waypoint of.
+fn belongs_here(
+    state: &State,
+    local: &Workload,
+    local_ip: IpAddr,
+    named: IpAddr,
+) -> Result<(), InboundRefusal> {
+    if named == local_ip || local.application_tunnel().is_some() {
+        return Ok(());
+    }
+    let attached = match owner(state, local.network(), named, None) {
+        // Every waypoint that the outbound side may choose, the weighted ones included.
+        Owner::Service(service) => service
+            .weighted_waypoints()
+            .iter()
+            .filter(|weighted| weighted.weight > 0)
+            .map(|weighted| &weighted.waypoint)
+            .chain(service.waypoint())
+            .any(|waypoint| is_waypoint(state, local, local_ip, waypoint)),
+        Owner::Workload(workload) => workload
+            .waypoint()
+            .is_some_and(|waypoint| is_waypoint(state, local, local_ip, waypoint)),
+        Owner::Nobody => false,
+    };
+    if attached {
+        return Ok(());
+    }
+    Err(InboundRefusal::IpMismatch {
+        local: local_ip,
+        named,
+    })
+}
+
+fn is_waypoint(
+    state: &State,
+    local: &Workload,
+    local_ip: IpAddr,
+    waypoint: &GatewayAddress,
+) -> bool {
+    match referenced(state, None, waypoint) {
+        Owner::Service(service) => state
+            .services_of(local)
+            .any(|(mine, _)| Arc::ptr_eq(mine, service)),
+        Owner::Workload(workload) => workload.addresses().contains(&local_ip),
+        Owner::Nobody => false,
+    }
+}
+
+/// I5 for a host name: the port of this pod behind a service port.
+fn host_port(
+    state: &State,
+    local: &Workload,
+    host: &Arc<str>,
+    port: u16,
+) -> Result<u16, InboundRefusal> {
+    let service = visible_service(state, local, host)?;
+    let mapped = state
+        .services_of(local)
+        .find(|(mine, _)| Arc::ptr_eq(mine, service))
+        .and_then(|(_, ports)| ports.get(port))
+        .filter(|target| *target != 0);
+    let numbered = || match service.target_port(port) {
+        Some(TargetPort::Number(number)) => Some(number),
+        Some(TargetPort::Named) | None => None,
+    };
+    mapped
+        .or_else(numbered)
+        .ok_or_else(|| InboundRefusal::NoTargetPort {
+            host: Arc::clone(host),
+            port,
+        })
+}
+
+fn visible_service<'a>(
+    state: &'a State,
+    local: &Workload,
+    host: &Arc<str>,
+) -> Result<&'a Arc<Service>, InboundRefusal> {
+    state
+        .service_by_host(host, Some(local.namespace()))
+        .ok_or_else(|| InboundRefusal::UnknownHost(Arc::clone(host)))
+}
+
+/// The target a PROXY header names: the authority's address, else an address of its service, best
+/// one of the own network, and best IPv4.
+fn proxy_target(
+    state: &State,
+    local: &Workload,
+    authority: &Authority,
+) -> Result<SocketAddr, InboundRefusal> {
+    let (host, port) = match authority {
+        Authority::Address(address) => return Ok(*address),
+        Authority::Host { name, port } => (name, *port),
+    };
+    visible_service(state, local, host)?
+        .vips()
+        .iter()
+        .max_by_key(|vip| (vip.network == *local.network(), vip.ip.is_ipv4()))
+        .map(|vip| SocketAddr::new(vip.ip, port))
+        .ok_or_else(|| InboundRefusal::NoVirtualAddress(Arc::clone(host)))
+}
+
+fn loopback_like(ip: IpAddr) -> IpAddr {
+    match ip {
+        IpAddr::V4(_) => Ipv4Addr::LOCALHOST.into(),
+        IpAddr::V6(_) => Ipv6Addr::LOCALHOST.into(),
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,85 @@
+//! Why a connection goes nowhere, in the words that operators search their logs for.
+
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+
+use http::StatusCode;
+
+/// Why an outbound connection is closed. All of these happen before anything is dialled: they are
+/// told by one early-deny line and move no traffic metric.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum Refusal {
+    /// The application dialled a port of this proxy on loopback (O1).
+    #[error("attempted recursive call to ourselves")]
+    Recursion,
+    /// The source has no record in the mesh state, and waiting for one was in vain (O2).
+    #[error("failed to fetch information about local workload")]
+    UnknownLocal,
+    /// The service has no endpoint for this port that may be used (O7).
+    #[error("no healthy upstream: {0}")]
+    NoHealthyUpstream(SocketAddr),
+    /// The waypoint is not known or has no usable endpoint; traffic never goes around it.
+    #[error("unknown waypoint: {0}")]
+    UnknownWaypoint(Arc<str>),
+    /// The network gateway is not known or has no usable endpoint.
+    #[error("unknown network gateway: {0}")]
+    UnknownGateway(Arc<str>),
+    /// The workload is on another network and names no gateway, or has no address at all.
+    #[error("no valid routing destination for workload: {0}")]
+    NoValidDestination(Arc<str>),
+    /// The host name of the workload yields no address.
+    #[error("no ip addresses were resolved for workload: {0}")]
+    Unresolved(Arc<str>),
+}
+
+/// Why an inbound connection or CONNECT is refused before policy is asked. Every variant is an
+/// early deny: one log line, no traffic metric. Over HBONE it is answered with [`Self::status`];
+/// a plaintext connection is just closed.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum InboundRefusal {
+    /// The destination workload has no record in the mesh state, and waiting was in vain.
+    #[error("failed to fetch information about local workload")]
+    UnknownLocal,
+    /// The authority names an address that is neither this pod nor served by it (I4).
+    #[error("ip mismatch: {local} != {named}")]
+    IpMismatch {
+        /// Where the connection arrived.
+        local: IpAddr,
+        /// What the authority names.
+        named: IpAddr,
+    },
+    /// The authority names a host that no service visible here has (I5).
+    #[error("unknown service host: {0}")]
+    UnknownHost(Arc<str>),
+    /// The service exists, but this port leads nowhere in this pod (I5).
+    #[error("no target port for {host}:{port}")]
+    NoTargetPort {
+        /// Host of the authority.
+        host: Arc<str>,
+        /// Service port of the authority.
+        port: u16,
+    },
+    /// The destination is a port of this proxy (I6).
+    #[error("attempted recursive call to ourselves")]
+    Recursion,
+    /// A PROXY header must name a virtual address, and the service has none (I7).
+    #[error("no virtual address to name in the PROXY header: {0}")]
+    NoVirtualAddress(Arc<str>),
+}
+
+impl InboundRefusal {
+    /// The status of the answer to the CONNECT.
+    #[must_use]
+    pub fn status(&self) -> StatusCode {
+        match self {
+            Self::IpMismatch { .. } => StatusCode::BAD_REQUEST,
+            Self::UnknownLocal
+            | Self::UnknownHost(_)
+            | Self::NoTargetPort { .. }
+            | Self::Recursion
+            | Self::NoVirtualAddress(_) => StatusCode::SERVICE_UNAVAILABLE,
+        }
+    }
+}
