@@ -26,10 +26,16 @@ use super::throttle::Throttle;
 /// # Cancel safety
 /// Nothing is lost when the future is dropped; the connection stays in the listener's queue.
 pub async fn accept(listener: &TcpListener) -> (TcpStream, SocketAddr) {
+    let (stream, peer) = persist(|| listener.accept()).await;
+    (stream, canonical(peer))
+}
+
+/// Repeats `attempt` until it succeeds, at a pace that suits the error.
+async fn persist<T, F: Future<Output = io::Result<T>>>(attempt: impl Fn() -> F) -> T {
     static SCARCE: Throttle = Throttle::new();
     loop {
-        match listener.accept().await {
-            Ok((stream, peer)) => return (stream, canonical(peer)),
+        match attempt().await {
+            Ok(done) => return done,
             Err(error) if concerns_one_connection(&error) => {}
             Err(error) => {
                 if SCARCE.admits() {
@@ -128,12 +134,24 @@ mod tests {
         }
     }
 
-    #[test]
-    fn tells_broken_connections_from_shortage() {
-        let is = |code| concerns_one_connection(&io::Error::from_raw_os_error(code));
-        assert!(is(libc::ECONNABORTED));
-        for shortage in [libc::EMFILE, libc::ENFILE, libc::ENOBUFS, libc::ENOMEM] {
-            assert!(!is(shortage));
-        }
+    /// How long `persist` takes when each of `codes` fails one attempt.
+    async fn time_to_overcome(codes: &[i32]) -> Duration {
+        let before = tokio::time::Instant::now();
+        let failures = std::cell::RefCell::new(codes.iter());
+        persist(|| {
+            let failure = failures.borrow_mut().next();
+            let error = failure.map(|code| io::Error::from_raw_os_error(*code));
+            std::future::ready(error.map_or(Ok(()), Err))
+        })
+        .await;
+        before.elapsed()
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn waits_out_a_shortage_and_passes_over_broken_connections() {
+        let shortages = [libc::EMFILE, libc::ENFILE, libc::ENOBUFS, libc::ENOMEM];
+        assert_eq!(time_to_overcome(&shortages).await, 4 * RETRY);
+        let broken = [libc::ECONNABORTED, libc::EPROTO, libc::EPERM];
+        assert_eq!(time_to_overcome(&broken).await, Duration::ZERO);
     }
 }

@@ -244,8 +244,9 @@ async fn finish(socket: Socket, to: SocketAddr) -> io::Result<TcpStream> {
 }
 
 /// Sockets spent on one connection before it is given up; the later ones look below 10240.
-const MAX_ROUNDS: u32 = 24;
-const PREFERRED_ROUNDS: u32 = 16;
+const MAX_ROUNDS: u32 = 16;
+/// Ports come up again oldest first: when a few are still remembered, the next ones are too.
+const PREFERRED_ROUNDS: u32 = 4;
 /// Ports tried per socket while listeners hold them.
 const MAX_BINDS: u32 = 64;
 
