@@ -14,6 +14,8 @@ mod pool;
 mod server;
 mod stream;
 #[cfg(test)]
+mod testing;
+#[cfg(test)]
 mod tests;
 mod tls;
 mod window;

@@ -162,6 +162,27 @@ pub struct Tunnel {
     pub ping_timeout: Duration,
 }
 
+impl Default for Tunnel {
+    fn default() -> Self {
+        let seconds = Duration::from_secs;
+        Self {
+            stream_window: 4 << 20,
+            connection_window: 16 << 20,
+            frame_size: 1 << 20,
+            pool_max_streams: 100,
+            pool_idle_release: seconds(300),
+            server_max_streams: 200,
+            server_max_header_bytes: 65_536,
+            client_max_header_bytes: 16_384,
+            handshake_timeout: seconds(10),
+            preface_timeout: seconds(10),
+            answer_timeout: seconds(20),
+            ping_interval: seconds(10),
+            ping_timeout: seconds(20),
+        }
+    }
+}
+
 /// TLS parameters of HBONE.
 #[derive(Debug, Clone, Serialize)]
 #[non_exhaustive]

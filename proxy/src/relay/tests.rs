@@ -109,12 +109,16 @@ async fn an_idle_flow_holds_no_buffer() {
     assert!(buffers.kept_bytes() <= 16 << 10, "{buffers:?}");
 }
 
+fn byte(position: usize, seed: usize) -> u8 {
+    u8::try_from((position * 31 + seed) % 251).unwrap()
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn bulk_arrives_whole_both_ways_at_once() {
     const BYTES: usize = 8 << 20;
     let (client, server, _tasks) = relayed(&Buffers::new()).await;
     let run = |socket: TcpStream, seed: usize| async move {
-        let data: Vec<u8> = (0..BYTES).map(|i| ((i * 31 + seed) % 251) as u8).collect();
+        let data: Vec<u8> = (0..BYTES).map(|i| byte(i, seed)).collect();
         let (mut read, mut write) = socket.into_split();
         let sending = async move {
             write.write_all(&data).await.unwrap();
@@ -126,8 +130,8 @@ async fn bulk_arrives_whole_both_ways_at_once() {
     };
     let (at_client, at_server) = tokio::join!(run(client, 1), run(server, 2));
     assert!(at_server.len() == BYTES && at_client.len() == BYTES);
-    assert!((0..BYTES).all(|i| at_server[i] == ((i * 31 + 1) % 251) as u8));
-    assert!((0..BYTES).all(|i| at_client[i] == ((i * 31 + 2) % 251) as u8));
+    assert!((0..BYTES).all(|i| at_server[i] == byte(i, 1)));
+    assert!((0..BYTES).all(|i| at_client[i] == byte(i, 2)));
 }
 
 #[test]

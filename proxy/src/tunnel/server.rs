@@ -184,6 +184,7 @@ where
                         connection.set_target_window_size(size);
                     }
                 }
+                Some(Err(error)) if streams.is_empty() && is_hangup(&error) => break Ok(()),
                 Some(Err(error)) => break Err(error.into()),
                 None => break Ok(()),
             },
@@ -222,6 +223,15 @@ fn target<'a>(method: &Method, uri: &'a Uri) -> Result<&'a str, Malformed> {
         return Err(Malformed::Method(method.clone()));
     }
     Ok(headers::authority(uri)?)
+}
+
+/// The client closed the transport; with no stream open, that is as good as an orderly end.
+fn is_hangup(error: &h2::Error) -> bool {
+    use std::io::ErrorKind::{BrokenPipe, ConnectionReset, NotConnected, UnexpectedEof};
+    let kind = error.get_io().map(std::io::Error::kind);
+    kind.is_some_and(|kind| {
+        [BrokenPipe, ConnectionReset, NotConnected, UnexpectedEof].contains(&kind)
+    })
 }
 
 async fn dead(keepalive: &mut Option<Keepalive>) {

@@ -1,1 +1,266 @@
+//! Both roles over in-memory transports, and against raw peers.
 
+mod raw;
+mod relay;
+
+use std::time::Duration;
+
+use h2::Reason;
+use http::{HeaderValue, Method, StatusCode};
+use tokio::{io::duplex, time::Instant};
+use tokio_util::sync::CancellationToken;
+
+use super::{
+    ConnectError, Incoming, OpenError, Stream,
+    client::handshake,
+    testing::{Tasks, client, connected, echo, finish, put, request, serve_in, soon, take},
+};
+use crate::{config, relay::Fault, telemetry::ResponseFlag};
+
+#[tokio::test]
+async fn bytes_go_both_ways_and_ends_are_separate() {
+    let tasks = Tasks::default();
+    let sender = connected(&tasks, &CancellationToken::new(), echo).await;
+    let mut stream = sender.connect(&request()).await.unwrap().stream;
+    put(&mut stream, "one").await;
+    assert_eq!(take(&mut stream).await.unwrap().unwrap(), "one");
+    put(&mut stream, "two").await;
+    finish(&mut stream).await.unwrap();
+    assert_eq!(take(&mut stream).await.unwrap().unwrap(), "two");
+    assert!(take(&mut stream).await.unwrap().is_none());
+}
+
+#[tokio::test]
+async fn a_request_carries_its_headers_and_the_answer_its_baggage() {
+    let tasks = Tasks::default();
+    let handler = |incoming: Incoming| async move {
+        let connect = &incoming.connect;
+        assert_eq!(connect.authority(), "10.0.0.5:80");
+        let names = connect.headers().keys().map(http::HeaderName::as_str);
+        let mut names: Vec<_> = names.collect();
+        names.sort_unstable();
+        assert_eq!(
+            names,
+            ["baggage", "forwarded", "traceparent", "x-forwarded-network"]
+        );
+        assert_eq!(connect.network(), Some("n1"));
+        assert!(connect.trace().is_none());
+        let baggage = HeaderValue::from_static("service.name=a");
+        let _stream = incoming.responder.accept(Some(baggage)).unwrap();
+    };
+    let sender = connected(&tasks, &CancellationToken::new(), handler).await;
+    let request = request().from_network(HeaderValue::from_static("n1"));
+    let answer = sender.connect(&request).await.unwrap();
+    assert_eq!(answer.headers["baggage"], "service.name=a");
+    assert_eq!(answer.headers.len(), 1);
+}
+
+#[tokio::test]
+async fn every_status_but_200_is_a_refusal() {
+    for status in [204, 301, 400, 401, 403, 503] {
+        let tasks = Tasks::default();
+        let status = StatusCode::from_u16(status).unwrap();
+        let refuse = move |incoming: Incoming| async move { incoming.responder.refuse(status) };
+        let sender = connected(&tasks, &CancellationToken::new(), refuse).await;
+        let error = sender.connect(&request()).await.unwrap_err();
+        assert!(
+            matches!(error, ConnectError::Refused(s) if s == status),
+            "{error}"
+        );
+        assert_eq!(error.to_string(), format!("http status: {status}"));
+        assert_eq!(error.flag(), ResponseFlag::Connect);
+    }
+}
+
+#[tokio::test]
+async fn resets_of_the_peer_end_a_stream_as_their_code_says() {
+    let cases = [
+        (Reason::CANCEL, true),
+        (Reason::NO_ERROR, true),
+        (Reason::STREAM_CLOSED, true),
+        (Reason::CONNECT_ERROR, false),
+        (Reason::INTERNAL_ERROR, false),
+    ];
+    for (reason, graceful) in cases {
+        let tasks = Tasks::default();
+        let (near, far) = duplex(64 << 10);
+        tasks.spawn(async move {
+            let mut server = h2::server::handshake(far).await.unwrap();
+            let (request, mut answer) = server.accept().await.unwrap().unwrap();
+            let answer = answer.send_response(http::Response::new(()), false);
+            let reset = async {
+                // The client speaks once it has the answer, which a reset would overtake.
+                request.into_body().data().await.unwrap().unwrap();
+                answer.unwrap().send_reset(reason);
+                std::future::pending::<()>().await;
+            };
+            tokio::select! {
+                () = reset => {}
+                _ = server.accept() => {}
+            }
+        });
+        let sender = client(&tasks, near).await;
+        let mut stream = soon(sender.connect(&request())).await.unwrap().stream;
+        put(&mut stream, "go").await;
+        let fault = soon(take(&mut stream)).await.unwrap_err();
+        assert_eq!(
+            matches!(fault, Fault::Reset),
+            graceful,
+            "{reason:?}: {fault}"
+        );
+    }
+}
+
+#[tokio::test]
+async fn a_dropped_stream_is_cancelled_and_the_connection_stays() {
+    let tasks = Tasks::default();
+    let (near, far) = duplex(64 << 10);
+    let (seen_tx, mut seen_rx) = tokio::sync::mpsc::channel(2);
+    serve_in(&tasks, far, &CancellationToken::new(), move |incoming| {
+        let seen = seen_tx.clone();
+        async move {
+            let mut stream = incoming.responder.accept(None).unwrap();
+            let end = take(&mut stream).await.map(|_| ()).unwrap_err();
+            seen.send(matches!(end, Fault::Reset)).await.unwrap();
+        }
+    });
+    let sender = client(&tasks, near).await;
+    for _ in 0..2 {
+        drop(soon(sender.connect(&request())).await.unwrap());
+        assert!(soon(seen_rx.recv()).await.unwrap());
+    }
+}
+
+#[tokio::test]
+async fn stalled_streams_do_not_stop_their_neighbour() {
+    let tasks = Tasks::default();
+    let stall = |incoming: Incoming| async move {
+        let stalls = incoming.connect.authority().ends_with(":1");
+        if stalls {
+            let _held = incoming.responder.accept(None).unwrap();
+            std::future::pending::<()>().await;
+        } else {
+            echo(incoming).await;
+        }
+    };
+    let sender = connected(&tasks, &CancellationToken::new(), stall).await;
+    let value = HeaderValue::from_static("");
+    let stalling = super::Request::new("10.0.0.5:1", value.clone(), value.clone(), value).unwrap();
+    let mut held = Vec::new();
+    for _ in 0..12 {
+        let mut stream = soon(sender.connect(&stalling)).await.unwrap().stream;
+        // More than the stream window, so that it is used up.
+        let block = bytes::Bytes::from(vec![0; 64 << 10]);
+        let fill = async {
+            for _ in 0..100 {
+                put(&mut stream, block.clone()).await;
+            }
+        };
+        let stalled = tokio::time::timeout(Duration::from_millis(300), fill).await;
+        assert!(stalled.is_err(), "the window holds it back");
+        held.push(stream);
+    }
+    let mut stream = soon(sender.connect(&request())).await.unwrap().stream;
+    for _ in 0..64 {
+        put(&mut stream, vec![7; 32 << 10]).await;
+        let mut got = 0;
+        while got < 32 << 10 {
+            got += soon(take(&mut stream)).await.unwrap().unwrap().len();
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_drain_lets_open_streams_finish_and_takes_no_more() {
+    let tasks = Tasks::default();
+    let stop = CancellationToken::new();
+    let sender = connected(&tasks, &stop, echo).await;
+    let mut stream = sender.connect(&request()).await.unwrap().stream;
+    put(&mut stream, "before").await;
+    assert_eq!(take(&mut stream).await.unwrap().unwrap(), "before");
+    stop.cancel();
+    let refused = async {
+        while sender.connect(&request()).await.is_ok() {
+            tokio::task::yield_now().await;
+        }
+    };
+    soon(refused).await;
+    put(&mut stream, "after").await;
+    finish(&mut stream).await.unwrap();
+    assert_eq!(soon(take(&mut stream)).await.unwrap().unwrap(), "after");
+    assert!(soon(take(&mut stream)).await.unwrap().is_none());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_silent_server_ends_the_wait_for_settings_and_for_an_answer() {
+    let (near, _far) = duplex(64 << 10);
+    let config = config::Tunnel::default();
+    let error = handshake(near, &config).await.unwrap_err();
+    assert!(matches!(error, OpenError::SettingsTimeout(_)));
+    assert!(error.to_string().starts_with("http2 handshake failed:"));
+
+    let tasks = Tasks::default();
+    let forever = |incoming: Incoming| async move {
+        let _held = incoming;
+        std::future::pending::<()>().await;
+    };
+    let sender = connected(&tasks, &CancellationToken::new(), forever).await;
+    let start = Instant::now();
+    let error = sender.connect(&request()).await.unwrap_err();
+    assert!(matches!(error, ConnectError::AnswerTimeout(_)), "{error}");
+    assert!(error.to_string().starts_with("h2 failed:"));
+    assert_eq!(start.elapsed().as_secs(), config.answer_timeout.as_secs());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_client_that_gives_up_is_noticed_before_the_answer() {
+    let tasks = Tasks::default();
+    let (gone_tx, mut gone_rx) = tokio::sync::mpsc::channel(1);
+    let wait = move |mut incoming: Incoming| {
+        let gone = gone_tx.clone();
+        async move {
+            incoming.responder.gone().await;
+            gone.send(()).await.unwrap();
+        }
+    };
+    let sender = connected(&tasks, &CancellationToken::new(), wait).await;
+    let request = request();
+    let asking = tokio::time::timeout(Duration::from_secs(1), sender.connect(&request));
+    asking.await.unwrap_err();
+    soon(gone_rx.recv()).await.unwrap();
+}
+
+#[tokio::test]
+async fn methods_and_authorities_are_checked_and_the_connection_stays() {
+    let tasks = Tasks::default();
+    let (near, far) = duplex(64 << 10);
+    serve_in(&tasks, far, &CancellationToken::new(), echo);
+    let (mut send, connection) = h2::client::handshake(near).await.unwrap();
+    tasks.spawn(async move { drop(connection.await) });
+    let mut status = async |method: Method, uri: &str| {
+        let request = http::Request::builder().method(method).uri(uri);
+        send = send.clone().ready().await.unwrap();
+        let (answer, _stream) = send.send_request(request.body(()).unwrap(), false).unwrap();
+        let answer = soon(answer).await.unwrap();
+        (
+            answer.status().as_u16(),
+            answer.headers().len(),
+            answer.body().is_end_stream(),
+        )
+    };
+    assert_eq!(status(Method::GET, "http://a/").await, (400, 0, true));
+    assert_eq!(status(Method::CONNECT, "10.0.0.5").await, (400, 0, true));
+    assert_eq!(
+        status(Method::CONNECT, "10.0.0.5:99999").await,
+        (400, 0, true)
+    );
+    assert_eq!(
+        status(Method::CONNECT, "10.0.0.5:80").await,
+        (200, 0, false)
+    );
+}
+
+#[test]
+fn a_stream_is_small() {
+    assert!(size_of::<Stream>() <= 96, "{}", size_of::<Stream>());
+}

@@ -1,0 +1,174 @@
+//! Against peers that speak in bytes.
+
+use std::time::Duration;
+
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt, DuplexStream, duplex},
+    time::Instant,
+};
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    config,
+    tunnel::{
+        ServeError,
+        client::handshake,
+        serve,
+        testing::{Tasks, client, echo, request, serve_in, soon},
+    },
+};
+
+const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+const EMPTY_SETTINGS: &[u8] = &[0, 0, 0, 4, 0, 0, 0, 0, 0];
+
+const RST_STREAM: u8 = 3;
+const SETTINGS: u8 = 4;
+const PING: u8 = 6;
+const GOAWAY: u8 = 7;
+const WINDOW_UPDATE: u8 = 8;
+
+struct Frame {
+    kind: u8,
+    flags: u8,
+    stream: u32,
+    payload: Vec<u8>,
+}
+
+async fn frame(io: &mut DuplexStream) -> Frame {
+    let mut head = [0; 9];
+    soon(io.read_exact(&mut head)).await.unwrap();
+    let length = u32::from_be_bytes([0, head[0], head[1], head[2]]) as usize;
+    let mut payload = vec![0; length];
+    io.read_exact(&mut payload).await.unwrap();
+    Frame {
+        kind: head[3],
+        flags: head[4],
+        stream: u32::from_be_bytes([head[5], head[6], head[7], head[8]]),
+        payload,
+    }
+}
+
+/// The next frame of `kind`.
+async fn next(io: &mut DuplexStream, kind: u8) -> Frame {
+    loop {
+        let frame = frame(io).await;
+        if frame.kind == kind {
+            return frame;
+        }
+    }
+}
+
+fn settings(frame: &Frame) -> Vec<(u16, u32)> {
+    let pair = |chunk: &[u8]| {
+        let value = u32::from_be_bytes([chunk[2], chunk[3], chunk[4], chunk[5]]);
+        (u16::from_be_bytes([chunk[0], chunk[1]]), value)
+    };
+    let mut all: Vec<_> = frame.payload.chunks(6).map(pair).collect();
+    all.sort_unstable();
+    all
+}
+
+#[tokio::test]
+async fn a_server_announces_the_agreed_settings_and_window() {
+    let tasks = Tasks::default();
+    let (mut peer, far) = duplex(64 << 10);
+    serve_in(&tasks, far, &CancellationToken::new(), echo);
+    peer.write_all(&[PREFACE, EMPTY_SETTINGS].concat())
+        .await
+        .unwrap();
+    let first = frame(&mut peer).await;
+    assert_eq!((first.kind, first.flags, first.stream), (SETTINGS, 0, 0));
+    let expected = [(3, 200), (4, 4_194_304), (5, 1_048_576), (6, 65_536)];
+    assert_eq!(settings(&first), expected);
+    let window = next(&mut peer, WINDOW_UPDATE).await;
+    assert_eq!(
+        (window.stream, window.payload),
+        (0, 16_711_681_u32.to_be_bytes().to_vec())
+    );
+}
+
+#[tokio::test]
+async fn a_client_announces_the_agreed_settings_and_window() {
+    let tasks = Tasks::default();
+    let (mut peer, near) = duplex(64 << 10);
+    tasks.spawn(async move {
+        let _ = handshake(near, &config::Tunnel::default()).await;
+    });
+    let mut preface = [0; 24];
+    soon(peer.read_exact(&mut preface)).await.unwrap();
+    assert_eq!(preface, PREFACE);
+    let first = frame(&mut peer).await;
+    assert_eq!((first.kind, first.flags), (SETTINGS, 0));
+    let expected = [(2, 0), (4, 4_194_304), (5, 1_048_576), (6, 16_384)];
+    assert_eq!(settings(&first), expected);
+    let window = next(&mut peer, WINDOW_UPDATE).await;
+    assert_eq!(
+        (window.stream, window.payload),
+        (0, 16_711_681_u32.to_be_bytes().to_vec())
+    );
+}
+
+#[tokio::test]
+async fn connect_with_a_scheme_is_a_stream_error() {
+    let tasks = Tasks::default();
+    let (mut peer, far) = duplex(64 << 10);
+    serve_in(&tasks, far, &CancellationToken::new(), echo);
+    peer.write_all(&[PREFACE, EMPTY_SETTINGS].concat())
+        .await
+        .unwrap();
+    // :method CONNECT, :scheme http, :authority a:1; END_HEADERS
+    let block = b"\x02\x07CONNECT\x86\x01\x03a:1";
+    let length = u8::try_from(block.len()).unwrap();
+    let head = [0, 0, length, 1, 4, 0, 0, 0, 1];
+    peer.write_all(&[&head, &block[..]].concat()).await.unwrap();
+    let reset = next(&mut peer, RST_STREAM).await;
+    assert_eq!(
+        (reset.stream, reset.payload),
+        (1, vec![0, 0, 0, 1]),
+        "PROTOCOL_ERROR"
+    );
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_client_without_preface_is_let_go() {
+    let (_peer, far) = duplex(64 << 10);
+    let config = config::Tunnel::default();
+    let end = serve(far, &config, CancellationToken::new(), echo).await;
+    assert!(matches!(end, Err(ServeError::PrefaceTimeout(_))));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_client_that_stops_answering_pings_gets_goaway() {
+    let tasks = Tasks::default();
+    let (mut peer, far) = duplex(64 << 10);
+    serve_in(&tasks, far, &CancellationToken::new(), echo);
+    peer.write_all(&[PREFACE, EMPTY_SETTINGS].concat())
+        .await
+        .unwrap();
+    let start = Instant::now();
+    let ping = next(&mut peer, PING).await;
+    assert_eq!((ping.flags, start.elapsed().as_secs()), (0, 10));
+    let goaway = next(&mut peer, GOAWAY).await;
+    assert_eq!(goaway.payload[4..8], [0; 4], "NO_ERROR");
+    assert_eq!(start.elapsed().as_secs(), 30);
+    assert_eq!(soon(peer.read(&mut [0; 9])).await.unwrap(), 0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_server_that_stops_answering_pings_loses_its_streams() {
+    let tasks = Tasks::default();
+    let (near, mut peer) = duplex(64 << 10);
+    peer.write_all(EMPTY_SETTINGS).await.unwrap();
+    let sender = client(&tasks, near).await;
+    let start = Instant::now();
+    let config = config::Tunnel::default();
+    assert!(config.answer_timeout > Duration::from_secs(1));
+    let error = loop {
+        // Asked again and again, since the answer has a limit of its own.
+        let error = sender.connect(&request()).await.unwrap_err();
+        if start.elapsed() >= Duration::from_secs(30) {
+            break error;
+        }
+    };
+    assert_eq!(start.elapsed().as_secs(), 30, "{error}");
+}
