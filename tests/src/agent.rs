@@ -57,12 +57,13 @@ impl Agent {
     /// When hello is late, truncated or garbage.
     pub async fn accept(&mut self) -> anyhow::Result<Session> {
         let socket = self.listener.accept().await?;
-        let session = Session { socket };
-        let hello = session.receive(ANSWER_LIMIT).await.context("hello")?;
-        ensure!(
-            ZdsHello::decode(hello.as_slice())?.version == 1,
-            "hello {hello:02x?}"
-        );
+        let mut session = Session {
+            hello: Vec::new(),
+            socket,
+        };
+        session.hello = session.receive(ANSWER_LIMIT).await.context("hello")?;
+        let version = ZdsHello::decode(session.hello.as_slice())?.version;
+        ensure!(version == 1, "hello {:02x?}", session.hello);
         Ok(session)
     }
 }
@@ -76,6 +77,8 @@ impl Drop for Agent {
 /// One connected proxy.
 #[derive(Debug)]
 pub struct Session {
+    /// The first packet, as it came.
+    pub hello: Vec<u8>,
     socket: UnixSeqpacket,
 }
 

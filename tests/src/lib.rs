@@ -31,6 +31,7 @@ pub mod metrics;
 pub mod proxy;
 pub mod raw;
 pub mod redirect;
+pub mod stage;
 pub mod sys;
 pub mod traffic;
 pub mod wait;

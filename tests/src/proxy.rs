@@ -24,7 +24,7 @@ use crate::{
     http,
     logs::Log,
     metrics::Metrics,
-    sys::Running,
+    sys::{Netns, Running},
     wait,
     world::{Node, World},
 };
@@ -40,7 +40,7 @@ pub const ADMIN_PORT: u16 = 15000;
 #[derive(Debug, Clone)]
 pub struct ProxyOptions {
     env: BTreeMap<String, String>,
-    nofile: Option<(u64, u64)>,
+    wrapper: Vec<String>,
     arguments: Vec<String>,
     binary: Option<PathBuf>,
 }
@@ -69,7 +69,7 @@ impl ProxyOptions {
                 .into_iter()
                 .map(|(key, value)| (key.to_owned(), value))
                 .collect(),
-            nofile: None,
+            wrapper: Vec::new(),
             arguments: vec!["proxy".to_owned(), "ztunnel".to_owned()],
             binary: None,
         }
@@ -104,10 +104,14 @@ impl ProxyOptions {
     /// Sets soft and hard limit of descriptors.
     #[must_use]
     pub fn nofile(self, soft: u64, hard: u64) -> Self {
-        Self {
-            nofile: Some((soft, hard)),
-            ..self
-        }
+        self.wrapped(&["prlimit", &format!("--nofile={soft}:{hard}")])
+    }
+
+    /// Starts it by another program, which is given the command line as its last arguments and executes it.
+    #[must_use]
+    pub fn wrapped(self, program: &[&str]) -> Self {
+        let wrapper = program.iter().map(|word| (*word).to_owned()).collect();
+        Self { wrapper, ..self }
     }
 
     /// Runs another binary, such as a release build.
@@ -137,12 +141,12 @@ impl ProxyOptions {
     /// When there is no binary and none can be built.
     pub fn command(&self) -> anyhow::Result<Command> {
         let binary = self.binary.clone().map_or_else(binary, Ok)?;
-        let mut command = match self.nofile {
-            None => Command::new(binary),
-            Some((soft, hard)) => {
-                let mut limited = Command::new("prlimit");
-                limited.arg(format!("--nofile={soft}:{hard}")).arg(binary);
-                limited
+        let mut command = match self.wrapper.as_slice() {
+            [] => Command::new(binary),
+            [program, words @ ..] => {
+                let mut wrapped = Command::new(program);
+                wrapped.args(words).arg(binary);
+                wrapped
             }
         };
         command.args(&self.arguments).env_clear().envs(&self.env);
@@ -161,14 +165,24 @@ impl ProxyOptions {
     /// # Errors
     /// When it cannot be started.
     pub fn start<'a>(&self, node: &'a Node) -> anyhow::Result<Proxy<'a>> {
-        let mut running = node.proxy_netns().spawn(self.command()?)?;
+        self.start_in(node.proxy_netns(), node.name())
+    }
+
+    /// Starts the proxy in any namespace; `label` names it in the output of a failed test.
+    ///
+    /// # Errors
+    /// When it cannot be started.
+    pub fn start_in<'a>(&self, netns: &'a Netns, label: &str) -> anyhow::Result<Proxy<'a>> {
+        let mut running = netns.spawn(self.command()?)?;
         let (log, mut readers) = (Log::default(), JoinSet::new());
         let (stdout, stderr) = (running.child.stdout.take(), running.child.stderr.take());
         readers.spawn(copy_lines(stdout.context("stdout")?, log.clone()));
         readers.spawn(copy_lines(stderr.context("stderr")?, log.clone()));
         let pid = running.child.id().context("it ended at once")?;
+        let label = label.to_owned();
         Ok(Proxy {
-            node,
+            netns,
+            label,
             running,
             pid,
             log,
@@ -187,7 +201,8 @@ async fn copy_lines(stream: impl AsyncRead + Unpin, log: Log) {
 /// A running proxy. Dropping it kills it; a panicking test prints the end of its log.
 #[derive(Debug)]
 pub struct Proxy<'a> {
-    node: &'a Node,
+    netns: &'a Netns,
+    label: String,
     running: Running,
     pid: u32,
     log: Log,
@@ -213,7 +228,7 @@ impl Proxy<'_> {
     /// When there is no answer.
     pub async fn get(&self, port: u16, path: &str) -> anyhow::Result<http::Answer> {
         let server = SocketAddr::new(Ipv4Addr::LOCALHOST.into(), port);
-        http::request(self.node.proxy_netns(), server, &format!("GET {path}"), &[]).await
+        http::request(self.netns, server, &format!("GET {path}"), &[]).await
     }
 
     /// Whether it says that it is ready; a server that does not answer is not.
@@ -342,7 +357,7 @@ impl Drop for Proxy<'_> {
         if std::thread::panicking() {
             eprintln!(
                 "--- log of the proxy on {}\n{}",
-                self.node.name(),
+                self.label,
                 self.log.tail(60)
             );
         }

@@ -188,6 +188,16 @@ impl Node {
         }))
     }
 
+    /// Another namespace for a second proxy on this node, as during an upgrade.
+    ///
+    /// # Errors
+    /// When `ip` fails.
+    pub fn second_proxy_netns(&self) -> anyhow::Result<Netns> {
+        let netns = Netns::new()?;
+        self.attach(&netns, self.next_host.fetch_add(1, Ordering::Relaxed))?;
+        Ok(netns)
+    }
+
     /// Joins a namespace to the bridge with address `host` of the node's range.
     fn attach(&self, netns: &Netns, host: u8) -> anyhow::Result<(Ipv4Addr, Ipv6Addr)> {
         let (index, port) = (self.index, self.next_port.fetch_add(1, Ordering::Relaxed));

@@ -340,6 +340,14 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Wire<S> {
     /// # Errors
     /// When the connection ends or nothing comes within ten seconds.
     pub async fn next(&mut self) -> io::Result<Frame> {
+        self.next_within(SOON).await
+    }
+
+    /// As [`Wire::next`], with another limit.
+    ///
+    /// # Errors
+    /// As [`Wire::next`].
+    pub async fn next_within(&mut self, limit: Duration) -> io::Result<Frame> {
         let read = async {
             let mut head = [0; 9];
             self.stream.read_exact(&mut head).await?;
@@ -349,7 +357,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Wire<S> {
             self.stream.read_exact(&mut frame.payload).await?;
             Ok(frame)
         };
-        tokio::time::timeout(SOON, read).await?
+        tokio::time::timeout(limit, read).await?
     }
 
     /// Reads until a frame fits.

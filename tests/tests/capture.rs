@@ -1,0 +1,358 @@
+//! Redirected traffic on its way through the proxy: who sees which address, and what stays untouched.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    reason = "test code: a panic is a failed test"
+)]
+
+use std::{
+    net::{IpAddr, Ipv4Addr, SocketAddr},
+    sync::Arc,
+    time::Duration,
+};
+
+use testkit::{
+    Cluster, Mesh, Pod, PodSpec, Redirect, World,
+    traffic::{self, Behaviour},
+    wait,
+};
+use tokio::net::TcpStream;
+
+struct Pods {
+    web: Arc<Pod>,
+    api: Arc<Pod>,
+    outside: Arc<Pod>,
+}
+
+/// `web` on one node, `api` on the other, and a pod outside the mesh.
+fn pods(world: &World) -> Pods {
+    Pods {
+        web: world.node(0).pod(&PodSpec::captured("web")).unwrap(),
+        api: world.node(1).pod(&PodSpec::captured("api")).unwrap(),
+        outside: world.node(0).pod(&PodSpec::plain("outside")).unwrap(),
+    }
+}
+
+#[tokio::test]
+async fn applications_see_their_real_client_and_logs_the_real_destination() {
+    let world = World::new(2).unwrap();
+    let Pods { web, api, outside } = pods(&world);
+    let mesh = Mesh::of(&[&web, &api]);
+    let cluster = Cluster::start(&world, &mesh, &[&web, &api]).await.unwrap();
+    let (app, other) = (
+        api.serve(8080, Behaviour::Whoami).unwrap(),
+        outside.serve(7000, Behaviour::Whoami).unwrap(),
+    );
+
+    for (to, client) in [(other.address, web.ip4()), (other.address6, web.ip6())] {
+        assert_eq!(web.seen_as(to).await.unwrap().ip(), client, "passthrough");
+        let out = cluster
+            .proxy(0)
+            .log()
+            .wait("passthrough", |line| {
+                line.field("dst.addr") == to.to_string()
+            })
+            .await;
+        assert_eq!(out.field("direction"), "outbound");
+    }
+    for (to, client) in [(app.address, outside.ip4()), (app.address6, outside.ip6())] {
+        assert_eq!(
+            outside.seen_as(to).await.unwrap().ip(),
+            client,
+            "plaintext inbound"
+        );
+        let log = cluster.proxy(1).log();
+        let inbound = log.wait("plaintext inbound", |line| {
+            line.is_access("connection complete") && line.field("dst.addr") == to.to_string()
+        });
+        assert_eq!(inbound.await.field("direction"), "inbound");
+    }
+    for (to, client) in [(app.address, web.ip4()), (app.address6, web.ip6())] {
+        assert_eq!(web.seen_as(to).await.unwrap().ip(), client, "HBONE");
+        let log = cluster.proxy(0).log();
+        let out = log.wait("HBONE", |line| {
+            line.field("dst.hbone_addr") == to.to_string()
+        });
+        assert_eq!(
+            out.await.field("dst.addr"),
+            SocketAddr::new(to.ip(), 15008).to_string()
+        );
+    }
+    marks_are_on_every_socket(&api, cluster.proxy(1).pid());
+}
+
+/// Every socket that the proxy has in the pod carries its mark.
+fn marks_are_on_every_socket(pod: &Pod, pid: u32) {
+    let table = pod
+        .netns()
+        .command("ss", &["-H", "-t", "-a", "-n", "-p", "-e"], "")
+        .unwrap();
+    let owner = format!("pid={pid},");
+    let sockets: Vec<&str> = table.lines().filter(|line| line.contains(&owner)).collect();
+    assert!(sockets.len() >= 3, "{table}");
+    for socket in sockets {
+        assert!(socket.contains("fwmark:0x539"), "{socket}");
+    }
+}
+
+#[tokio::test]
+async fn probes_loopback_and_the_own_address_never_meet_the_proxy() {
+    let world = World::new(2).unwrap();
+    let Pods { web, api, .. } = pods(&world);
+    let cluster = Cluster::start(&world, &Mesh::of(&[&web, &api]), &[&web, &api])
+        .await
+        .unwrap();
+    let app = api.serve(8080, Behaviour::Whoami).unwrap();
+    let mark = cluster.proxy(1).log().mark();
+
+    let node = world.node(1).netns();
+    node.command(
+        "ip",
+        &["addr", "add", "169.254.7.127/32", "dev", "pods"],
+        "",
+    )
+    .unwrap();
+    let probe: SocketAddr = "169.254.7.127:40123".parse().unwrap();
+    let mut stream = traffic::connect_from(node, probe, app.address)
+        .await
+        .unwrap();
+    assert_eq!(
+        traffic::exchange(&mut stream, b"").await.unwrap(),
+        b"169.254.7.127:40123\n"
+    );
+    let loopback: IpAddr = Ipv4Addr::LOCALHOST.into();
+    assert_eq!(
+        api.seen_as(SocketAddr::new(loopback, 8080))
+            .await
+            .unwrap()
+            .ip(),
+        loopback
+    );
+    assert_eq!(api.seen_as(app.address).await.unwrap().ip(), api.ip4());
+    assert_eq!(api.seen_as(app.address6).await.unwrap().ip(), api.ip6());
+
+    // A connection that the proxy does see marks the end of those that it must not.
+    web.seen_as(app.address).await.unwrap();
+    let log = cluster.proxy(1).log();
+    log.wait_from(mark, "the last one", |line| {
+        line.is_access("connection complete")
+    })
+    .await;
+    let lines = log.since(mark, |line| {
+        line.scope == "access" && !line.field("src.addr").starts_with(&web.ip4().to_string())
+    });
+    assert!(lines.is_empty(), "{lines:?}");
+}
+
+#[tokio::test]
+async fn a_pod_reaches_itself_through_its_service() {
+    let world = World::new(2).unwrap();
+    let Pods { web, api, .. } = pods(&world);
+    let mut mesh = Mesh::of(&[&web, &api]);
+    let vip = "10.96.0.7".parse().unwrap();
+    mesh.service("api", vip, &[(80, 8080)], &[&api]);
+    let _cluster = Cluster::start(&world, &mesh, &[&web, &api]).await.unwrap();
+    let _app = api.serve(8080, Behaviour::Whoami).unwrap();
+    assert_eq!(
+        api.seen_as(SocketAddr::new(vip, 80)).await.unwrap().ip(),
+        api.ip4()
+    );
+    assert_eq!(
+        web.seen_as(SocketAddr::new(vip, 80)).await.unwrap().ip(),
+        web.ip4()
+    );
+}
+
+#[tokio::test]
+async fn the_ports_of_the_proxy_are_no_way_into_itself() {
+    let world = World::new(2).unwrap();
+    let Pods { web, api, outside } = pods(&world);
+    let cluster = Cluster::start(&world, &Mesh::of(&[&web, &api]), &[&web, &api])
+        .await
+        .unwrap();
+    for port in [15001, 15006] {
+        let mut stream = outside.connect(api.at(port)).await.unwrap();
+        traffic::closed(&mut stream, wait::SOON).await.unwrap();
+        let denied = cluster.proxy(1).log().wait("a denial line", |line| {
+            line.is_access("connection failed")
+                && line.field("dst.addr") == api.at(port).to_string()
+        });
+        assert!(
+            denied
+                .await
+                .field("error")
+                .contains("attempted recursive call to ourselves")
+        );
+    }
+    let to = SocketAddr::new(Ipv4Addr::LOCALHOST.into(), 15001);
+    let mut stream = web.connect(to).await.unwrap();
+    traffic::closed(&mut stream, wait::SOON).await.unwrap();
+    let denied = cluster
+        .proxy(0)
+        .log()
+        .wait("a denial line", |line| line.is_access("connection failed"))
+        .await;
+    assert!(
+        denied
+            .field("error")
+            .contains("attempted recursive call to ourselves"),
+        "{}",
+        denied.raw
+    );
+    assert_eq!(
+        cluster
+            .proxy(0)
+            .metrics()
+            .await
+            .unwrap()
+            .sum("istio_tcp_connections_opened_total", &[]),
+        0.0
+    );
+}
+
+#[tokio::test]
+async fn an_ingress_pod_takes_plaintext_directly_and_hbone_through_the_proxy() {
+    let world = World::new(2).unwrap();
+    let web = world.node(0).pod(&PodSpec::captured("web")).unwrap();
+    let outside = world.node(0).pod(&PodSpec::plain("outside")).unwrap();
+    let ingress = world
+        .node(1)
+        .pod(&PodSpec::captured("ingress").redirect(Redirect::ingress()))
+        .unwrap();
+    let cluster = Cluster::start(&world, &Mesh::of(&[&web, &ingress]), &[&web, &ingress])
+        .await
+        .unwrap();
+    let app = ingress.serve(8080, Behaviour::Whoami).unwrap();
+    let other = web.serve(8080, Behaviour::Whoami).unwrap();
+    assert_eq!(
+        outside.seen_as(app.address).await.unwrap().ip(),
+        outside.ip4()
+    );
+    assert_eq!(web.seen_as(app.address).await.unwrap().ip(), web.ip4());
+    assert_eq!(
+        ingress.seen_as(other.address).await.unwrap().ip(),
+        ingress.ip4()
+    );
+    let log = cluster.proxy(1).log();
+    for direction in ["inbound", "outbound"] {
+        log.wait(direction, |line| {
+            line.field("direction") == direction && line.is_access("connection complete")
+        })
+        .await;
+    }
+    let inbound = log.since(0, |line| {
+        line.is_access("connection complete") && line.field("direction") == "inbound"
+    });
+    assert_eq!(inbound.len(), 1, "plaintext did not pass the proxy");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn upstream_ports_never_collide_with_captured_clients() {
+    let world = World::new(1).unwrap();
+    let node = world.node(0);
+    let api = node.pod(&PodSpec::captured("api")).unwrap();
+    let client = node.pod(&PodSpec::plain("client")).unwrap();
+    let _cluster = Cluster::start(&world, &Mesh::of(&[&api]), &[&api])
+        .await
+        .unwrap();
+    let app = api.serve(8080, Behaviour::Whoami).unwrap();
+    // Few ports, so that any scheme which draws from the range of the clients meets them soon.
+    api.netns()
+        .sysctl("ipv4/ip_local_port_range", "40000 40399")
+        .unwrap();
+    let mut held = Vec::new();
+    for port in 40_000..40_200 {
+        held.push(greeted(&client, port, app.address).await);
+    }
+    for port in 40_200..40_400 {
+        drop(greeted(&client, port, app.address).await);
+    }
+    for stream in &mut held {
+        traffic::ping(stream, b"never reset").await.unwrap();
+    }
+    assert_eq!(app.peers().len(), 400);
+    assert!(
+        app.peers().iter().all(|peer| peer.ip() == client.ip4()),
+        "the application saw another client"
+    );
+}
+
+/// Connects from a chosen port and reads the greeting, so that the upstream exists.
+async fn greeted(client: &Pod, port: u16, to: SocketAddr) -> TcpStream {
+    let connecting = client.connect_from(client.at(port), to);
+    let mut stream = wait::soon("connect", connecting)
+        .await
+        .unwrap_or_else(|error| panic!("port {port}: {error}"));
+    let mut greeting = [0; 64];
+    let reading = tokio::io::AsyncReadExt::read(&mut stream, &mut greeting);
+    assert!(
+        wait::soon("greeting", reading).await.unwrap() > 0,
+        "port {port}: closed"
+    );
+    stream
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn more_connections_than_ephemeral_ports_keep_the_address_of_the_client() {
+    let world = World::new(1).unwrap();
+    let node = world.node(0);
+    let api = node.pod(&PodSpec::captured("api")).unwrap();
+    let client = node.pod(&PodSpec::plain("client")).unwrap();
+    let _cluster = Cluster::start(&world, &Mesh::of(&[&api]), &[&api])
+        .await
+        .unwrap();
+    let app = api.serve(8080, Behaviour::Whoami).unwrap();
+    api.netns()
+        .sysctl("ipv4/ip_local_port_range", "50000 50063")
+        .unwrap();
+    let mut held = Vec::new();
+    for _ in 0..300 {
+        held.push(client.connect(app.address).await.unwrap());
+    }
+    wait::until(wait::SOON, "all reach the application", async || {
+        (app.peers().len() == 300).then_some(())
+    })
+    .await;
+    assert!(app.peers().iter().all(|peer| peer.ip() == client.ip4()));
+    for stream in &mut held {
+        stream.readable().await.unwrap();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn bulk_passes_unchanged_in_both_directions_and_unreadable_on_the_link() {
+    let world = World::new(2).unwrap();
+    let Pods { web, api, .. } = pods(&world);
+    let _cluster = Cluster::start(&world, &Mesh::of(&[&web, &api]), &[&web, &api])
+        .await
+        .unwrap();
+    let (sink, source) = (
+        api.serve(8080, Behaviour::Sink).unwrap(),
+        api.serve(8081, Behaviour::Source(3 << 20)).unwrap(),
+    );
+    let wire = testkit::Capture::start(world.link()).unwrap();
+    let mut bytes = traffic::pattern(6 << 20);
+    for chunk in bytes.chunks_mut(1000) {
+        let end = chunk.len().min(6);
+        chunk[..end].copy_from_slice(&b"secret"[..end]);
+    }
+    assert_eq!(
+        web.ask(sink.address, &bytes).await.unwrap(),
+        traffic::receipt(&bytes)
+    );
+    assert!(web.ask(source.address6, b"").await.unwrap() == traffic::pattern(3 << 20));
+    let seen = async || (wire.bytes_to_port(15008) > 1 << 20).then_some(());
+    wait::until(
+        Duration::from_secs(5),
+        "the tunnel is seen on the link",
+        seen,
+    )
+    .await;
+    assert!(!wire.can_read(b"secret"));
+    assert!(
+        wire.packets(|packet| packet.to == sink.address).is_empty(),
+        "plain TCP left the node"
+    );
+}

@@ -1,0 +1,501 @@
+//! The wire protocol, as a foreign server sees the proxy's outbound side.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    reason = "test code: a panic is a failed test"
+)]
+
+use std::{collections::BTreeMap, net::SocketAddr, sync::Arc, time::Duration};
+
+use http::StatusCode;
+use testkit::{
+    Authority, Cluster, Identity, Mesh, Pod, PodSpec, World,
+    raw::{RawServer, ServerConnection, frames::setting},
+    traffic::{self, End},
+    wait,
+};
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    net::TcpStream,
+    task::JoinSet,
+};
+
+/// `web` is captured; `peer` claims to speak HBONE and is served by the test.
+struct Foreign {
+    world: World,
+    web: Arc<Pod>,
+    peer: Arc<Pod>,
+}
+
+impl Foreign {
+    fn new() -> Self {
+        let world = World::new(1).unwrap();
+        let web = world.node(0).pod(&PodSpec::captured("web")).unwrap();
+        let peer = world.node(0).pod(&PodSpec::plain("peer")).unwrap();
+        Self { world, web, peer }
+    }
+
+    fn mesh(&self) -> Mesh {
+        let mut mesh = Mesh::of(&[&self.web]);
+        mesh.pod(&self.peer).protocol = "HBONE".to_owned();
+        mesh
+    }
+
+    async fn cluster(&self) -> Cluster<'_> {
+        Cluster::start(&self.world, &self.mesh(), &[&self.web])
+            .await
+            .unwrap()
+    }
+
+    fn server(&self) -> RawServer {
+        let identity = self
+            .world
+            .authority()
+            .issue(&self.peer.spiffe_id())
+            .unwrap();
+        self.server_as(&identity)
+    }
+
+    fn server_as(&self, identity: &Identity) -> RawServer {
+        RawServer::listen(&self.peer, identity, self.world.authority().root()).unwrap()
+    }
+
+    /// An application connection of `web` to `peer`.
+    async fn call(&self) -> TcpStream {
+        self.web.connect(self.peer.at(8080)).await.unwrap()
+    }
+}
+
+/// Answers every request by an echo, until the connection ends.
+fn echo_all(mut connection: ServerConnection) -> JoinSet<()> {
+    let mut tasks = JoinSet::new();
+    tasks.spawn(async move {
+        let mut streams = JoinSet::new();
+        loop {
+            match connection.next().await {
+                Ok(incoming) => {
+                    streams.spawn(incoming.echo());
+                }
+                Err(_) => std::future::pending().await,
+            }
+        }
+    });
+    tasks
+}
+
+#[tokio::test]
+async fn the_client_announces_its_limits() {
+    let foreign = Foreign::new();
+    let _cluster = foreign.cluster().await;
+    let server = foreign.server();
+    let (_call, connection) = tokio::join!(foreign.call(), server.accept());
+    let connection = connection.unwrap();
+    let settings = connection
+        .frames
+        .wait("SETTINGS", |frame| frame.is_settings())
+        .await;
+    let expected = [
+        (setting::ENABLE_PUSH, Some(0)),
+        (setting::MAX_CONCURRENT_STREAMS, None),
+        (setting::INITIAL_WINDOW_SIZE, Some(4 << 20)),
+        (setting::MAX_FRAME_SIZE, Some(1 << 20)),
+        (setting::MAX_HEADER_LIST_SIZE, Some(16_384)),
+    ];
+    for (id, value) in expected {
+        assert_eq!(settings.setting(id), value, "setting {id}");
+    }
+    let window = connection
+        .frames
+        .wait("WINDOW_UPDATE", |frame| {
+            frame.stream == 0 && frame.increment().is_some()
+        })
+        .await;
+    assert_eq!(window.increment(), Some(16_711_681));
+}
+
+#[tokio::test]
+async fn the_request_has_the_form_that_peers_expect() {
+    let foreign = Foreign::new();
+    let _cluster = foreign.cluster().await;
+    let server = foreign.server();
+    let (mut call, connection) = tokio::join!(foreign.call(), server.accept());
+    let mut connection = connection.unwrap();
+    assert_eq!(connection.client_id, Some(foreign.web.spiffe_id()));
+    assert_eq!(connection.peer.ip(), foreign.web.ip4());
+    let incoming = connection.next().await.unwrap();
+    assert_eq!(incoming.request.method(), http::Method::CONNECT);
+    assert_eq!(incoming.authority(), foreign.peer.at(8080).to_string());
+    assert_eq!(
+        incoming.header("forwarded"),
+        format!("for=\"{}\"", call.local_addr().unwrap())
+    );
+    assert_eq!(
+        incoming.header("baggage"),
+        "k8s.cluster.name=Kubernetes,k8s.namespace.name=shop,k8s.deployment.name=web-deploy,service.name=web-app,service.version=v1"
+    );
+    let trace: Vec<&str> = incoming.header("traceparent").split('-').collect();
+    assert_eq!(
+        trace.iter().map(|part| part.len()).collect::<Vec<_>>(),
+        [2, 32, 16, 2]
+    );
+    let mut names: Vec<&str> = incoming
+        .request
+        .headers()
+        .keys()
+        .map(http::HeaderName::as_str)
+        .collect();
+    names.sort_unstable();
+    assert_eq!(names, ["baggage", "forwarded", "traceparent"]);
+
+    let mut tasks = JoinSet::new();
+    tasks.spawn(incoming.echo());
+    traffic::ping(&mut call, b"through the tunnel")
+        .await
+        .unwrap();
+    call.shutdown().await.unwrap();
+    assert_eq!(
+        traffic::closed(&mut call, wait::SOON).await.unwrap(),
+        End::Eof
+    );
+}
+
+#[tokio::test]
+async fn ipv6_authorities_and_addresses_are_bracketed() {
+    let foreign = Foreign::new();
+    let _cluster = foreign.cluster().await;
+    let server = foreign.server();
+    let (call, connection) =
+        tokio::join!(foreign.web.connect(foreign.peer.at6(8080)), server.accept());
+    let (call, incoming) = (call.unwrap(), connection.unwrap().next().await.unwrap());
+    assert_eq!(
+        incoming.authority(),
+        format!("[{}]:8080", foreign.peer.ip6())
+    );
+    assert_eq!(
+        incoming.header("forwarded"),
+        format!(
+            "for=\"[{}]:{}\"",
+            foreign.web.ip6(),
+            call.local_addr().unwrap().port()
+        )
+    );
+}
+
+#[tokio::test]
+async fn a_refused_application_sees_a_close_and_the_log_the_reason() {
+    let foreign = Foreign::new();
+    let cluster = foreign.cluster().await;
+    let server = foreign.server();
+    let (call, connection) = tokio::join!(foreign.call(), server.accept());
+    let mut connection = connection.unwrap();
+    let mut call = Some(call);
+    for status in [
+        StatusCode::UNAUTHORIZED,
+        StatusCode::SERVICE_UNAVAILABLE,
+        StatusCode::NO_CONTENT,
+    ] {
+        let mut call = match call.take() {
+            Some(call) => call,
+            None => foreign.call().await,
+        };
+        connection.next().await.unwrap().refuse(status).unwrap();
+        traffic::closed(&mut call, wait::SOON).await.unwrap();
+        let reason = format!("http status: {}", status.as_u16());
+        cluster
+            .proxy(0)
+            .log()
+            .wait(&reason, |line| line.field("error").contains(&reason))
+            .await;
+    }
+    let flags = [("response_flags", "CONNECT")];
+    cluster
+        .proxy(0)
+        .metric("istio_tcp_connections_failed_total", &flags, |count| {
+            count == 3.0
+        })
+        .await;
+}
+
+#[tokio::test]
+async fn a_server_of_another_identity_is_refused() {
+    let foreign = Foreign::new();
+    let cluster = foreign.cluster().await;
+    let authority = foreign.world.authority();
+    let id = foreign.peer.spiffe_id();
+    let wrong = [
+        authority
+            .issue("spiffe://cluster.local/ns/shop/sa/somebody-else")
+            .unwrap(),
+        authority
+            .issue("spiffe://elsewhere.example/ns/shop/sa/peer")
+            .unwrap(),
+        authority.issue_expired(&id).unwrap(),
+        Authority::new("other").unwrap().issue(&id).unwrap(),
+    ];
+    for (count, identity) in (1..).zip(&wrong) {
+        let server = foreign.server_as(identity);
+        let (mut call, connection) = tokio::join!(foreign.call(), server.accept());
+        assert!(
+            connection.is_err() || connection.unwrap().next().await.is_err(),
+            "a request was sent to a stranger"
+        );
+        traffic::closed(&mut call, wait::SOON).await.unwrap();
+        let failed = async || {
+            (cluster
+                .proxy(0)
+                .metrics()
+                .await
+                .ok()?
+                .sum("istio_tcp_connections_failed_total", &[])
+                == f64::from(count))
+            .then_some(())
+        };
+        wait::until(wait::SOON, "the failure is counted", failed).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_hundred_streams_share_a_connection_and_the_next_opens_another() {
+    let foreign = Foreign::new();
+    let _cluster = foreign.cluster().await;
+    let server = foreign.server();
+    let (first, connection) = tokio::join!(foreign.call(), server.accept());
+    let _echo = echo_all(connection.unwrap());
+    let mut calls = vec![first];
+    while calls.len() < 100 {
+        calls.push(foreign.call().await);
+    }
+    for call in &mut calls {
+        traffic::ping(call, b"shared").await.unwrap();
+    }
+    assert!(
+        server.idle(Duration::from_millis(200)).await,
+        "a second connection for a hundred streams"
+    );
+    let (next, connection) = tokio::join!(foreign.call(), server.accept());
+    let _echo_next = echo_all(connection.unwrap());
+    calls.push(next);
+    traffic::ping(calls.last_mut().unwrap(), b"another")
+        .await
+        .unwrap();
+}
+
+#[tokio::test]
+async fn after_goaway_running_streams_finish_and_new_ones_go_elsewhere() {
+    let foreign = Foreign::new();
+    let _cluster = foreign.cluster().await;
+    let server = foreign.server();
+    let (mut old, connection) = tokio::join!(foreign.call(), server.accept());
+    let mut connection = connection.unwrap();
+    let mut streams = JoinSet::new();
+    streams.spawn(connection.next().await.unwrap().echo());
+    traffic::ping(&mut old, b"before").await.unwrap();
+    connection.goaway().await.unwrap();
+    traffic::ping(&mut old, b"after").await.unwrap();
+    let (mut new, second) = tokio::join!(foreign.call(), server.accept());
+    let _echo = echo_all(second.unwrap());
+    traffic::ping(&mut new, b"new").await.unwrap();
+    traffic::ping(&mut old, b"still").await.unwrap();
+}
+
+#[tokio::test]
+async fn an_unused_connection_is_released_with_goaway() {
+    let foreign = Foreign::new();
+    let env: BTreeMap<_, _> = [("POOL_UNUSED_RELEASE_TIMEOUT", "1s")].into();
+    let _cluster = Cluster::start_with(&foreign.world, &foreign.mesh(), &[&foreign.web], &env)
+        .await
+        .unwrap();
+    let server = foreign.server();
+    let (mut call, connection) = tokio::join!(foreign.call(), server.accept());
+    let mut connection = connection.unwrap();
+    let mut streams = JoinSet::new();
+    streams.spawn(connection.next().await.unwrap().echo());
+    traffic::ping(&mut call, b"in use").await.unwrap();
+    tokio::time::sleep(Duration::from_millis(1500)).await;
+    traffic::ping(&mut call, b"a running stream keeps it")
+        .await
+        .unwrap();
+    call.shutdown().await.unwrap();
+    traffic::closed(&mut call, wait::SOON).await.unwrap();
+    connection
+        .frames
+        .wait("GOAWAY", |frame| frame.error_code() == Some(0))
+        .await;
+    connection.ended(wait::SOON).await.unwrap();
+}
+
+#[tokio::test]
+async fn resets_of_the_peer_end_the_application_connection() {
+    let foreign = Foreign::new();
+    let cluster = foreign.cluster().await;
+    let server = foreign.server();
+    let (first, connection) = tokio::join!(foreign.call(), server.accept());
+    let mut connection = connection.unwrap();
+    let mut first = Some(first);
+    for (reason, graceful) in [
+        (h2::Reason::CANCEL, true),
+        (h2::Reason::NO_ERROR, true),
+        (h2::Reason::INTERNAL_ERROR, false),
+    ] {
+        let mut call = match first.take() {
+            Some(call) => call,
+            None => foreign.call().await,
+        };
+        let mark = cluster.proxy(0).log().mark();
+        let (_recv, mut send) = connection.next().await.unwrap().accept().unwrap();
+        send.send_reset(reason);
+        let end = traffic::closed(&mut call, wait::SOON).await.unwrap();
+        if graceful {
+            assert_eq!(end, End::Eof, "{reason}");
+        }
+        drop(call);
+        let line = cluster
+            .proxy(0)
+            .log()
+            .wait_from(mark, "the end", |line| {
+                line.is_access("connection complete")
+            })
+            .await;
+        assert_eq!(line.field("error").is_empty(), graceful, "{}", line.raw);
+    }
+}
+
+#[tokio::test]
+async fn an_application_reset_ends_the_stream_and_not_the_connection() {
+    let foreign = Foreign::new();
+    let _cluster = foreign.cluster().await;
+    let server = foreign.server();
+    let (call, connection) = tokio::join!(foreign.call(), server.accept());
+    let mut connection = connection.unwrap();
+    let (mut recv, _send) = connection.next().await.unwrap().accept().unwrap();
+    traffic::reset(call).unwrap();
+    let ended = async { while let Some(Ok(_)) = recv.data().await {} };
+    wait::soon("the stream ends", ended).await;
+    let mut call = foreign.call().await;
+    let mut streams = JoinSet::new();
+    streams.spawn(connection.next().await.expect("the same connection").echo());
+    traffic::ping(&mut call, b"usable").await.unwrap();
+}
+
+#[tokio::test]
+async fn a_peer_that_answers_no_ping_loses_its_streams() {
+    let foreign = Foreign::new();
+    let _cluster = foreign.cluster().await;
+    let server = foreign.server();
+    let (mut call, connection) = tokio::join!(foreign.call(), server.accept());
+    let mut connection = connection.unwrap();
+    let mut streams = JoinSet::new();
+    streams.spawn(connection.next().await.unwrap().echo());
+    traffic::ping(&mut call, b"alive").await.unwrap();
+    connection.freeze().await.unwrap();
+    traffic::closed(&mut call, Duration::from_secs(40))
+        .await
+        .unwrap();
+}
+
+#[tokio::test]
+async fn a_server_that_stays_silent_is_given_up_and_blocks_no_other() {
+    let foreign = Foreign::new();
+    let other = foreign.world.node(0).pod(&PodSpec::plain("other")).unwrap();
+    let mut mesh = foreign.mesh();
+    mesh.pod(&other).protocol = "HBONE".to_owned();
+    let _cluster = Cluster::start(&foreign.world, &mesh, &[&foreign.web])
+        .await
+        .unwrap();
+    let silent = foreign.server();
+    let identity = foreign.world.authority().issue(&other.spiffe_id()).unwrap();
+    let good = RawServer::listen(&other, &identity, foreign.world.authority().root()).unwrap();
+    let (mut stuck, _socket) = tokio::join!(foreign.call(), silent.accept_tcp());
+    let (mut call, connection) = tokio::join!(foreign.web.connect(other.at(8080)), good.accept());
+    let _echo = echo_all(connection.unwrap());
+    traffic::ping(call.as_mut().unwrap(), b"not blocked")
+        .await
+        .unwrap();
+    traffic::closed(&mut stuck, Duration::from_secs(15))
+        .await
+        .unwrap();
+}
+
+#[tokio::test]
+async fn two_pods_never_share_a_tunnel() {
+    let foreign = Foreign::new();
+    let twin = foreign
+        .world
+        .node(0)
+        .pod(&PodSpec::captured("twin"))
+        .unwrap();
+    let mut mesh = foreign.mesh();
+    mesh.pod(&twin);
+    let _cluster = Cluster::start(&foreign.world, &mesh, &[&foreign.web, &twin])
+        .await
+        .unwrap();
+    let server = foreign.server();
+    for pod in [&foreign.web, &twin] {
+        let (call, connection) = tokio::join!(pod.connect(foreign.peer.at(8080)), server.accept());
+        let (mut call, mut connection) = (call.unwrap(), connection.unwrap());
+        assert_eq!(connection.client_id, Some(pod.spiffe_id()));
+        assert_eq!(connection.peer.ip(), pod.ip4());
+        let mut streams = JoinSet::new();
+        streams.spawn(connection.next().await.unwrap().echo());
+        traffic::ping(&mut call, b"own tunnel").await.unwrap();
+    }
+}
+
+#[tokio::test]
+async fn endpoints_of_one_service_are_held_to_their_own_identity() {
+    let foreign = Foreign::new();
+    let impostor = foreign
+        .world
+        .node(0)
+        .pod(&PodSpec::plain("impostor"))
+        .unwrap();
+    let mut mesh = foreign.mesh();
+    mesh.pod(&impostor).protocol = "HBONE".to_owned();
+    let vip = "10.96.0.9".parse().unwrap();
+    mesh.service("pair", vip, &[(80, 8080)], &[&foreign.peer, &impostor]);
+    let _cluster = Cluster::start(&foreign.world, &mesh, &[&foreign.web])
+        .await
+        .unwrap();
+    // Both present the certificate of `peer`: good for one of the endpoints only.
+    let identity = foreign
+        .world
+        .authority()
+        .issue(&foreign.peer.spiffe_id())
+        .unwrap();
+    let root = foreign.world.authority().root();
+    let good = RawServer::listen(&foreign.peer, &identity, root).unwrap();
+    let bad = RawServer::listen(&impostor, &identity, root).unwrap();
+    let mut tasks = JoinSet::new();
+    tasks.spawn(async move {
+        let _echo = echo_all(good.accept().await.unwrap());
+        std::future::pending::<()>().await;
+    });
+    let mut refused = JoinSet::new();
+    refused.spawn(async move {
+        loop {
+            if let Ok(mut connection) = bad.accept().await {
+                assert!(
+                    connection.next().await.is_err(),
+                    "a request was sent to an impostor"
+                );
+            }
+        }
+    });
+    let (mut served, mut closed) = (0, 0);
+    while served == 0 || closed == 0 {
+        let mut call = foreign.web.connect(SocketAddr::new(vip, 80)).await.unwrap();
+        call.write_all(b"x").await.unwrap();
+        let mut answer = [0; 1];
+        match wait::soon("answer or close", call.read(&mut answer)).await {
+            Ok(1) => served += 1,
+            Ok(_) | Err(_) => closed += 1,
+        }
+        assert!(served + closed < 60, "{served} served, {closed} closed");
+    }
+    assert!(
+        refused.try_join_next().is_none(),
+        "the impostor's task ended"
+    );
+}

@@ -1,0 +1,348 @@
+//! The process: arguments, configuration, privileges, limits, signals.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    reason = "test code: a panic is a failed test"
+)]
+
+use std::{sync::Arc, time::Duration};
+
+use nix::sys::signal::Signal;
+use testkit::{
+    Mesh, NodeRun, Pod, PodSpec, Proxy, ProxyOptions, World,
+    raw::RawClient,
+    stage::ForeignClient,
+    traffic::{self, Behaviour},
+    wait,
+};
+use tokio::time::Instant;
+
+/// A proxy that is not expected to live, its exit code, and what it wrote.
+async fn outcome(options: &ProxyOptions, world: &World) -> (Option<i32>, String) {
+    let mut proxy = options.start(world.node(0)).unwrap();
+    let status = proxy.exit(wait::SOON).await.unwrap();
+    (status.code(), proxy.log().tail(200))
+}
+
+#[tokio::test]
+async fn arguments_are_those_of_the_chart() {
+    let world = World::new(1).unwrap();
+    let options = ProxyOptions::new(&world, world.node(0));
+    let (code, text) = outcome(&options.clone().arguments(&["version"]), &world).await;
+    assert_eq!((code, text.lines().count()), (Some(0), 1), "{text}");
+    assert!(text.starts_with("version.BuildInfo{Version:"), "{text}");
+    let (code, text) = outcome(&options.clone().arguments(&["help"]), &world).await;
+    assert!(code == Some(0) && text.contains("proxy"), "{text}");
+    let (code, text) = outcome(&options.arguments(&["bogus"]), &world).await;
+    assert!(code == Some(1) && text.contains("bogus"), "{text}");
+}
+
+#[tokio::test]
+async fn bad_configuration_is_reported_all_at_once() {
+    let world = World::new(1).unwrap();
+    Mesh::default()
+        .write(&ProxyOptions::mesh_file(&world))
+        .unwrap();
+    let options = ProxyOptions::new(&world, world.node(0));
+    let bad = options
+        .clone()
+        .env("KEEPALIVE_ENABLED", "1")
+        .env("SECRET_TTL", "soon")
+        .env("PROXY_MODE", "other");
+    let (code, text) = outcome(&bad, &world).await;
+    assert_eq!(code, Some(1));
+    for word in [
+        "KEEPALIVE_ENABLED",
+        "\"1\"",
+        "SECRET_TTL",
+        "soon",
+        "PROXY_MODE",
+        "other",
+    ] {
+        assert!(
+            text.contains(word.trim_matches('"')),
+            "{word} is not in\n{text}"
+        );
+    }
+    let (code, text) = outcome(&options.clone().env("LOCAL_XDS", "workloads: []"), &world).await;
+    assert!(code == Some(1) && text.contains("LOCAL_XDS_PATH"), "{text}");
+    let (code, text) = outcome(&options.env("LOCAL_XDS_PATH", "/nowhere/mesh.yaml"), &world).await;
+    assert!(
+        code == Some(1) && text.contains("/nowhere/mesh.yaml"),
+        "{text}"
+    );
+}
+
+#[tokio::test]
+async fn missing_privileges_are_named() {
+    let world = World::new(1).unwrap();
+    Mesh::default()
+        .write(&ProxyOptions::mesh_file(&world))
+        .unwrap();
+    let options = ProxyOptions::new(&world, world.node(0));
+    let cases = [
+        ("-sys_admin", "SYS_ADMIN"),
+        ("-net_admin,-net_raw", "NET_ADMIN"),
+    ];
+    for (dropped, named) in cases {
+        let bounded = options
+            .clone()
+            .wrapped(&["setpriv", &format!("--bounding-set={dropped}")]);
+        let (code, text) = outcome(&bounded, &world).await;
+        assert!(code == Some(1) && text.contains(named), "{code:?} {text}");
+    }
+    let (code, text) = outcome(&options.env("PROXY_MODE", "dedicated"), &world).await;
+    assert!(
+        code == Some(1) && text.contains("PROXY_WORKLOAD_INFO"),
+        "{text}"
+    );
+}
+
+#[tokio::test]
+async fn bad_records_are_named_and_the_rest_is_used() {
+    let world = World::new(1).unwrap();
+    let node = world.node(0);
+    let web = node.pod(&PodSpec::captured("web")).unwrap();
+    let outside = node.pod(&PodSpec::plain("outside")).unwrap();
+    let mut mesh = Mesh::of(&[&web, &outside]);
+    let broken = mesh.workload(&outside);
+    broken.uid = "broken-record".to_owned();
+    broken
+        .services
+        .insert("no-slash".to_owned(), [(80, 80)].into());
+    mesh.write(&ProxyOptions::mesh_file(&world)).unwrap();
+    let run = NodeRun::start(&world, node, &ProxyOptions::new(&world, node), &[&web])
+        .await
+        .unwrap();
+    run.proxy
+        .log()
+        .wait("the name of the record", |line| {
+            line.raw.contains("broken-record")
+        })
+        .await;
+    let app = outside.serve(7000, Behaviour::Echo).unwrap();
+    assert_eq!(web.ask(app.address, b"works").await.unwrap(), b"works");
+}
+
+/// One node with a captured pod and a pod outside.
+struct Stage {
+    world: World,
+    web: Arc<Pod>,
+    outside: Arc<Pod>,
+}
+
+impl Stage {
+    fn new() -> Self {
+        let world = World::new(1).unwrap();
+        let web = world.node(0).pod(&PodSpec::captured("web")).unwrap();
+        let outside = world.node(0).pod(&PodSpec::plain("outside")).unwrap();
+        Mesh::of(&[&web])
+            .write(&ProxyOptions::mesh_file(&world))
+            .unwrap();
+        Self {
+            world,
+            web,
+            outside,
+        }
+    }
+
+    fn options(&self) -> ProxyOptions {
+        ProxyOptions::new(&self.world, self.world.node(0))
+    }
+
+    async fn start(&self, options: &ProxyOptions) -> NodeRun<'_> {
+        NodeRun::start(&self.world, self.world.node(0), options, &[&self.web])
+            .await
+            .unwrap()
+    }
+}
+
+#[tokio::test]
+async fn a_signal_without_connections_ends_the_process_at_once() {
+    let stage = Stage::new();
+    for signal in [Signal::SIGTERM, Signal::SIGINT] {
+        let mut run = stage
+            .start(
+                &stage
+                    .options()
+                    .env("TERMINATION_GRACE_PERIOD_SECONDS", "30"),
+            )
+            .await;
+        let asked = Instant::now();
+        run.proxy.signal(signal).unwrap();
+        assert!(run.proxy.exit(wait::SOON).await.unwrap().success());
+        assert!(
+            asked.elapsed() < Duration::from_secs(1),
+            "{signal}: {:?}",
+            asked.elapsed()
+        );
+    }
+}
+
+#[tokio::test]
+async fn a_drain_lets_connections_work_until_the_deadline_and_no_longer() {
+    let stage = Stage::new();
+    let app = stage.outside.serve(7000, Behaviour::Echo).unwrap();
+    let mut run = stage
+        .start(&stage.options().env("CONNECTION_TERMINATION_DEADLINE", "3s"))
+        .await;
+    let mut held = stage.web.connect(app.address).await.unwrap();
+    traffic::ping(&mut held, b"before").await.unwrap();
+    let asked = Instant::now();
+    run.proxy.signal(Signal::SIGTERM).unwrap();
+    let refused = async || stage.web.connect(app.address).await.is_err().then_some(());
+    wait::until(
+        Duration::from_secs(2),
+        "new connections are refused",
+        refused,
+    )
+    .await;
+    run.session.closed(wait::SOON).await.unwrap();
+    assert!(!run.proxy.is_ready().await);
+    run.proxy.signal(Signal::SIGTERM).unwrap();
+    traffic::ping(&mut held, b"draining").await.unwrap();
+    traffic::closed(&mut held, wait::SOON).await.unwrap();
+    let lived = asked.elapsed();
+    assert!(
+        lived > Duration::from_millis(2500) && lived < Duration::from_secs(5),
+        "{lived:?}"
+    );
+    assert!(run.proxy.exit(wait::SOON).await.unwrap().success());
+    let drained =
+        |line: &testkit::Line| line.field("error") == "connection closed due to connection drain";
+    assert!(
+        !run.proxy.log().since(0, drained).is_empty(),
+        "{}",
+        run.proxy.log().tail(20)
+    );
+}
+
+#[tokio::test]
+async fn a_second_interrupt_ends_a_drain() {
+    let stage = Stage::new();
+    let app = stage.outside.serve(7000, Behaviour::Echo).unwrap();
+    let mut run = stage
+        .start(
+            &stage
+                .options()
+                .env("CONNECTION_TERMINATION_DEADLINE", "60s"),
+        )
+        .await;
+    let mut held = stage.web.connect(app.address).await.unwrap();
+    traffic::ping(&mut held, b"open").await.unwrap();
+    run.proxy.signal(Signal::SIGINT).unwrap();
+    run.session.closed(wait::SOON).await.unwrap();
+    traffic::ping(&mut held, b"draining").await.unwrap();
+    run.proxy.signal(Signal::SIGINT).unwrap();
+    assert!(
+        run.proxy
+            .exit(Duration::from_secs(2))
+            .await
+            .unwrap()
+            .success()
+    );
+}
+
+#[tokio::test]
+async fn a_drain_says_goaway_and_lets_streams_finish() {
+    let foreign = ForeignClient::new().unwrap();
+    foreign
+        .mesh()
+        .write(&ProxyOptions::mesh_file(&foreign.world))
+        .unwrap();
+    let node = foreign.world.node(0);
+    let options =
+        ProxyOptions::new(&foreign.world, node).env("CONNECTION_TERMINATION_DEADLINE", "20s");
+    let mut run = NodeRun::start(&foreign.world, node, &options, &[&foreign.api])
+        .await
+        .unwrap();
+    let _app = foreign.api.serve(8080, Behaviour::Echo).unwrap();
+    let client = foreign.client().await;
+    let mut tunnel = client.tunnel(&foreign.target(8080)).await.unwrap();
+    tunnel.ping(b"before").await.unwrap();
+    run.proxy.signal(Signal::SIGTERM).unwrap();
+    client
+        .frames
+        .wait("GOAWAY", |frame| frame.error_code() == Some(0))
+        .await;
+    tunnel.ping(b"during").await.unwrap();
+    assert!(
+        RawClient::connect(foreign.peer.netns(), foreign.hbone(), &foreign.hello())
+            .await
+            .is_err()
+    );
+    tunnel.finish().unwrap();
+    assert!(tunnel.read_to_end().await.unwrap().is_empty());
+    assert!(run.proxy.exit(wait::SOON).await.unwrap().success());
+}
+
+async fn max_fds(proxy: &Proxy<'_>) -> f64 {
+    proxy
+        .metric("process_max_fds", &[], |limit| limit > 0.0)
+        .await
+}
+
+#[tokio::test]
+async fn the_soft_descriptor_limit_is_raised() {
+    let stage = Stage::new();
+    let run = stage.start(&stage.options().nofile(256, 4096)).await;
+    assert_eq!(max_fds(&run.proxy).await, 4096.0);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn running_out_of_descriptors_costs_no_processor_and_passes() {
+    let stage = Stage::new();
+    let app = stage.outside.serve(7000, Behaviour::Echo).unwrap();
+    let run = stage.start(&stage.options().nofile(128, 128)).await;
+    let mut held = Vec::new();
+    for _ in 0..100 {
+        held.push(stage.web.connect(app.address).await.unwrap());
+    }
+    let full = async || (run.proxy.open_files().unwrap() >= 126).then_some(());
+    wait::until(wait::SOON, "the descriptors are used up", full).await;
+    let before = run.proxy.cpu_time().unwrap();
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    let spent = run.proxy.cpu_time().unwrap() - before;
+    assert!(
+        spent < Duration::from_millis(400),
+        "{spent:?} of processor time in two idle seconds"
+    );
+    drop(held);
+    let served = async || {
+        stage
+            .web
+            .ask(app.address, b"again")
+            .await
+            .ok()
+            .filter(|answer| answer == b"again")
+    };
+    wait::until(wait::SOON, "service resumes", served).await;
+}
+
+#[tokio::test]
+async fn dedicated_mode_needs_no_agent() {
+    let world = World::new(1).unwrap();
+    let node = world.node(0);
+    let web = node.pod(&PodSpec::plain("web")).unwrap();
+    let mut mesh = Mesh::of(&[&web]);
+    mesh.workload(&web).protocol = "HBONE".to_owned();
+    mesh.write(&ProxyOptions::mesh_file(&world)).unwrap();
+    let options = ProxyOptions::new(&world, node)
+        .env("PROXY_MODE", "dedicated")
+        .env("PROXY_WORKLOAD_INFO", "shop/web/web");
+    let proxy = options.start_in(web.netns(), "dedicated").unwrap();
+    proxy.ready().await;
+    let hello = testkit::raw::Hello::new(
+        &world
+            .authority()
+            .issue("spiffe://cluster.local/ns/shop/sa/peer")
+            .unwrap(),
+    );
+    let peer = node.pod(&PodSpec::plain("peer")).unwrap();
+    let client = RawClient::connect(peer.netns(), web.at(15008), &hello)
+        .await
+        .unwrap();
+    assert_eq!(client.server_id, Some(web.spiffe_id()));
+}
