@@ -1,6 +1,26 @@
 //! The mesh from a YAML file instead of a control plane.
+//!
+//! [`parse`] turns a text into the same protobuf messages that istiod would send, so whoever judges
+//! and stores resources has one way to do it. Two kinds of fault are kept apart: a text that is not YAML, or not of
+//! the outer shape, is an error with its position; a record with an unknown key or a value that cannot be read is named
+//! in [`Document::rejected`], and the others are used. [`LocalFile`] follows a file as it changes.
+//!
+//! Two things that the control plane fills in are filled in here: a workload without `uid` gets one, and the `endpoints`
+//! that a service lists become links of the workloads. The status of an endpoint is not used: that of its workload counts.
+
+mod convert;
+mod file;
+mod record;
+
+pub use file::LocalFile;
+
+use std::{collections::HashMap, path::PathBuf};
+
+use serde::de::DeserializeOwned;
+use serde_yaml_ng::Value;
 
 use crate::proto::{security, workload};
+use record::Root;
 
 /// Everything that one text describes, as the control plane would send it.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -25,8 +45,101 @@ pub struct NamedPolicy {
 /// A record that could not be used.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Rejected {
-    /// The name the record would have had, as far as it is known.
+    /// The name the resource would have had, or its place in the file if that cannot be told.
     pub name: String,
     /// What is wrong, and where.
     pub reason: String,
 }
+
+impl std::fmt::Display for Rejected {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}: {}", self.name, self.reason)
+    }
+}
+
+/// Why a text or file cannot be used at all.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum LocalError {
+    /// Not YAML, or not of the outer shape; the source tells line and column.
+    #[error("the mesh description is not valid")]
+    Yaml(#[from] serde_yaml_ng::Error),
+    /// The file cannot be read.
+    #[error("cannot read {}", path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+}
+
+/// Reads a mesh description.
+///
+/// # Errors
+/// If the text is not YAML, or anything but the lists `workloads`, `services` and `policies`.
+pub fn parse(text: &str) -> Result<Document, LocalError> {
+    let root = serde_yaml_ng::from_str::<Option<Root>>(text)?.unwrap_or_default();
+    let mut rejected = Vec::new();
+    let mut workloads: Vec<workload::Workload> = records(
+        "workloads",
+        root.workloads,
+        &mut rejected,
+        convert::workload,
+    );
+    let services = records("services", root.services, &mut rejected, convert::service);
+    let policies = records("policies", root.policies, &mut rejected, convert::policy);
+    let mut addresses = Vec::with_capacity(workloads.len() + services.len());
+    let mut by_uid: HashMap<String, usize> = HashMap::new();
+    for (position, workload) in workloads.iter().enumerate() {
+        by_uid.insert(workload.uid.clone(), position);
+    }
+    for (service, endpoints) in &services {
+        for endpoint in endpoints {
+            let position = by_uid.get(&endpoint.workload);
+            match position.and_then(|position| workloads.get_mut(*position)) {
+                Some(workload) => convert::link(workload, service, endpoint),
+                None => rejected.push(Rejected {
+                    name: endpoint.workload.clone(),
+                    reason: format!(
+                        "endpoints of {}/{}: there is no such workload",
+                        service.namespace, service.hostname
+                    ),
+                }),
+            }
+        }
+    }
+    addresses.extend(workloads.into_iter().map(Into::into));
+    addresses.extend(services.into_iter().map(|(service, _)| service.into()));
+    Ok(Document {
+        addresses,
+        policies,
+        rejected,
+    })
+}
+
+/// Converts each record of a list for itself.
+fn records<R: DeserializeOwned, T>(
+    list: &str,
+    values: Vec<Value>,
+    rejected: &mut Vec<Rejected>,
+    convert: impl Fn(R) -> Result<T, String>,
+) -> Vec<T> {
+    let mut records = Vec::with_capacity(values.len());
+    for (index, value) in values.into_iter().enumerate() {
+        let place = format!("{list}[{index}]");
+        let name = record::name(list, &value).unwrap_or_else(|| place.clone());
+        let record = serde_yaml_ng::from_value(value).map_err(|error| error.to_string());
+        match record.and_then(&convert) {
+            Ok(record) => records.push(record),
+            Err(error) => rejected.push(Rejected {
+                name,
+                reason: format!("{place}: {error}"),
+            }),
+        }
+    }
+    records
+}
+
+#[cfg(test)]
+mod tests;
