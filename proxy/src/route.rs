@@ -94,6 +94,16 @@ impl LoopGuard {
     }
 }
 
+/// The ports that redirection in pods is built on, without SOCKS5.
+impl Default for LoopGuard {
+    fn default() -> Self {
+        Self {
+            listeners: [15001, 15006, HBONE_PORT],
+            socks5: None,
+        }
+    }
+}
+
 /// Who owns an address.
 enum Owner<'a> {
     Service(&'a Arc<Service>),

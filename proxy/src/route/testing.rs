@@ -9,11 +9,6 @@ use xds_client::proto::workload as wire;
 use super::{LoopGuard, Outbound, OutboundQuery, Via, outbound};
 use crate::mesh::{Mesh, Update, View, Workload};
 
-pub(super) const GUARD: LoopGuard = LoopGuard {
-    listeners: [15001, 15006, 15008],
-    socks5: None,
-};
-
 /// A mesh, seen from the pod `client` (10.0.0.1, namespace `default`) on network `net`.
 pub(super) struct World {
     pub(super) mesh: Mesh,
@@ -68,7 +63,12 @@ impl World {
             source_ip: ip.parse().unwrap(),
             destination: destination.parse().unwrap(),
         };
-        outbound(&self.mesh.read(), &GUARD, &ask, &mut self.rng)
+        outbound(
+            &self.mesh.read(),
+            &LoopGuard::default(),
+            &ask,
+            &mut self.rng,
+        )
     }
 
     pub(super) fn decide(&mut self, destination: &str) -> Outbound {

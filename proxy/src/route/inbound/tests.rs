@@ -4,9 +4,9 @@ use http::StatusCode;
 use xds_client::proto::workload as wire;
 
 use crate::route::{
-    Authority, ClientAddress, InboundQuery, InboundRefusal, InboundRoute, PlaintextQuery,
-    guess_service, inbound, inbound_plaintext,
-    testing::{GUARD, World, at, by_ip, by_name, host, of, pod, service, with},
+    Authority, ClientAddress, InboundQuery, InboundRefusal, InboundRoute, LoopGuard,
+    PlaintextQuery, guess_service, inbound, inbound_plaintext,
+    testing::{World, at, by_ip, by_name, host, of, pod, service, with},
 };
 
 type Answer = Result<InboundRoute, InboundRefusal>;
@@ -24,7 +24,7 @@ fn ask_with(world: &World, (local, ip): (&str, &str), authority: &str, loopback:
         forwarded_host: None,
         localhost_app_tunnel: loopback,
     };
-    inbound(&world.mesh.read(), &GUARD, &ask)
+    inbound(&world.mesh.read(), &LoopGuard::default(), &ask)
 }
 
 fn addr(text: &str) -> SocketAddr {
@@ -152,7 +152,8 @@ fn ports_of_the_proxy_are_refused() {
                 local: &world.workload("web"),
                 destination: SocketAddr::new(ip.parse().unwrap(), port),
             };
-            let refusal = inbound_plaintext(&world.mesh.read(), &GUARD, &ask).unwrap_err();
+            let refusal =
+                inbound_plaintext(&world.mesh.read(), &LoopGuard::default(), &ask).unwrap_err();
             assert_eq!(refusal, InboundRefusal::Recursion);
         }
     }
@@ -165,7 +166,7 @@ fn plaintext_goes_where_it_was_sent() {
         local: &world.workload("web"),
         destination: addr("[::ffff:10.0.0.2]:8080"),
     };
-    let route = inbound_plaintext(&world.mesh.read(), &GUARD, &ask).unwrap();
+    let route = inbound_plaintext(&world.mesh.read(), &LoopGuard::default(), &ask).unwrap();
     assert_eq!(
         (route.to, route.destination),
         (addr("10.0.0.2:8080"), addr("10.0.0.2:8080"))
