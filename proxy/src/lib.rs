@@ -6,6 +6,7 @@
 pub mod admin;
 pub mod cli;
 pub mod config;
+pub mod flow;
 pub mod listen;
 pub mod mesh;
 pub mod node;

@@ -6,7 +6,7 @@ use anyhow::Context as _;
 use culvert::{
     cli::{self, Command, build_info::BuildInfo},
     node,
-    telemetry::logging::{self, DOCUMENT_SCOPE},
+    telemetry::logging::{self, DOCUMENT_SCOPE, LogGuard},
 };
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use tracing::{info, warn};
@@ -30,18 +30,18 @@ fn main() -> ExitCode {
 fn run() -> anyhow::Result<()> {
     let environment = cli::Environment::of_process();
     // Held to the end: dropping it writes out what is queued.
-    let _logs = logging::init(&cli::logging(&environment))?;
+    let logs = logging::init(&cli::logging(&environment))?;
     let arguments: Vec<OsString> = std::env::args_os().skip(1).collect();
     let shown = arguments.join(" ".as_ref());
     match cli::command(arguments)? {
-        Command::Proxy { .. } => proxy(&environment, &shown.to_string_lossy()),
+        Command::Proxy { .. } => proxy(&environment, &shown.to_string_lossy(), &logs),
         Command::Version { .. } => say(&BuildInfo::new(&environment).to_string()),
         Command::Help { .. } => say(cli::command_list().trim_end()),
         Command::Demo { arguments } => Err(cli::demo(arguments).into()),
     }
 }
 
-fn proxy(environment: &cli::Environment<'_>, arguments: &str) -> anyhow::Result<()> {
+fn proxy(environment: &cli::Environment<'_>, arguments: &str, logs: &LogGuard) -> anyhow::Result<()> {
     let config = cli::configuration(environment, arguments)?;
     info!("{}", BuildInfo::new(environment));
     if let Err(error) = raise_open_files() {
@@ -49,7 +49,7 @@ fn proxy(environment: &cli::Environment<'_>, arguments: &str) -> anyhow::Result<
     }
     let yaml = serde_yaml_ng::to_string(&config).context("cannot print the configuration")?;
     info!(target: DOCUMENT_SCOPE, "running with the configuration:\n{yaml}");
-    node::run(&config)?;
+    node::run(&config, logs)?;
     Ok(())
 }
 

@@ -12,7 +12,6 @@ mod agent;
 mod instances;
 mod launch;
 mod roster;
-mod stop;
 mod view;
 mod zds;
 
@@ -25,11 +24,11 @@ use tokio::{
 use tracing::{info, warn};
 
 pub use launch::{Launch, Pod};
-pub use stop::Stop;
 pub use view::{PodPhase, PodState, View};
 
 use crate::{
     config::{Drain, Ports, Sockets},
+    flow::Stop,
     telemetry::{PodMetrics, ReadinessTask},
 };
 use agent::{Agent, Heard};

@@ -1,0 +1,25 @@
+//! One accepted connection from accept to report.
+//!
+//! This is the thin shell around the pure rooms: it accepts on a pod's listeners, asks `route`
+//! and `policy`, dials, lets `relay` move the bytes, and tells `telemetry` what happened. It is
+//! the only room that opens connections to workloads.
+//!
+//! Every flow is one task, owned by the listener that accepted it and listed in its pod's
+//! [`FlowTable`]. Ending a listener's tasks ends its flows; nothing is detached.
+
+mod accept;
+mod failure;
+mod handshakes;
+mod inbound;
+mod judge;
+mod outbound;
+mod parties;
+mod plaintext;
+mod pod;
+mod report;
+mod stop;
+mod table;
+
+pub use pod::{Pod, Settings, Shared};
+pub use stop::Stop;
+pub use table::{Carried, Direction, Facts, FlowTable};

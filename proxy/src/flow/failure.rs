@@ -1,0 +1,92 @@
+//! Why a flow failed, in the one vocabulary of log, metric and status.
+
+use std::error::Error;
+
+use http::StatusCode;
+
+use crate::{
+    listen,
+    policy::Denied,
+    relay::{Ending, Outcome},
+    telemetry::ResponseFlag,
+    tunnel,
+};
+
+/// Why a flow that was counted as opened failed.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum Failure {
+    /// A policy of the destination forbids it.
+    #[error("connection closed due to policy rejection: {0}")]
+    Denied(Denied),
+    /// A policy change forbids what was allowed when the flow began.
+    #[error("connection closed due to policy change")]
+    Revoked,
+    /// The application, or a destination outside the mesh, could not be reached.
+    #[error("connection failed: {}", chain(.0))]
+    Unreachable(listen::ConnectError),
+    /// No tunnel to the next hop.
+    #[error(transparent)]
+    Tunnel(tunnel::ConnectError),
+    /// The peer went away before the flow was established.
+    #[error("h2 failed: {0}")]
+    Answer(h2::Error),
+    /// The client gave up before the application answered.
+    #[error("the client gave up before the connection was established")]
+    Abandoned,
+    /// Our own workload has no identity that a certificate could carry.
+    #[error("identity error: the local workload has no valid identity")]
+    NoIdentity,
+    /// The route is one that this version does not carry.
+    #[error("no data path yet for {0}")]
+    Uncarried(&'static str),
+    /// A side broke while bytes moved.
+    #[error("{0}")]
+    Relay(Box<dyn Error + Send + Sync>),
+}
+
+impl Failure {
+    /// The failure that an ended relay amounts to, if it does.
+    pub(super) fn of(outcome: Outcome) -> Option<Self> {
+        match outcome.ending {
+            Ending::Clean | Ending::Reset => None,
+            Ending::Failed(error) => Some(Self::Relay(error)),
+        }
+    }
+
+    /// How metrics call it.
+    pub(super) fn flag(&self) -> ResponseFlag {
+        match self {
+            Self::Denied(_) | Self::Revoked => ResponseFlag::Deny,
+            Self::Unreachable(_) | Self::Relay(_) | Self::Uncarried(_) | Self::Abandoned => ResponseFlag::Connect,
+            Self::NoIdentity => ResponseFlag::IdentityError,
+            Self::Answer(_) => ResponseFlag::H2HandshakeFailure,
+            Self::Tunnel(error) => error.flag(),
+        }
+    }
+
+    /// What the peer of a CONNECT is answered.
+    pub(super) fn status(&self) -> StatusCode {
+        match self {
+            Self::Denied(_) | Self::Revoked => StatusCode::UNAUTHORIZED,
+            Self::Unreachable(_)
+            | Self::Tunnel(_)
+            | Self::Answer(_)
+            | Self::Abandoned
+            | Self::NoIdentity
+            | Self::Uncarried(_)
+            | Self::Relay(_) => StatusCode::SERVICE_UNAVAILABLE,
+        }
+    }
+}
+
+/// An error with its causes on one line.
+fn chain(error: &dyn Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text.push_str(": ");
+        text.push_str(&error.to_string());
+        cause = error.source();
+    }
+    text
+}

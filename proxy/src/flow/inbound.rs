@@ -1,0 +1,288 @@
+//! What peers send to the pod in HBONE (port 15008): one TLS connection, many CONNECT streams.
+
+use std::{
+    error::Error,
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+};
+
+use cert_agent::{SpiffeId, SvidError, peer_id};
+use http::StatusCode;
+use tokio::net::{TcpListener, TcpStream};
+
+use super::{
+    Direction, Pod, Stop, accept, failure::Failure, handshakes::Handshakes, parties, report, table::Entry,
+};
+use crate::{
+    listen,
+    mesh::Workload,
+    policy::{self, Connection, Denied, Permit},
+    relay::{self, Outcome},
+    route::{self, Authority, AuthorityError, ClientAddress, InboundQuery, InboundRefusal, InboundRoute},
+    telemetry::{self, Access, Labels, Party, Reporter, Route, Security},
+    tunnel::{self, AcceptError, Incoming, Responder, ServeError, Stream, Tls},
+};
+
+/// Serves the HBONE listener of `pod`.
+pub(super) async fn serve(pod: Arc<Pod>, listener: TcpListener, stop: Stop) {
+    let handshakes = Arc::new(Handshakes::default());
+    let draining = stop.accept.clone();
+    let handle = move |pod, socket, peer| {
+        let (handshakes, draining) = (Arc::clone(&handshakes), draining.clone());
+        connection(pod, socket, peer, handshakes, draining)
+    };
+    accept::serve(pod, listener, Reporter::Destination, stop, handle).await;
+}
+
+/// One TLS connection, from its handshake until its last stream has ended.
+async fn connection(
+    pod: Arc<Pod>,
+    socket: TcpStream,
+    peer: SocketAddr,
+    handshakes: Arc<Handshakes>,
+    draining: tokio_util::sync::CancellationToken,
+) {
+    let here = socket.local_addr().ok().map(listen::canonical);
+    let slot = handshakes.begin();
+    let shaken = tokio::select! {
+        biased; // who has to make room does so first
+        () = slot.given_way.cancelled() => Err(Refused::Crowded),
+        shaken = Box::pin(shake(&pod, socket, peer, here)) => shaken,
+    };
+    drop(slot);
+    let (tls, caller) = match shaken {
+        Ok(shaken) => shaken,
+        Err(refused) => return telemetry::reject(Reporter::Destination, peer, here, &refused),
+    };
+    let (caller, settings) = (Arc::new(caller), Arc::clone(&pod.settings().tunnel));
+    let handler = move |incoming| stream(Arc::clone(&pod), Arc::clone(&caller), incoming);
+    match Box::pin(tunnel::serve(tls, &settings, draining, handler)).await {
+        Ok(()) => {}
+        Err(error @ ServeError::PrefaceTimeout(_)) => {
+            telemetry::reject(Reporter::Destination, peer, here, &error);
+        }
+        Err(error) => tracing::debug!(%peer, error = &error as &dyn Error, "HBONE connection ended"),
+    }
+}
+
+/// Who is at the other end of a TLS connection, and where it arrived.
+#[derive(Debug)]
+struct Caller {
+    peer: SocketAddr,
+    here: SocketAddr,
+    identity: SpiffeId,
+}
+
+/// Why a TLS connection did not come to be.
+#[derive(Debug, thiserror::Error)]
+enum Refused {
+    #[error("the local address cannot be read")]
+    NoAddress,
+    #[error("gave way to newer connections: too many handshakes are under way")]
+    Crowded,
+    #[error("failed to fetch information about local workload")]
+    UnknownLocal,
+    #[error("identity error: the local workload has no valid identity")]
+    NoIdentity,
+    #[error("identity error: {0}")]
+    Certificate(#[from] SvidError),
+    #[error(transparent)]
+    Tls(#[from] AcceptError),
+    #[error("the peer's certificate carries no SPIFFE identity")]
+    Stranger,
+}
+
+async fn shake(
+    pod: &Pod,
+    socket: TcpStream,
+    peer: SocketAddr,
+    here: Option<SocketAddr>,
+) -> Result<(Tls<TcpStream>, Caller), Refused> {
+    let here = here.ok_or(Refused::NoAddress)?;
+    let local = pod.workload().await.ok_or(Refused::UnknownLocal)?;
+    let identity = local.identity().ok_or(Refused::NoIdentity)?;
+    let svid = pod.shared().agent.svid(identity).await?;
+    let limit = pod.settings().tunnel.handshake_timeout;
+    let tls = tunnel::accept(socket, svid.server_config(), &pod.shared().buffers, limit).await?;
+    let chain = tls.get_ref().1.peer_certificates().unwrap_or_default();
+    let identity = peer_id(chain).ok_or(Refused::Stranger)?;
+    Ok((tls, Caller { peer, here, identity }))
+}
+
+/// Carries one CONNECT to the application.
+async fn stream(pod: Arc<Pod>, caller: Arc<Caller>, incoming: Incoming) {
+    // Boxed, so that the space of the set-up is given back before bytes move.
+    let Some(opened) = Box::pin(open(&pod, &caller, incoming)).await else { return };
+    let Opened { access, entry, downstream, upstream } = opened;
+    let pump = relay::pump(downstream, upstream.stream, access.meter(), &pod.shared().buffers);
+    let end = until_revoked(&entry, pump).await;
+    drop(upstream.port); // after the stream: the port is free once the socket is closed
+    report::close(access, end);
+}
+
+struct Opened {
+    access: Access,
+    entry: Entry,
+    downstream: Stream,
+    upstream: listen::Upstream,
+}
+
+/// Everything up to the first byte. `None` if the stream ended here; it is answered and reported then.
+async fn open(pod: &Arc<Pod>, caller: &Caller, incoming: Incoming) -> Option<Opened> {
+    let Incoming { connect, mut responder, .. } = incoming;
+    let decision = match decide(pod, caller, &connect).await {
+        Ok(decision) => decision,
+        Err(early) => {
+            telemetry::reject(Reporter::Destination, caller.peer, Some(caller.here), &early);
+            responder.refuse(early.status());
+            return None;
+        }
+    };
+    let Decision { local, route, authority } = decision;
+    let access = opened(pod, caller, (&local, &route, &authority), &connect);
+    let entry = pod.flows().enter(Direction::Inbound {
+        source: caller.peer,
+        destination: route.destination,
+        identity: Some(caller.identity.clone()),
+        service: connect.forwarded_host().map(Into::into),
+    });
+    let judged =
+        Connection { source: caller.peer, destination: route.destination, identity: Some(&caller.identity) };
+    let failure = match authorize(pod, &local, &judged) {
+        Err(denied) => Failure::Denied(denied),
+        Ok(permit) => match dial(pod, permit, caller, &route, &mut responder).await {
+            Err(failure) => failure,
+            Ok(upstream) => match accept_stream(pod, &local, responder) {
+                Ok(downstream) => return Some(Opened { access, entry, downstream, upstream }),
+                Err(error) => {
+                    report::close(access, Err(Failure::Answer(error)));
+                    return None;
+                }
+            },
+        },
+    };
+    responder.refuse(failure.status());
+    report::close(access, Err(failure));
+    None
+}
+
+/// Where a CONNECT leads.
+struct Decision {
+    local: Arc<Workload>,
+    route: InboundRoute,
+    authority: Authority,
+}
+
+/// Why a CONNECT is answered before it counts as a flow.
+#[derive(Debug, thiserror::Error)]
+enum Early {
+    #[error(transparent)]
+    Authority(#[from] AuthorityError),
+    #[error(transparent)]
+    Route(#[from] InboundRefusal),
+    #[error("no data path yet for application tunnels with a PROXY header")]
+    Uncarried,
+}
+
+impl Early {
+    fn status(&self) -> StatusCode {
+        match self {
+            Self::Authority(_) => StatusCode::BAD_REQUEST,
+            Self::Route(refusal) => refusal.status(),
+            Self::Uncarried => StatusCode::SERVICE_UNAVAILABLE,
+        }
+    }
+}
+
+async fn decide(pod: &Pod, caller: &Caller, connect: &tunnel::Connect) -> Result<Decision, Early> {
+    let authority: Authority = connect.authority().parse()?;
+    let local = pod.workload().await.ok_or(InboundRefusal::UnknownLocal)?;
+    let ask = InboundQuery {
+        local: &local,
+        local_ip: caller.here.ip(),
+        authority: &authority,
+        forwarded_host: connect.forwarded_host(),
+        localhost_app_tunnel: pod.settings().inbound.localhost_app_tunnel,
+    };
+    let route = route::inbound(&pod.shared().mesh.read(), &pod.settings().guard, &ask)?;
+    if route.proxy_target.is_some() {
+        return Err(Early::Uncarried);
+    }
+    Ok(Decision { local, route, authority })
+}
+
+fn opened(
+    pod: &Pod,
+    caller: &Caller,
+    (local, route, authority): (&Workload, &InboundRoute, &Authority),
+    connect: &tunnel::Connect,
+) -> Access {
+    let settings = pod.settings();
+    let foreign = connect.network().is_some_and(|network| !network.eq_ignore_ascii_case(&settings.network));
+    let source = if foreign { None } else { pod.peer(caller.peer.ip()) };
+    let baggage = connect.baggage().filter(|_| settings.inbound.baggage);
+    let derived = Party { principal: caller.identity.as_str().into(), ..parties::derived(baggage.as_ref()) };
+    let labels = Labels {
+        reporter: Reporter::Destination,
+        security: Security::MutualTls,
+        source: Party::source(Some(derived), source.as_deref().map(parties::party)),
+        destination: parties::party(local),
+        service: parties::service_name(route.service.as_deref()),
+    };
+    Access::open(
+        pod.shared().traffic.open(&labels),
+        Route {
+            source: caller.peer,
+            destination: caller.here,
+            hbone: Some(parties::target(authority)),
+            source_pod: parties::source_pod(source.as_deref(), baggage.as_ref()),
+            destination_pod: Some(parties::pod_name(local)),
+        },
+    )
+}
+
+/// Dials the application for as long as the client waits for it.
+async fn dial(
+    pod: &Pod,
+    permit: Permit,
+    caller: &Caller,
+    route: &InboundRoute,
+    responder: &mut Responder,
+) -> Result<listen::Upstream, Failure> {
+    let client: IpAddr = match route.from {
+        ClientAddress::Original => caller.peer.ip(),
+        ClientAddress::Loopback => route.to.ip(),
+    };
+    tokio::select! {
+        biased;
+        dialled = pod.dial_application(permit, route.to, client) => dialled.map_err(Failure::Unreachable),
+        () = responder.gone() => Err(Failure::Abandoned),
+    }
+}
+
+fn accept_stream(pod: &Pod, local: &Workload, responder: Responder) -> Result<Stream, h2::Error> {
+    let baggage = pod.settings().inbound.baggage.then(|| parties::baggage(local).to_value());
+    responder.accept(baggage)
+}
+
+/// Asks the policies of `local`, and logs what they say.
+pub(super) fn authorize(pod: &Pod, local: &Workload, connection: &Connection<'_>) -> Result<Permit, Denied> {
+    let verdict = policy::authorize(&pod.shared().mesh.read(), local, connection);
+    for note in verdict.notes() {
+        report::note(pod.shared().verdicts, note);
+    }
+    verdict.outcome
+}
+
+/// Relays until the flow ends or a policy change ends it.
+pub(super) async fn until_revoked(
+    entry: &Entry,
+    pump: impl Future<Output = Outcome>,
+) -> Result<(), Failure> {
+    tokio::select! {
+        biased; // a revoked flow moves no further byte
+        () = entry.revoked() => Err(Failure::Revoked),
+        outcome = pump => Failure::of(outcome).map_or(Ok(()), Err),
+    }
+}
+

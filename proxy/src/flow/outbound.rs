@@ -1,0 +1,149 @@
+//! A connection that the pod's application made (port 15001).
+
+use std::{net::SocketAddr, sync::Arc};
+
+use tokio::net::TcpStream;
+
+use super::{Carried, Direction, Pod, failure::Failure, parties, report, table::Entry};
+use crate::{
+    listen,
+    mesh::{Service, Workload},
+    relay,
+    route::{self, Hop, Outbound, OutboundQuery, Refusal},
+    telemetry::{self, Access, Labels, Reporter, Route, Security},
+    tunnel::{
+        self,
+        headers::{Forwarded, TraceParent},
+    },
+};
+
+/// Carries one connection to where `route` says.
+pub(super) async fn carry(pod: Arc<Pod>, downstream: TcpStream, peer: SocketAddr) {
+    // Boxed, so that the space of the set-up is given back before bytes move.
+    let Some(opened) = Box::pin(open(&pod, &downstream, peer)).await else { return };
+    let Opened { access, upstream, entry } = opened;
+    let buffers = &pod.shared().buffers;
+    let outcome = match upstream {
+        Upstream::Socket(stream) => relay::pump(downstream, stream, access.meter(), buffers).await,
+        Upstream::Tunnel(stream) => relay::pump(downstream, stream, access.meter(), buffers).await,
+    };
+    drop(entry);
+    report::close(access, Failure::of(outcome).map_or(Ok(()), Err));
+}
+
+struct Opened {
+    access: Access,
+    upstream: Upstream,
+    entry: Entry,
+}
+
+enum Upstream {
+    Socket(TcpStream),
+    Tunnel(tunnel::Stream),
+}
+
+/// A decision that can be carried, with what the reports tell of it.
+struct Plan {
+    source: Arc<Workload>,
+    /// The address that is dialled.
+    to: SocketAddr,
+    destination: Option<Arc<Workload>>,
+    service: Option<Arc<Service>>,
+    hop: Option<Hop>,
+}
+
+/// Everything up to the first byte. `None` if the connection ended here; it is reported then.
+async fn open(pod: &Arc<Pod>, downstream: &TcpStream, peer: SocketAddr) -> Option<Opened> {
+    let original = listen::original_destination(downstream).unwrap_or(peer);
+    let plan = match decide(pod, peer, original).await {
+        Ok(plan) => plan,
+        Err(refusal) => {
+            telemetry::reject(Reporter::Source, peer, Some(original), &*refusal);
+            return None;
+        }
+    };
+    let access = opened(pod, &plan, peer);
+    let carried = if plan.hop.is_some() { Carried::Hbone } else { Carried::Tcp };
+    let entry = pod.flows().enter(Direction::Outbound { source: peer, original, actual: plan.to, carried });
+    let upstream = match &plan.hop {
+        None => pod.dial(plan.to).await.map(|up| Upstream::Socket(up.stream)).map_err(Failure::Unreachable),
+        Some(hop) => tunnel_to(pod, &plan, hop, peer).await.map(Upstream::Tunnel),
+    };
+    match upstream {
+        Ok(upstream) => Some(Opened { access, upstream, entry }),
+        Err(failure) => {
+            report::close(access, Err(failure));
+            None
+        }
+    }
+}
+
+async fn decide(pod: &Pod, peer: SocketAddr, original: SocketAddr) -> Result<Plan, Box<dyn std::error::Error + Send + Sync>> {
+    let guard = &pod.settings().guard;
+    if original.ip().is_loopback() && guard.covers(original.port()) {
+        return Err(Refusal::Recursion.into());
+    }
+    let source = pod.workload().await.ok_or(Refusal::UnknownLocal)?;
+    let ask = OutboundQuery { source: &source, source_ip: peer.ip(), destination: original };
+    let outbound = route::outbound(&pod.shared().mesh.read(), guard, &ask, &mut rand::rng());
+    let plan = |to, destination, service, hop| Plan { source: Arc::clone(&source), to, destination, service, hop };
+    match outbound {
+        Outbound::Passthrough { to, service } => Ok(plan(to, None, service, None)),
+        Outbound::Direct { to, workload, service } => Ok(plan(to, Some(workload), service, None)),
+        Outbound::Hbone(hop) => {
+            Ok(plan(hop.to, Some(Arc::clone(&hop.workload)), hop.service.clone(), Some(hop)))
+        }
+        Outbound::Nested { .. } => Err(Failure::Uncarried("a tunnel within a tunnel to another network").into()),
+        Outbound::Resolve(_) => Err(Failure::Uncarried("a workload that is known by a host name only").into()),
+        Outbound::Refuse(refusal) => Err(refusal.into()),
+    }
+}
+
+async fn tunnel_to(
+    pod: &Pod,
+    plan: &Plan,
+    hop: &Hop,
+    peer: SocketAddr,
+) -> Result<tunnel::Stream, Failure> {
+    let key = tunnel::Key {
+        source: plan.source.identity().ok_or(Failure::NoIdentity)?.clone(),
+        expected: Arc::clone(&hop.expected),
+        destination: hop.to,
+        source_ip: peer.ip(),
+    };
+    let host = plan.service.as_ref().map(|service| &**service.hostname());
+    let request = tunnel::Request::new(
+        &hop.authority.to_string(),
+        parties::baggage(&plan.source).to_value(),
+        Forwarded { source: peer, host }.to_value(),
+        TraceParent::random(&mut rand::rng()).to_value(),
+    )
+    .map_err(Failure::Tunnel)?;
+    let answer = pod.pool().connect(&key, &request).await.map_err(Failure::Tunnel)?;
+    Ok(answer.stream)
+}
+
+fn opened(pod: &Pod, plan: &Plan, peer: SocketAddr) -> Access {
+    let proven = plan.hop.is_some();
+    let mut source = parties::party(&plan.source);
+    if !proven {
+        source.principal = telemetry::Label::default();
+    }
+    let labels = Labels {
+        reporter: Reporter::Source,
+        security: if proven { Security::MutualTls } else { Security::Unknown },
+        source,
+        destination: plan.destination.as_deref().map(parties::party).unwrap_or_default(),
+        service: parties::service_name(plan.service.as_deref()),
+    };
+    Access::open(
+        pod.shared().traffic.open(&labels),
+        Route {
+            source: peer,
+            destination: plan.to,
+            hbone: plan.hop.as_ref().map(|hop| parties::target(&hop.authority)),
+            source_pod: Some(parties::pod_name(&plan.source)),
+            destination_pod: plan.destination.as_deref().map(parties::pod_name),
+        },
+    )
+}

@@ -1,0 +1,98 @@
+//! A connection that reached the pod without TLS (port 15006).
+
+use std::{net::SocketAddr, sync::Arc};
+
+use tokio::net::TcpStream;
+
+use super::{Direction, Pod, failure::Failure, inbound, parties, report, table::Entry};
+use crate::{
+    listen,
+    mesh::Workload,
+    policy::Connection,
+    relay,
+    route::{self, InboundRefusal, InboundRoute, PlaintextQuery},
+    telemetry::{self, Access, Labels, Party, Reporter, Route, Security},
+};
+
+/// Carries one connection to the application, if policy allows it for a peer without identity.
+pub(super) async fn carry(pod: Arc<Pod>, downstream: TcpStream, peer: SocketAddr) {
+    // Boxed, so that the space of the set-up is given back before bytes move.
+    let Some(opened) = Box::pin(open(&pod, &downstream, peer)).await else { return };
+    let Opened { access, entry, upstream, _captured } = opened;
+    let pump = relay::pump(downstream, upstream.stream, access.meter(), &pod.shared().buffers);
+    let end = inbound::until_revoked(&entry, pump).await;
+    drop(upstream.port); // after the stream: the port is free once the socket is closed
+    report::close(access, end);
+}
+
+struct Opened {
+    access: Access,
+    entry: Entry,
+    upstream: listen::Upstream,
+    /// Keeps upstream sockets towards this application off the client's own port.
+    _captured: Option<listen::PortLease>,
+}
+
+/// Everything up to the first byte. `None` if the connection ended here; it is reported then.
+async fn open(pod: &Arc<Pod>, downstream: &TcpStream, peer: SocketAddr) -> Option<Opened> {
+    let destination = listen::original_destination(downstream).unwrap_or(peer);
+    let (local, route) = match decide(pod, destination).await {
+        Ok(decision) => decision,
+        Err(refusal) => {
+            telemetry::reject(Reporter::Destination, peer, Some(destination), &refusal);
+            return None;
+        }
+    };
+    let _captured = pod.source_ports().register(peer, route.destination);
+    let access = opened(pod, &local, &route, peer);
+    let entry = pod.flows().enter(Direction::Inbound {
+        source: peer,
+        destination: route.destination,
+        identity: None,
+        service: None,
+    });
+    let connection = Connection { source: peer, destination: route.destination, identity: None };
+    let upstream = match inbound::authorize(pod, &local, &connection) {
+        Err(denied) => Err(Failure::Denied(denied)),
+        Ok(permit) => pod.dial_application(permit, route.to, peer.ip()).await.map_err(Failure::Unreachable),
+    };
+    match upstream {
+        Ok(upstream) => Some(Opened { access, entry, upstream, _captured }),
+        Err(failure) => {
+            report::close(access, Err(failure));
+            None
+        }
+    }
+}
+
+async fn decide(pod: &Pod, destination: SocketAddr) -> Result<(Arc<Workload>, InboundRoute), InboundRefusal> {
+    if pod.settings().guard.covers(destination.port()) {
+        return Err(InboundRefusal::Recursion);
+    }
+    let local = pod.workload().await.ok_or(InboundRefusal::UnknownLocal)?;
+    let ask = PlaintextQuery { local: &local, destination };
+    let route = route::inbound_plaintext(&pod.shared().mesh.read(), &pod.settings().guard, &ask)?;
+    Ok((local, route))
+}
+
+fn opened(pod: &Pod, local: &Workload, route: &InboundRoute, peer: SocketAddr) -> Access {
+    let source = pod.peer(peer.ip());
+    let labels = Labels {
+        reporter: Reporter::Destination,
+        security: Security::Unknown,
+        source: Party::source(None, source.as_deref().map(parties::party)),
+        destination: parties::party(local),
+        service: parties::service_name(route.service.as_deref()),
+    };
+    let meter = pod.shared().traffic.open(&labels);
+    Access::open(
+        meter,
+        Route {
+            source: peer,
+            destination: route.destination,
+            hbone: None,
+            source_pod: source.as_deref().map(parties::pod_name),
+            destination_pod: Some(parties::pod_name(local)),
+        },
+    )
+}

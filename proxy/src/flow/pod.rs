@@ -1,0 +1,223 @@
+//! One captured pod as its flows see it.
+
+use std::{
+    io,
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+    time::Duration,
+};
+
+use cert_agent::Agent;
+use futures_util::future::BoxFuture;
+use rustls::ClientConfig;
+use tokio::{
+    net::{TcpListener, TcpStream}, time::timeout};
+
+use super::{FlowTable, Stop, accept, inbound, judge, outbound, plaintext};
+use crate::{
+    config::{self, WorkloadRef},
+    listen::{self, LocalAddress, Netns, PodListeners, SourcePorts},
+    mesh::{Mesh, Workload},
+    policy::Permit,
+    relay::Buffers,
+    route::LoopGuard,
+    telemetry::{AuthorizationLog, Reporter, Traffic},
+    tunnel,
+};
+
+/// What the flows of all pods share.
+#[derive(Debug)]
+#[expect(clippy::exhaustive_structs, reason = "put together by `node` from its parts")]
+pub struct Shared {
+    /// The state of the mesh.
+    pub mesh: Mesh,
+    /// Certificates of the pods of this node.
+    pub agent: Agent,
+    /// Traffic counters.
+    pub traffic: Traffic,
+    /// Where policy verdicts are logged.
+    pub verdicts: AuthorizationLog,
+    /// Relay buffers.
+    pub buffers: Buffers,
+    /// Settings.
+    pub settings: Settings,
+}
+
+/// What the flows of all pods are told.
+#[derive(Debug, Clone)]
+#[expect(clippy::exhaustive_structs, reason = "put together by `node` from configuration sections")]
+pub struct Settings {
+    /// Socket options.
+    pub sockets: config::Sockets,
+    /// HBONE parameters.
+    pub tunnel: Arc<config::Tunnel>,
+    /// Inbound behaviour.
+    pub inbound: config::Inbound,
+    /// Our own ports, which no flow may lead to.
+    pub guard: LoopGuard,
+    /// The network of this node.
+    pub network: Arc<str>,
+    /// How long a flow waits for the record of its own pod.
+    pub workload_wait: Duration,
+}
+
+/// One captured pod: its namespace, its tunnels, its open flows.
+#[derive(Debug)]
+pub struct Pod {
+    shared: Arc<Shared>,
+    who: WorkloadRef,
+    netns: Arc<Netns>,
+    /// Whether upstream sockets may take the client's address.
+    transparent: bool,
+    source_ports: SourcePorts,
+    flows: Arc<FlowTable>,
+    pool: tunnel::Pool<Dialer>,
+}
+
+impl Pod {
+    /// A pod whose listeners are bound but not yet served.
+    #[must_use]
+    pub fn new(shared: Arc<Shared>, who: WorkloadRef, netns: Arc<Netns>, transparent: bool) -> Arc<Self> {
+        let dialer = Dialer { shared: Arc::clone(&shared), netns: Arc::clone(&netns) };
+        let pool = tunnel::Pool::new(Arc::clone(&shared.settings.tunnel), dialer, shared.buffers.clone());
+        Arc::new(Self {
+            shared,
+            who,
+            netns,
+            transparent,
+            source_ports: SourcePorts::new(),
+            flows: Arc::default(),
+            pool,
+        })
+    }
+
+    /// The flows that are open now.
+    #[must_use]
+    pub fn flows(&self) -> &Arc<FlowTable> {
+        &self.flows
+    }
+
+    /// Serves `listeners` until `stop` asks for an end and all flows have ended, or `stop` forces it.
+    pub async fn serve(self: Arc<Self>, listeners: PodListeners, stop: Stop) {
+        let judge = judge::run(&self);
+        let PodListeners { outbound, inbound_plaintext, hbone, .. } = listeners;
+        let serve = async {
+            let pod = || Arc::clone(&self);
+            tokio::join!(
+                accept::serve(pod(), outbound, Reporter::Source, stop.clone(), outbound::carry),
+                accept::serve(pod(), inbound_plaintext, Reporter::Destination, stop.clone(), plaintext::carry),
+                inbound::serve(pod(), hbone, stop.clone()),
+            );
+        };
+        tokio::select! {
+            () = serve => {}
+            () = judge => {}
+        }
+        self.pool.release();
+    }
+
+    /// Serves one HBONE listener alone, as for the proxy's own pod.
+    pub async fn serve_hbone(self: Arc<Self>, listener: TcpListener, stop: Stop) {
+        let judge = judge::run(&self);
+        tokio::select! {
+            () = inbound::serve(Arc::clone(&self), listener, stop) => {}
+            () = judge => {}
+        }
+    }
+
+    pub(super) fn shared(&self) -> &Shared {
+        &self.shared
+    }
+
+    pub(super) fn settings(&self) -> &Settings {
+        &self.shared.settings
+    }
+
+    pub(super) fn pool(&self) -> &tunnel::Pool<Dialer> {
+        &self.pool
+    }
+
+    pub(super) fn source_ports(&self) -> &SourcePorts {
+        &self.source_ports
+    }
+
+    /// The record of this pod. Waits for it as long as the settings say: a pod may be captured
+    /// before the control plane has told of it.
+    pub(super) async fn workload(&self) -> Option<Arc<Workload>> {
+        if let Some(known) = self.known_workload() {
+            return Some(known);
+        }
+        let mut changes = self.shared.mesh.changes();
+        let appears = async {
+            loop {
+                if let Some(known) = self.known_workload() {
+                    return Some(known);
+                }
+                changes.changed().await.ok()?;
+            }
+        };
+        timeout(self.settings().workload_wait, appears).await.ok().flatten()
+    }
+
+    /// The record of this pod, if it is there.
+    pub(super) fn known_workload(&self) -> Option<Arc<Workload>> {
+        self.shared.mesh.read().local_workload(&self.who).cloned()
+    }
+
+    /// The workload behind a peer's address.
+    pub(super) fn peer(&self, ip: IpAddr) -> Option<Arc<Workload>> {
+        self.shared.mesh.read().workload_at(&self.settings().network, ip).cloned()
+    }
+
+    /// Connects from the pod's namespace with the pod's own address.
+    pub(super) async fn dial(&self, to: SocketAddr) -> Result<listen::Upstream, listen::ConnectError> {
+        listen::connect(&self.netns, &self.settings().sockets, to, LocalAddress::Any).await
+    }
+
+    /// Connects to the pod's application, with the client's address where that is possible.
+    pub(super) async fn dial_application(
+        &self,
+        _permit: Permit,
+        to: SocketAddr,
+        client: IpAddr,
+    ) -> Result<listen::Upstream, listen::ConnectError> {
+        let from = if self.transparent {
+            LocalAddress::Client { ip: client, ports: &self.source_ports }
+        } else {
+            LocalAddress::Any
+        };
+        listen::connect(&self.netns, &self.settings().sockets, to, from).await
+    }
+}
+
+/// Opens the connections below the tunnels of one pod.
+#[derive(Debug)]
+pub(super) struct Dialer {
+    shared: Arc<Shared>,
+    netns: Arc<Netns>,
+}
+
+impl tunnel::Dial for Dialer {
+    type Io = TcpStream;
+
+    fn dial(&self, to: SocketAddr) -> BoxFuture<'_, io::Result<TcpStream>> {
+        Box::pin(async move {
+            let dialled = listen::connect(&self.netns, &self.shared.settings.sockets, to, LocalAddress::Any).await;
+            match dialled {
+                Ok(upstream) => Ok(upstream.stream),
+                Err(error @ listen::ConnectError::Timeout { .. }) => {
+                    Err(io::Error::new(io::ErrorKind::TimedOut, error))
+                }
+                Err(listen::ConnectError::Connect { source, .. }) => Err(source),
+                Err(error) => Err(io::Error::other(error)),
+            }
+        })
+    }
+
+    fn tls<'a>(
+        &'a self,
+        key: &'a tunnel::Key,
+    ) -> BoxFuture<'a, Result<Arc<ClientConfig>, Box<dyn std::error::Error + Send + Sync>>> {
+        Box::pin(async move { Ok(self.shared.agent.svid(&key.source).await?.client_config(&key.expected)) })
+    }
+}

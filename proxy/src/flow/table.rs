@@ -1,0 +1,180 @@
+//! The flows of one pod, each with what decided it.
+//!
+//! A flow is entered before it is judged, so that no policy change falls between the verdict and
+//! the entry; `judge` walks the table on every change of the mesh and ends what may no longer be.
+//! The admin page lists the same entries.
+
+use std::{
+    net::SocketAddr,
+    sync::{
+        Arc,
+        atomic::{AtomicU8, Ordering},
+    },
+};
+
+use cert_agent::SpiffeId;
+use parking_lot::Mutex;
+use tokio::sync::Notify;
+
+/// Live flows of one pod. An entry costs about 200 bytes and leaves when its [`Entry`] is dropped.
+#[derive(Debug, Default)]
+pub struct FlowTable {
+    flows: Mutex<slab::Slab<Arc<Facts>>>,
+}
+
+impl FlowTable {
+    /// Enters a flow. It stays listed until the returned guard is dropped.
+    #[must_use]
+    pub(super) fn enter(self: &Arc<Self>, direction: Direction) -> Entry {
+        let facts = Arc::new(Facts { direction, verdict: AtomicU8::new(OPEN), ended: Notify::new() });
+        let key = self.flows.lock().insert(Arc::clone(&facts));
+        Entry { facts, key, table: Arc::clone(self) }
+    }
+
+    /// Copies out what is open now.
+    #[must_use]
+    pub fn open(&self) -> Vec<Arc<Facts>> {
+        self.flows.lock().iter().map(|(_, facts)| Arc::clone(facts)).collect()
+    }
+
+    /// How many flows are open.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.flows.lock().len()
+    }
+
+    /// Whether no flow is open.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
+
+/// Which way a flow runs, and who talks to whom.
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub enum Direction {
+    /// From the pod's application outwards.
+    Outbound {
+        /// Address of the application.
+        source: SocketAddr,
+        /// Address it dialled.
+        original: SocketAddr,
+        /// Address that was dialled for it.
+        actual: SocketAddr,
+        /// How the bytes travel.
+        carried: Carried,
+    },
+    /// From a peer to the pod's application.
+    Inbound {
+        /// Address of the peer.
+        source: SocketAddr,
+        /// Address of the application.
+        destination: SocketAddr,
+        /// Who the peer proved to be; `None` over plaintext.
+        identity: Option<SpiffeId>,
+        /// The service that the peer said it dialled.
+        service: Option<Arc<str>>,
+    },
+}
+
+/// How the bytes of an outbound flow travel.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Carried {
+    /// Plain TCP.
+    Tcp,
+    /// One HBONE tunnel.
+    Hbone,
+}
+
+/// One open flow as others see it.
+#[derive(Debug)]
+pub struct Facts {
+    direction: Direction,
+    verdict: AtomicU8,
+    ended: Notify,
+}
+
+impl Facts {
+    /// Which way the flow runs, and who talks to whom.
+    #[must_use]
+    pub fn direction(&self) -> &Direction {
+        &self.direction
+    }
+
+    /// Ends the flow because a policy no longer allows it. The flow's task sees it at its next step.
+    pub(super) fn revoke(&self) {
+        self.verdict.store(REVOKED, Ordering::Release);
+        self.ended.notify_one();
+    }
+
+    fn is_revoked(&self) -> bool {
+        self.verdict.load(Ordering::Acquire) == REVOKED
+    }
+}
+
+/// Keeps a flow listed for as long as it lives.
+#[derive(Debug)]
+pub(super) struct Entry {
+    facts: Arc<Facts>,
+    key: usize,
+    table: Arc<FlowTable>,
+}
+
+impl Entry {
+    /// Waits until a policy change ends the flow.
+    ///
+    /// # Cancel safety
+    /// Nothing is lost: the verdict stays in the entry.
+    pub(super) async fn revoked(&self) {
+        while !self.facts.is_revoked() {
+            self.facts.ended.notified().await;
+        }
+    }
+}
+
+impl Drop for Entry {
+    fn drop(&mut self) {
+        let _ = self.table.flows.lock().try_remove(self.key);
+    }
+}
+
+const OPEN: u8 = 0;
+const REVOKED: u8 = 1;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn inbound(port: u16) -> Direction {
+        Direction::Inbound {
+            source: SocketAddr::from(([10, 0, 0, 1], port)),
+            destination: SocketAddr::from(([10, 0, 0, 2], 80)),
+            identity: None,
+            service: None,
+        }
+    }
+
+    #[test]
+    fn an_entry_leaves_when_its_guard_is_dropped() {
+        let table = Arc::new(FlowTable::default());
+        let first = table.enter(inbound(1));
+        let second = table.enter(inbound(2));
+        assert_eq!(table.len(), 2);
+        drop(first);
+        assert_eq!(table.len(), 1);
+        drop(second);
+        assert!(table.is_empty());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_revocation_before_the_wait_is_not_lost() {
+        let table = Arc::new(FlowTable::default());
+        let entry = table.enter(inbound(1));
+        for facts in table.open() {
+            facts.revoke();
+        }
+        tokio::time::timeout(std::time::Duration::from_secs(1), entry.revoked()).await.expect("revoked");
+    }
+}

@@ -1,0 +1,76 @@
+//! Mesh state from a local description instead of a control plane.
+
+use std::sync::Arc;
+
+use tokio_util::sync::CancellationToken;
+use xds_client::local::{self, Document, LocalFile};
+
+use super::StartError;
+use crate::{
+    config::MeshSource,
+    flow::Shared,
+    mesh::{Report, Update},
+};
+
+/// A local description that is in force, and followed if it is a file.
+pub(super) struct MeshFile {
+    file: Option<LocalFile>,
+    shared: Arc<Shared>,
+}
+
+impl MeshFile {
+    /// Loads the description and puts it in force.
+    pub(super) async fn load(source: &MeshSource, shared: &Arc<Shared>) -> Result<Self, StartError> {
+        let (file, document) = match source {
+            MeshSource::Text(text) => (None, local::parse(text).map_err(StartError::Mesh)?),
+            MeshSource::File(path) => {
+                let mut file = LocalFile::new(path.as_path());
+                let document = file.load().await.map_err(StartError::Mesh)?;
+                (Some(file), document)
+            }
+        };
+        put_in_force(shared, document);
+        Ok(Self { file, shared: Arc::clone(shared) })
+    }
+
+    /// Loads the file again whenever it changes, until told to stop. A file that cannot be used
+    /// changes nothing.
+    pub(super) async fn follow(self, stop: CancellationToken) {
+        let Self { file, shared } = self;
+        let following = async {
+            let Some(mut file) = file else { return std::future::pending().await };
+            loop {
+                match file.changed().await {
+                    Ok(document) => put_in_force(&shared, document),
+                    Err(error) => {
+                        let error = &error as &dyn std::error::Error;
+                        tracing::error!(error, "the changed mesh file is not usable; the mesh stays as it was");
+                    }
+                }
+            }
+        };
+        tokio::select! {
+            () = stop.cancelled() => {}
+            () = following => {}
+        }
+    }
+}
+
+/// Makes the mesh what `document` says, and asks for the certificates it needs.
+fn put_in_force(shared: &Shared, document: Document) {
+    for rejected in &document.rejected {
+        tracing::warn!(name = %rejected.name, reason = %rejected.reason, "a record of the mesh file is not usable");
+    }
+    let report = shared.mesh.replace(Update::from(document));
+    for rejection in &report.rejected {
+        tracing::warn!(name = %rejection.name, reason = %rejection.reason, "a resource of the mesh file is refused");
+    }
+    let Report { workloads, services, policies, .. } = report;
+    tracing::info!(workloads, services, policies, "mesh file loaded: changed resources");
+    for identity in &report.identities_appeared {
+        shared.agent.prefetch(identity);
+    }
+    for identity in &report.identities_departed {
+        shared.agent.forget(identity);
+    }
+}
