@@ -1,7 +1,5 @@
 //! What the documents show must work.
 
-#![expect(clippy::expect_used, reason = "test code: a failure must be loud")]
-
 #[test]
 fn the_mesh_in_the_readme_is_accepted() {
     let readme = include_str!("../../README.md");
