@@ -183,3 +183,6 @@ fn range(bytes: &[u8], length: u32, field: &'static str) -> Result<ipnet::IpNet,
 fn known<E: TryFrom<i32>>(value: i32, field: &'static str) -> Result<E, Invalid> {
     E::try_from(value).map_err(|_| Invalid::Value { field, value })
 }
+
+#[cfg(test)]
+mod tests;

@@ -121,6 +121,19 @@ impl Pool {
 }
 
 #[cfg(test)]
+impl Pool {
+    /// How much somebody still holds.
+    pub(super) fn held_after_sweep(&mut self) -> usize {
+        self.sweep();
+        self.strings.len()
+            + self.ports.len()
+            + self.accounts.len()
+            + self.places.len()
+            + self.profiles.len()
+    }
+}
+
+#[cfg(test)]
 mod tests {
     use super::*;
 

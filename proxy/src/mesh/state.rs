@@ -282,4 +282,25 @@ impl State {
     pub fn has_local_identity(&self, id: &SpiffeId) -> bool {
         self.identities.contains_key(id)
     }
+
+    /// Whether nothing is left, not even in an index.
+    #[cfg(test)]
+    pub(super) fn is_bare(&self) -> bool {
+        let indexes = [
+            &self.by_uid,
+            &self.by_address,
+            &self.by_hostname,
+            &self.local,
+            &self.by_host,
+            &self.by_vip,
+            &self.by_cidr,
+        ];
+        indexes.iter().all(|index| index.len() == 0)
+            && self.workloads.is_empty()
+            && self.services.is_empty()
+            && self.identities.is_empty()
+            && self.prefix_lengths.is_empty()
+            && self.namespace_policies.is_empty()
+            && self.global_policies.is_empty()
+    }
 }

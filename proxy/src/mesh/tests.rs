@@ -1,4 +1,4 @@
-//! The rules of look-ups, one table each.
+//! The rules of look-ups, one table each. Histories against a model are in `histories`.
 
 use std::net::IpAddr;
 
@@ -8,6 +8,7 @@ use super::*;
 use crate::config::WorkloadRef;
 
 mod fixture;
+mod histories;
 
 use fixture::*;
 

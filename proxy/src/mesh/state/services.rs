@@ -226,6 +226,11 @@ impl PrefixLengths {
         }
     }
 
+    #[cfg(test)]
+    pub(super) fn is_empty(&self) -> bool {
+        self.v4.is_empty() && self.v6.is_empty()
+    }
+
     fn ranges_around(&self, ip: IpAddr) -> impl Iterator<Item = IpNet> {
         let lengths = if ip.is_ipv4() { &self.v4 } else { &self.v6 };
         lengths

@@ -1,0 +1,187 @@
+//! What a workload of a large mesh costs, measured with an allocator that counts.
+#![expect(
+    clippy::unwrap_used,
+    clippy::print_stdout,
+    reason = "tests fail by panicking, and tell what they measured"
+)]
+
+use std::{collections::HashMap, net::Ipv4Addr};
+
+use culvert::mesh::{Mesh, Report, Update, View};
+use xds_client::proto::workload as pb;
+
+const WORKLOADS: usize = 10_000;
+/// Pods per service and deployment.
+const REPLICAS: usize = 10;
+/// Pods per node.
+const PODS_PER_NODE: usize = 30;
+
+/// A pod as istiod describes it: uid of 63 bytes, name of 25, one address, one service, locality.
+fn pod(number: usize) -> pb::Workload {
+    let deployment = number / REPLICAS;
+    let owner = format!("checkout-{deployment:05}");
+    let name = format!("{owner}-{:05x}{:05x}", deployment * 31, number);
+    let namespace = format!("team-payments-{:03}", deployment / 20);
+    let ip = Ipv4Addr::from_bits(0x0a00_0000 + u32::try_from(number).unwrap());
+    let ports = pb::PortList {
+        ports: vec![port(80, 8080), port(9090, 9090)],
+    };
+    pb::Workload {
+        uid: format!("cluster-east-1//Pod/{namespace}/{name}"),
+        name,
+        namespace: namespace.clone(),
+        addresses: vec![ip.octets().into()],
+        network: "network-1".into(),
+        tunnel_protocol: pb::TunnelProtocol::Hbone.into(),
+        service_account: owner.clone(),
+        node: format!(
+            "ip-10-1-2-{:04}.compute.internal",
+            number % (WORKLOADS / PODS_PER_NODE)
+        ),
+        canonical_name: owner.clone(),
+        canonical_revision: "v1".into(),
+        workload_type: pb::WorkloadType::Pod.into(),
+        workload_name: owner.clone(),
+        services: HashMap::from([(
+            format!("{namespace}/{owner}.{namespace}.svc.cluster.local"),
+            ports,
+        )]),
+        cluster_id: "cluster-east-1".into(),
+        locality: Some(pb::Locality {
+            region: "eu-central-1".into(),
+            zone: format!("eu-central-1{}", number % 3),
+            subzone: String::new(),
+        }),
+        ..pb::Workload::default()
+    }
+}
+
+fn service(number: usize) -> pb::Service {
+    let pod = pod(number * REPLICAS);
+    let key = pod.services.keys().next().unwrap();
+    let (namespace, hostname) = key.split_once('/').unwrap();
+    let ip = Ipv4Addr::from_bits(0x0b00_0000 + u32::try_from(number).unwrap());
+    pb::Service {
+        name: pod.workload_name.clone(),
+        namespace: namespace.into(),
+        hostname: hostname.into(),
+        addresses: vec![pb::NetworkAddress {
+            network: "network-1".into(),
+            address: ip.octets().into(),
+            length: None,
+        }],
+        ports: vec![port(80, 8080), port(9090, 9090)],
+        ..pb::Service::default()
+    }
+}
+
+fn port(service_port: u32, target_port: u32) -> pb::Port {
+    pb::Port {
+        service_port,
+        target_port,
+        app_protocol: 0,
+    }
+}
+
+fn put(mesh: &Mesh, addresses: Vec<pb::Address>) -> Report {
+    let report = mesh.apply(Update {
+        addresses,
+        ..Update::default()
+    });
+    assert_eq!(report.rejected, []);
+    report
+}
+
+fn pods() -> Vec<pb::Address> {
+    (0..WORKLOADS).map(|number| pod(number).into()).collect()
+}
+
+/// One test, so that nothing else allocates meanwhile.
+#[test]
+fn a_workload_costs_less_than_400_bytes_and_gives_them_back() {
+    let example = pod(WORKLOADS - 1);
+    assert!(
+        example.uid.len() >= 63 && example.name.len() >= 25,
+        "{example:?}"
+    );
+    let mesh = Mesh::new(View {
+        node_name: Some("ip-10-1-2-0007.compute.internal".into()),
+        network: "network-1".into(),
+        cluster_id: "cluster-east-1".into(),
+    });
+    let empty = sys::allocated();
+    let services: Vec<pb::Address> = (0..WORKLOADS / REPLICAS)
+        .map(|number| service(number).into())
+        .collect();
+    put(&mesh, services);
+    let with_services = sys::allocated();
+    put(&mesh, pods());
+    let full = sys::allocated();
+    let per_workload = (full - with_services) / WORKLOADS;
+    let with_share = (full - empty) / WORKLOADS;
+    println!("{per_workload} bytes per workload; {with_share} with its share of services");
+    assert!(per_workload < 400, "{per_workload} bytes per workload");
+    assert!(
+        with_share < 400,
+        "{with_share} bytes with its share of services"
+    );
+
+    assert!(!put(&mesh, pods()).is_effective());
+    let repeated = sys::allocated();
+    assert!(
+        repeated <= full + full / 100,
+        "what is repeated takes no memory: {repeated} after {full}"
+    );
+
+    mesh.replace(Update::default());
+    let after = sys::allocated();
+    let kept = after.saturating_sub(empty);
+    println!("{kept} bytes kept by an empty mesh that was full");
+    assert!(
+        kept < (full - empty) / 50,
+        "{kept} of {} bytes kept",
+        full - empty
+    );
+}
+
+/// An allocator that counts.
+#[expect(unsafe_code, reason = "a global allocator is unsafe by its nature")]
+mod sys {
+    use std::{
+        alloc::{GlobalAlloc, Layout, System},
+        sync::atomic::{AtomicUsize, Ordering},
+    };
+
+    /// Bytes allocated and not freed, each allocation rounded up as jemalloc's size classes do it.
+    pub(crate) fn allocated() -> usize {
+        ALLOCATED.load(Ordering::Relaxed)
+    }
+
+    static ALLOCATED: AtomicUsize = AtomicUsize::new(0);
+
+    #[global_allocator]
+    static ALLOCATOR: Counting = Counting;
+
+    struct Counting;
+
+    // SAFETY: every call goes to the system allocator unchanged.
+    unsafe impl GlobalAlloc for Counting {
+        unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+            ALLOCATED.fetch_add(class(layout.size()), Ordering::Relaxed);
+            // SAFETY: the caller keeps the contract of `alloc`.
+            unsafe { System.alloc(layout) }
+        }
+
+        unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
+            ALLOCATED.fetch_sub(class(layout.size()), Ordering::Relaxed);
+            // SAFETY: the caller keeps the contract of `dealloc`.
+            unsafe { System.dealloc(pointer, layout) }
+        }
+    }
+
+    /// Four classes per doubling, sixteen bytes apart at least.
+    fn class(size: usize) -> usize {
+        let spacing = (size.next_power_of_two() / 8).max(16);
+        size.next_multiple_of(spacing)
+    }
+}
