@@ -345,6 +345,9 @@ async fn resets_of_the_peer_end_the_application_connection() {
         };
         let mark = cluster.proxy(0).log().mark();
         let (_recv, mut send) = connection.next().await.unwrap().accept().unwrap();
+        // What the library has not written yet would be lost with the reset.
+        send.send_data("answered".into(), false).unwrap();
+        call.read_exact(&mut [0; 8]).await.unwrap();
         send.send_reset(reason);
         let end = traffic::closed(&mut call, wait::SOON).await.unwrap();
         if graceful {
