@@ -41,7 +41,11 @@ fn run() -> anyhow::Result<()> {
     }
 }
 
-fn proxy(environment: &cli::Environment<'_>, arguments: &str, logs: &LogGuard) -> anyhow::Result<()> {
+fn proxy(
+    environment: &cli::Environment<'_>,
+    arguments: &str,
+    logs: &LogGuard,
+) -> anyhow::Result<()> {
     let config = cli::configuration(environment, arguments)?;
     info!("{}", BuildInfo::new(environment));
     if let Err(error) = raise_open_files() {

@@ -10,10 +10,11 @@ mod parts;
 mod source;
 mod tasks;
 
-use std::{future::Future, sync::Arc, time::Duration};
+use std::{sync::Arc, time::Duration};
 
 use prometheus_client::registry::Registry;
 use tokio::{
+    net::TcpListener,
     runtime::{Builder, Handle, Runtime},
     signal::unix::{Signal, SignalKind, signal},
     time::timeout,
@@ -26,7 +27,7 @@ use crate::{
     flow::{Shared, Stop},
     listen,
     pods::{self, Pods},
-    telemetry::{PodMetrics, Readiness, logging::LogGuard, register_process},
+    telemetry::{PodMetrics, Readiness, ReadinessTask, logging::LogGuard, register_process},
 };
 pub use available::check_available;
 pub use error::StartError;
@@ -44,8 +45,11 @@ pub fn run(config: &Config, log: &LogGuard) -> Result<(), StartError> {
         listen::check_privileges(config.sockets.mark)?;
     }
     let control = runtime(Builder::new_current_thread().thread_name("control"))?;
-    let data =
-        runtime(Builder::new_multi_thread().thread_name("data").worker_threads(config.runtime.worker_threads))?;
+    let data = runtime(
+        Builder::new_multi_thread()
+            .thread_name("data")
+            .worker_threads(config.runtime.worker_threads),
+    )?;
     let ended = control.block_on(serve(config, log, data.handle()));
     data.shutdown_timeout(LAST_WORK);
     ended
@@ -54,106 +58,156 @@ pub fn run(config: &Config, log: &LogGuard) -> Result<(), StartError> {
 /// Starts everything in the order in which things need each other, then waits for a signal.
 async fn serve(config: &Config, log: &LogGuard, data: &Handle) -> Result<(), StartError> {
     let mut signals = Signals::new().map_err(StartError::Signals)?;
-    let (stop, background) = (Stop::new(), CancellationToken::new());
-    let mut tasks = Tasks::default();
+    let mut start = Start::new(config, data);
     let readiness = Readiness::new();
     let state_known = readiness.task("state manager");
     let wired = readiness.task("proxy");
-    let captured = matches!(config.capture.mode, ProxyMode::Shared).then(|| readiness.task(pods::READINESS_TASK));
-    let listener = bind(data, config.ports.readiness, config.sockets.ipv6)?;
-    tasks.start("readiness", data, admin::serve_readiness(listener, readiness, stop.accept.clone()));
+    let captured =
+        (config.capture.mode == ProxyMode::Shared).then(|| readiness.task(pods::READINESS_TASK));
+    start.readiness(readiness)?;
 
     let mut registry = Registry::default();
     register_process(&mut registry, &config.identity.istio_version);
     log.register(&mut registry);
     let shared = Arc::new(parts::shared(config, &mut registry)?);
-    let here = Handle::current();
-    let agent = shared.agent.clone();
-    let renewing = background.clone();
-    tasks.start("certificates", &here, async move { agent.run(renewing).await });
-    if let Some(local) = &config.control.local {
-        let file = MeshFile::load(local, &shared).await?;
-        tasks.start("mesh file", &here, file.follow(background.clone()));
-    }
+    start.certificates(&shared);
+    start.mesh(&shared).await?;
     state_known.ready();
-
-    match (&config.capture.mode, captured) {
-        (ProxyMode::Shared, Some(captured)) => {
-            let metrics = PodMetrics::register(&mut registry);
-            let launcher = Arc::new(Launcher::new(Arc::clone(&shared)));
-            let pods = Pods::new(pod_settings(config, data), launcher, metrics, captured);
-            tasks.start("pods", &here, pods.run(stop.clone()));
-        }
-        (ProxyMode::Dedicated(who), _) => {
-            let serving = launch::dedicated(config, &shared, who, data, stop.clone())?;
-            tasks.start("dedicated workload", data, serving);
-        }
-        (ProxyMode::Shared, None) => {}
-    }
-    if let Some(serving) = own_listener(config, &shared, data, &stop)? {
-        tasks.start("own HBONE listener", data, serving);
-    }
-    let listener = bind(&here, config.ports.stats, config.sockets.ipv6)?;
-    tasks.start("stats", &here, admin::serve_stats(listener, Arc::new(registry), stop.accept.clone()));
+    start.capture(&shared, captured, &mut registry)?;
+    start.stats(registry)?;
     wired.ready();
 
-    wait_and_stop(&mut tasks, &mut signals, &stop, &background, config.drain.deadline).await
+    start.wait_and_stop(&mut signals).await
 }
 
-/// Waits for a signal, or for a task that must not end; then stops everything in order.
-async fn wait_and_stop(
-    tasks: &mut Tasks,
-    signals: &mut Signals,
-    stop: &Stop,
-    background: &CancellationToken,
-    deadline: Duration,
-) -> Result<(), StartError> {
-    let ended = tokio::select! {
-        () = signals.asked() => Ok(()),
-        name = tasks.next_ended() => Err(StartError::Ended(name)),
-    };
-    tracing::info!(?deadline, "stopping: nothing new is accepted, open connections may finish");
-    stop.accept.cancel();
-    let serving = tasks.finished_but(&["certificates", "mesh file"]);
-    tokio::select! {
-        _ = timeout(deadline + LAST_WORK, serving) => {}
-        () = signals.interrupted_again() => {}
+/// The proxy as it starts, runs and stops.
+struct Start<'a> {
+    config: &'a Config,
+    /// Where flows run; the control thread is the one that this runs on.
+    data: &'a Handle,
+    /// Ends what accepts.
+    stop: Stop,
+    /// Ends what the flows that still run need.
+    background: CancellationToken,
+    tasks: Tasks,
+}
+
+impl<'a> Start<'a> {
+    fn new(config: &'a Config, data: &'a Handle) -> Self {
+        Self {
+            config,
+            data,
+            stop: Stop::new(),
+            background: CancellationToken::new(),
+            tasks: Tasks::default(),
+        }
     }
-    stop.now();
-    background.cancel();
-    let _ = timeout(LAST_WORK, tasks.finished_but(&[])).await;
-    tasks.abort().await;
-    ended
-}
 
-fn pod_settings(config: &Config, data: &Handle) -> pods::Settings {
-    pods::Settings {
-        agent_socket: config.capture.agent_socket.clone(),
-        sockets: config.sockets.clone(),
-        ports: config.ports,
-        drain: config.drain,
-        data: data.clone(),
+    fn here(&mut self, name: &'static str, task: impl Future<Output = ()> + Send + 'static) {
+        self.tasks.start(name, &Handle::current(), task);
     }
-}
 
-/// HBONE for the proxy's own pod, so that its metrics can be scraped through the mesh.
-fn own_listener(
-    config: &Config,
-    shared: &Arc<Shared>,
-    data: &Handle,
-    stop: &Stop,
-) -> Result<Option<impl Future<Output = ()> + Send + use<>>, StartError> {
-    if config.identity.own.is_none() || config.capture.mode != ProxyMode::Shared {
-        return Ok(None);
+    /// Served first and with the data workers, so that it answers whatever else is slow.
+    fn readiness(&mut self, readiness: Readiness) -> Result<(), StartError> {
+        let listener = self.bind(self.data, self.config.ports.readiness)?;
+        let serving = admin::serve_readiness(listener, readiness, self.stop.accept.clone());
+        self.tasks.start("readiness", self.data, serving);
+        Ok(())
     }
-    let listener = bind(data, config.ports.hbone, config.sockets.ipv6)?;
-    let serving = launch::own(&config.identity, shared, listener, stop.clone())?;
-    Ok(Some(serving))
-}
 
-fn bind(on: &Handle, port: u16, ipv6: bool) -> Result<tokio::net::TcpListener, StartError> {
-    let _registered_there = on.enter();
-    admin::bind(port, ipv6).map_err(|source| StartError::Bind { port, source })
+    fn certificates(&mut self, shared: &Shared) {
+        let (agent, stop) = (shared.agent.clone(), self.background.clone());
+        self.here(CERTIFICATES, async move { agent.run(stop).await });
+    }
+
+    async fn mesh(&mut self, shared: &Arc<Shared>) -> Result<(), StartError> {
+        if let Some(local) = &self.config.control.local {
+            let file = MeshFile::load(local, shared).await?;
+            let following = file.follow(self.background.clone());
+            self.here(MESH_FILE, following);
+        }
+        Ok(())
+    }
+
+    /// Serves the pods of this node, or the one workload of dedicated mode, and the proxy's own pod.
+    fn capture(
+        &mut self,
+        shared: &Arc<Shared>,
+        captured: Option<ReadinessTask>,
+        registry: &mut Registry,
+    ) -> Result<(), StartError> {
+        let config = self.config;
+        match (&config.capture.mode, captured) {
+            (ProxyMode::Shared, Some(captured)) => {
+                let metrics = PodMetrics::register(registry);
+                let launcher = Arc::new(Launcher::new(Arc::clone(shared)));
+                let pods = Pods::new(self.pod_settings(), launcher, metrics, captured);
+                let following = pods.run(self.stop.clone());
+                self.here("pods", following);
+                if config.identity.own.is_some() {
+                    let listener = self.bind(self.data, config.ports.hbone)?;
+                    let own = launch::own(&config.identity, shared, listener, self.stop.clone())?;
+                    self.tasks.start("own HBONE listener", self.data, own);
+                }
+            }
+            (ProxyMode::Dedicated(who), _) => {
+                let serving = launch::dedicated(config, shared, who, self.data, self.stop.clone())?;
+                self.tasks.start("dedicated workload", self.data, serving);
+            }
+            (ProxyMode::Shared, None) => {}
+        }
+        Ok(())
+    }
+
+    fn pod_settings(&self) -> pods::Settings {
+        pods::Settings {
+            agent_socket: self.config.capture.agent_socket.clone(),
+            sockets: self.config.sockets.clone(),
+            ports: self.config.ports,
+            drain: self.config.drain,
+            data: self.data.clone(),
+        }
+    }
+
+    fn stats(&mut self, registry: Registry) -> Result<(), StartError> {
+        let listener = self.bind(&Handle::current(), self.config.ports.stats)?;
+        let stop = self.stop.accept.clone();
+        self.here(
+            "stats",
+            admin::serve_stats(listener, Arc::new(registry), stop),
+        );
+        Ok(())
+    }
+
+    fn bind(&self, on: &Handle, port: u16) -> Result<TcpListener, StartError> {
+        let _registered_there = on.enter();
+        admin::bind(port, self.config.sockets.ipv6)
+            .map_err(|source| StartError::Bind { port, source })
+    }
+
+    /// Waits for a signal, or for a task that must not end; then stops everything in order.
+    async fn wait_and_stop(mut self, signals: &mut Signals) -> Result<(), StartError> {
+        let deadline = self.config.drain.deadline;
+        let ended = tokio::select! {
+            () = signals.asked() => Ok(()),
+            name = self.tasks.next_ended() => Err(StartError::Ended(name)),
+        };
+        tracing::info!(
+            ?deadline,
+            "stopping: nothing new is accepted, open connections may finish"
+        );
+        self.stop.accept.cancel();
+        let serving = self.tasks.finished_but(&[CERTIFICATES, MESH_FILE]);
+        tokio::select! {
+            _ = timeout(deadline + LAST_WORK, serving) => {}
+            () = signals.interrupted_again() => {}
+        }
+        self.stop.now();
+        self.background.cancel();
+        let _ = timeout(LAST_WORK, self.tasks.finished_but(&[])).await;
+        self.tasks.abort().await;
+        ended
+    }
 }
 
 fn runtime(builder: &mut Builder) -> Result<Runtime, StartError> {
@@ -193,5 +247,7 @@ impl Signals {
     }
 }
 
+const CERTIFICATES: &str = "certificates";
+const MESH_FILE: &str = "mesh file";
 /// What may still run when everything was told to end.
 const LAST_WORK: Duration = Duration::from_secs(1);

@@ -12,8 +12,13 @@ use crate::{listen, telemetry::Reporter};
 
 /// Accepts until `stop` asks it not to, runs `handle` for each connection in a task of its own,
 /// and ends when all of them have, or at once when `stop` forces it.
-pub(super) async fn serve<H, F>(pod: Arc<Pod>, listener: TcpListener, reporter: Reporter, stop: Stop, handle: H)
-where
+pub(super) async fn serve<H, F>(
+    pod: Arc<Pod>,
+    listener: TcpListener,
+    reporter: Reporter,
+    stop: Stop,
+    handle: H,
+) where
     H: Fn(Arc<Pod>, TcpStream, SocketAddr) -> F,
     F: Future<Output = ()> + Send + 'static,
 {
@@ -53,6 +58,9 @@ pub(super) fn tell_panic(end: Result<(), JoinError>) {
     if let Err(error) = end
         && error.is_panic()
     {
-        tracing::error!(error = &error as &dyn std::error::Error, "a flow ended by a panic");
+        tracing::error!(
+            error = &error as &dyn std::error::Error,
+            "a flow ended by a panic"
+        );
     }
 }

@@ -57,7 +57,9 @@ impl Failure {
     pub(super) fn flag(&self) -> ResponseFlag {
         match self {
             Self::Denied(_) | Self::Revoked => ResponseFlag::Deny,
-            Self::Unreachable(_) | Self::Relay(_) | Self::Uncarried(_) | Self::Abandoned => ResponseFlag::Connect,
+            Self::Unreachable(_) | Self::Relay(_) | Self::Uncarried(_) | Self::Abandoned => {
+                ResponseFlag::Connect
+            }
             Self::NoIdentity => ResponseFlag::IdentityError,
             Self::Answer(_) => ResponseFlag::H2HandshakeFailure,
             Self::Tunnel(error) => error.flag(),

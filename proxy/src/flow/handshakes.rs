@@ -29,7 +29,10 @@ impl Handshakes {
             oldest.cancel();
         }
         slots.push_back(token.clone());
-        Slot { given_way: token.clone(), _done: token.drop_guard() }
+        Slot {
+            given_way: token.clone(),
+            _done: token.drop_guard(),
+        }
     }
 }
 

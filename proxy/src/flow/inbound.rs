@@ -11,14 +11,17 @@ use http::StatusCode;
 use tokio::net::{TcpListener, TcpStream};
 
 use super::{
-    Direction, Pod, Stop, accept, failure::Failure, handshakes::Handshakes, parties, report, table::Entry,
+    Direction, Pod, Stop, accept, failure::Failure, handshakes::Handshakes, parties, report,
+    table::Entry,
 };
 use crate::{
     listen,
     mesh::Workload,
     policy::{self, Connection, Denied, Permit},
     relay::{self, Outcome},
-    route::{self, Authority, AuthorityError, ClientAddress, InboundQuery, InboundRefusal, InboundRoute},
+    route::{
+        self, Authority, AuthorityError, ClientAddress, InboundQuery, InboundRefusal, InboundRoute,
+    },
     telemetry::{self, Access, Labels, Party, Reporter, Route, Security},
     tunnel::{self, AcceptError, Incoming, Responder, ServeError, Stream, Tls},
 };
@@ -61,7 +64,9 @@ async fn connection(
         Err(error @ ServeError::PrefaceTimeout(_)) => {
             telemetry::reject(Reporter::Destination, peer, here, &error);
         }
-        Err(error) => tracing::debug!(%peer, error = &error as &dyn Error, "HBONE connection ended"),
+        Err(error) => {
+            tracing::debug!(%peer, error = &error as &dyn Error, "HBONE connection ended");
+        }
     }
 }
 
@@ -106,15 +111,34 @@ async fn shake(
     let tls = tunnel::accept(socket, svid.server_config(), &pod.shared().buffers, limit).await?;
     let chain = tls.get_ref().1.peer_certificates().unwrap_or_default();
     let identity = peer_id(chain).ok_or(Refused::Stranger)?;
-    Ok((tls, Caller { peer, here, identity }))
+    Ok((
+        tls,
+        Caller {
+            peer,
+            here,
+            identity,
+        },
+    ))
 }
 
 /// Carries one CONNECT to the application.
 async fn stream(pod: Arc<Pod>, caller: Arc<Caller>, incoming: Incoming) {
     // Boxed, so that the space of the set-up is given back before bytes move.
-    let Some(opened) = Box::pin(open(&pod, &caller, incoming)).await else { return };
-    let Opened { access, entry, downstream, upstream } = opened;
-    let pump = relay::pump(downstream, upstream.stream, access.meter(), &pod.shared().buffers);
+    let Some(opened) = Box::pin(open(&pod, &caller, incoming)).await else {
+        return;
+    };
+    let Opened {
+        access,
+        entry,
+        downstream,
+        upstream,
+    } = opened;
+    let pump = relay::pump(
+        downstream,
+        upstream.stream,
+        access.meter(),
+        &pod.shared().buffers,
+    );
     let end = until_revoked(&entry, pump).await;
     drop(upstream.port); // after the stream: the port is free once the socket is closed
     report::close(access, end);
@@ -129,16 +153,29 @@ struct Opened {
 
 /// Everything up to the first byte. `None` if the stream ended here; it is answered and reported then.
 async fn open(pod: &Arc<Pod>, caller: &Caller, incoming: Incoming) -> Option<Opened> {
-    let Incoming { connect, mut responder, .. } = incoming;
+    let Incoming {
+        connect,
+        mut responder,
+        ..
+    } = incoming;
     let decision = match decide(pod, caller, &connect).await {
         Ok(decision) => decision,
         Err(early) => {
-            telemetry::reject(Reporter::Destination, caller.peer, Some(caller.here), &early);
+            telemetry::reject(
+                Reporter::Destination,
+                caller.peer,
+                Some(caller.here),
+                &early,
+            );
             responder.refuse(early.status());
             return None;
         }
     };
-    let Decision { local, route, authority } = decision;
+    let Decision {
+        local,
+        route,
+        authority,
+    } = decision;
     let access = opened(pod, caller, (&local, &route, &authority), &connect);
     let entry = pod.flows().enter(Direction::Inbound {
         source: caller.peer,
@@ -146,14 +183,24 @@ async fn open(pod: &Arc<Pod>, caller: &Caller, incoming: Incoming) -> Option<Ope
         identity: Some(caller.identity.clone()),
         service: connect.forwarded_host().map(Into::into),
     });
-    let judged =
-        Connection { source: caller.peer, destination: route.destination, identity: Some(&caller.identity) };
+    let judged = Connection {
+        source: caller.peer,
+        destination: route.destination,
+        identity: Some(&caller.identity),
+    };
     let failure = match authorize(pod, &local, &judged) {
         Err(denied) => Failure::Denied(denied),
         Ok(permit) => match dial(pod, permit, caller, &route, &mut responder).await {
             Err(failure) => failure,
             Ok(upstream) => match accept_stream(pod, &local, responder) {
-                Ok(downstream) => return Some(Opened { access, entry, downstream, upstream }),
+                Ok(downstream) => {
+                    return Some(Opened {
+                        access,
+                        entry,
+                        downstream,
+                        upstream,
+                    });
+                }
                 Err(error) => {
                     report::close(access, Err(Failure::Answer(error)));
                     return None;
@@ -208,7 +255,11 @@ async fn decide(pod: &Pod, caller: &Caller, connect: &tunnel::Connect) -> Result
     if route.proxy_target.is_some() {
         return Err(Early::Uncarried);
     }
-    Ok(Decision { local, route, authority })
+    Ok(Decision {
+        local,
+        route,
+        authority,
+    })
 }
 
 fn opened(
@@ -218,10 +269,19 @@ fn opened(
     connect: &tunnel::Connect,
 ) -> Access {
     let settings = pod.settings();
-    let foreign = connect.network().is_some_and(|network| !network.eq_ignore_ascii_case(&settings.network));
-    let source = if foreign { None } else { pod.peer(caller.peer.ip()) };
+    let foreign = connect
+        .network()
+        .is_some_and(|network| !network.eq_ignore_ascii_case(&settings.network));
+    let source = if foreign {
+        None
+    } else {
+        pod.peer(caller.peer.ip())
+    };
     let baggage = connect.baggage().filter(|_| settings.inbound.baggage);
-    let derived = Party { principal: caller.identity.as_str().into(), ..parties::derived(baggage.as_ref()) };
+    let derived = Party {
+        principal: caller.identity.as_str().into(),
+        ..parties::derived(baggage.as_ref())
+    };
     let labels = Labels {
         reporter: Reporter::Destination,
         security: Security::MutualTls,
@@ -261,12 +321,20 @@ async fn dial(
 }
 
 fn accept_stream(pod: &Pod, local: &Workload, responder: Responder) -> Result<Stream, h2::Error> {
-    let baggage = pod.settings().inbound.baggage.then(|| parties::baggage(local).to_value());
+    let baggage = pod
+        .settings()
+        .inbound
+        .baggage
+        .then(|| parties::baggage(local).to_value());
     responder.accept(baggage)
 }
 
 /// Asks the policies of `local`, and logs what they say.
-pub(super) fn authorize(pod: &Pod, local: &Workload, connection: &Connection<'_>) -> Result<Permit, Denied> {
+pub(super) fn authorize(
+    pod: &Pod,
+    local: &Workload,
+    connection: &Connection<'_>,
+) -> Result<Permit, Denied> {
     let verdict = policy::authorize(&pod.shared().mesh.read(), local, connection);
     for note in verdict.notes() {
         report::note(pod.shared().verdicts, note);
@@ -285,4 +353,3 @@ pub(super) async fn until_revoked(
         outcome = pump => Failure::of(outcome).map_or(Ok(()), Err),
     }
 }
-

@@ -44,9 +44,17 @@ fn revoke_forbidden(pod: &Pod, local: &Workload) {
 fn may_go_on(state: &State, local: &Workload, flow: &Facts) -> bool {
     match flow.direction() {
         Direction::Outbound { .. } => true,
-        Direction::Inbound { source, destination, identity, .. } => {
-            let connection =
-                Connection { source: *source, destination: *destination, identity: identity.as_ref() };
+        Direction::Inbound {
+            source,
+            destination,
+            identity,
+            ..
+        } => {
+            let connection = Connection {
+                source: *source,
+                destination: *destination,
+                identity: identity.as_ref(),
+            };
             policy::authorize(state, local, &connection).outcome.is_ok()
         }
     }

@@ -20,8 +20,14 @@ use crate::{
 /// Carries one connection to where `route` says.
 pub(super) async fn carry(pod: Arc<Pod>, downstream: TcpStream, peer: SocketAddr) {
     // Boxed, so that the space of the set-up is given back before bytes move.
-    let Some(opened) = Box::pin(open(&pod, &downstream, peer)).await else { return };
-    let Opened { access, upstream, entry } = opened;
+    let Some(opened) = Box::pin(open(&pod, &downstream, peer)).await else {
+        return;
+    };
+    let Opened {
+        access,
+        upstream,
+        entry,
+    } = opened;
     let buffers = &pod.shared().buffers;
     let outcome = match upstream {
         Upstream::Socket(stream) => relay::pump(downstream, stream, access.meter(), buffers).await,
@@ -63,14 +69,31 @@ async fn open(pod: &Arc<Pod>, downstream: &TcpStream, peer: SocketAddr) -> Optio
         }
     };
     let access = opened(pod, &plan, peer);
-    let carried = if plan.hop.is_some() { Carried::Hbone } else { Carried::Tcp };
-    let entry = pod.flows().enter(Direction::Outbound { source: peer, original, actual: plan.to, carried });
+    let carried = if plan.hop.is_some() {
+        Carried::Hbone
+    } else {
+        Carried::Tcp
+    };
+    let entry = pod.flows().enter(Direction::Outbound {
+        source: peer,
+        original,
+        actual: plan.to,
+        carried,
+    });
     let upstream = match &plan.hop {
-        None => pod.dial(plan.to).await.map(|up| Upstream::Socket(up.stream)).map_err(Failure::Unreachable),
+        None => pod
+            .dial(plan.to)
+            .await
+            .map(|up| Upstream::Socket(up.stream))
+            .map_err(Failure::Unreachable),
         Some(hop) => tunnel_to(pod, &plan, hop, peer).await.map(Upstream::Tunnel),
     };
     match upstream {
-        Ok(upstream) => Some(Opened { access, upstream, entry }),
+        Ok(upstream) => Some(Opened {
+            access,
+            upstream,
+            entry,
+        }),
         Err(failure) => {
             report::close(access, Err(failure));
             None
@@ -78,23 +101,48 @@ async fn open(pod: &Arc<Pod>, downstream: &TcpStream, peer: SocketAddr) -> Optio
     }
 }
 
-async fn decide(pod: &Pod, peer: SocketAddr, original: SocketAddr) -> Result<Plan, Box<dyn std::error::Error + Send + Sync>> {
+async fn decide(
+    pod: &Pod,
+    peer: SocketAddr,
+    original: SocketAddr,
+) -> Result<Plan, Box<dyn std::error::Error + Send + Sync>> {
     let guard = &pod.settings().guard;
     if original.ip().is_loopback() && guard.covers(original.port()) {
         return Err(Refusal::Recursion.into());
     }
     let source = pod.workload().await.ok_or(Refusal::UnknownLocal)?;
-    let ask = OutboundQuery { source: &source, source_ip: peer.ip(), destination: original };
+    let ask = OutboundQuery {
+        source: &source,
+        source_ip: peer.ip(),
+        destination: original,
+    };
     let outbound = route::outbound(&pod.shared().mesh.read(), guard, &ask, &mut rand::rng());
-    let plan = |to, destination, service, hop| Plan { source: Arc::clone(&source), to, destination, service, hop };
+    let plan = |to, destination, service, hop| Plan {
+        source: Arc::clone(&source),
+        to,
+        destination,
+        service,
+        hop,
+    };
     match outbound {
         Outbound::Passthrough { to, service } => Ok(plan(to, None, service, None)),
-        Outbound::Direct { to, workload, service } => Ok(plan(to, Some(workload), service, None)),
-        Outbound::Hbone(hop) => {
-            Ok(plan(hop.to, Some(Arc::clone(&hop.workload)), hop.service.clone(), Some(hop)))
+        Outbound::Direct {
+            to,
+            workload,
+            service,
+        } => Ok(plan(to, Some(workload), service, None)),
+        Outbound::Hbone(hop) => Ok(plan(
+            hop.to,
+            Some(Arc::clone(&hop.workload)),
+            hop.service.clone(),
+            Some(hop),
+        )),
+        Outbound::Nested { .. } => {
+            Err(Failure::Uncarried("a tunnel within a tunnel to another network").into())
         }
-        Outbound::Nested { .. } => Err(Failure::Uncarried("a tunnel within a tunnel to another network").into()),
-        Outbound::Resolve(_) => Err(Failure::Uncarried("a workload that is known by a host name only").into()),
+        Outbound::Resolve(_) => {
+            Err(Failure::Uncarried("a workload that is known by a host name only").into())
+        }
         Outbound::Refuse(refusal) => Err(refusal.into()),
     }
 }
@@ -119,7 +167,11 @@ async fn tunnel_to(
         TraceParent::random(&mut rand::rng()).to_value(),
     )
     .map_err(Failure::Tunnel)?;
-    let answer = pod.pool().connect(&key, &request).await.map_err(Failure::Tunnel)?;
+    let answer = pod
+        .pool()
+        .connect(&key, &request)
+        .await
+        .map_err(Failure::Tunnel)?;
     Ok(answer.stream)
 }
 
@@ -131,9 +183,17 @@ fn opened(pod: &Pod, plan: &Plan, peer: SocketAddr) -> Access {
     }
     let labels = Labels {
         reporter: Reporter::Source,
-        security: if proven { Security::MutualTls } else { Security::Unknown },
+        security: if proven {
+            Security::MutualTls
+        } else {
+            Security::Unknown
+        },
         source,
-        destination: plan.destination.as_deref().map(parties::party).unwrap_or_default(),
+        destination: plan
+            .destination
+            .as_deref()
+            .map(parties::party)
+            .unwrap_or_default(),
         service: parties::service_name(plan.service.as_deref()),
     };
     Access::open(

@@ -28,7 +28,9 @@ pub(super) fn party(workload: &Workload) -> Party<Label<'_>> {
 
 /// The labels of a peer that is known by its baggage only.
 pub(super) fn derived(baggage: Option<&Baggage<String>>) -> Party<Label<'_>> {
-    let Some(baggage) = baggage else { return Party::default() };
+    let Some(baggage) = baggage else {
+        return Party::default();
+    };
     Party {
         workload: baggage.workload.as_str().into(),
         canonical_service: baggage.service.as_str().into(),
@@ -76,8 +78,16 @@ pub(super) fn pod_name(workload: &Workload) -> Arc<str> {
 }
 
 /// The name of a source in the access log: that of its record, else what its baggage says.
-pub(super) fn source_pod(workload: Option<&Workload>, baggage: Option<&Baggage<String>>) -> Option<Arc<str>> {
-    let told = || baggage.map(|baggage| baggage.workload.as_str()).filter(|name| !name.is_empty()).map(Into::into);
+pub(super) fn source_pod(
+    workload: Option<&Workload>,
+    baggage: Option<&Baggage<String>>,
+) -> Option<Arc<str>> {
+    let told = || {
+        baggage
+            .map(|baggage| baggage.workload.as_str())
+            .filter(|name| !name.is_empty())
+            .map(Into::into)
+    };
     workload.map(pod_name).or_else(told)
 }
 

@@ -17,9 +17,21 @@ use crate::{
 /// Carries one connection to the application, if policy allows it for a peer without identity.
 pub(super) async fn carry(pod: Arc<Pod>, downstream: TcpStream, peer: SocketAddr) {
     // Boxed, so that the space of the set-up is given back before bytes move.
-    let Some(opened) = Box::pin(open(&pod, &downstream, peer)).await else { return };
-    let Opened { access, entry, upstream, _captured } = opened;
-    let pump = relay::pump(downstream, upstream.stream, access.meter(), &pod.shared().buffers);
+    let Some(opened) = Box::pin(open(&pod, &downstream, peer)).await else {
+        return;
+    };
+    let Opened {
+        access,
+        entry,
+        upstream,
+        _captured,
+    } = opened;
+    let pump = relay::pump(
+        downstream,
+        upstream.stream,
+        access.meter(),
+        &pod.shared().buffers,
+    );
     let end = inbound::until_revoked(&entry, pump).await;
     drop(upstream.port); // after the stream: the port is free once the socket is closed
     report::close(access, end);
@@ -51,13 +63,25 @@ async fn open(pod: &Arc<Pod>, downstream: &TcpStream, peer: SocketAddr) -> Optio
         identity: None,
         service: None,
     });
-    let connection = Connection { source: peer, destination: route.destination, identity: None };
+    let connection = Connection {
+        source: peer,
+        destination: route.destination,
+        identity: None,
+    };
     let upstream = match inbound::authorize(pod, &local, &connection) {
         Err(denied) => Err(Failure::Denied(denied)),
-        Ok(permit) => pod.dial_application(permit, route.to, peer.ip()).await.map_err(Failure::Unreachable),
+        Ok(permit) => pod
+            .dial_application(permit, route.to, peer.ip())
+            .await
+            .map_err(Failure::Unreachable),
     };
     match upstream {
-        Ok(upstream) => Some(Opened { access, entry, upstream, _captured }),
+        Ok(upstream) => Some(Opened {
+            access,
+            entry,
+            upstream,
+            _captured,
+        }),
         Err(failure) => {
             report::close(access, Err(failure));
             None
@@ -65,12 +89,18 @@ async fn open(pod: &Arc<Pod>, downstream: &TcpStream, peer: SocketAddr) -> Optio
     }
 }
 
-async fn decide(pod: &Pod, destination: SocketAddr) -> Result<(Arc<Workload>, InboundRoute), InboundRefusal> {
+async fn decide(
+    pod: &Pod,
+    destination: SocketAddr,
+) -> Result<(Arc<Workload>, InboundRoute), InboundRefusal> {
     if pod.settings().guard.covers(destination.port()) {
         return Err(InboundRefusal::Recursion);
     }
     let local = pod.workload().await.ok_or(InboundRefusal::UnknownLocal)?;
-    let ask = PlaintextQuery { local: &local, destination };
+    let ask = PlaintextQuery {
+        local: &local,
+        destination,
+    };
     let route = route::inbound_plaintext(&pod.shared().mesh.read(), &pod.settings().guard, &ask)?;
     Ok((local, route))
 }

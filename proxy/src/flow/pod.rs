@@ -11,7 +11,9 @@ use cert_agent::Agent;
 use futures_util::future::BoxFuture;
 use rustls::ClientConfig;
 use tokio::{
-    net::{TcpListener, TcpStream}, time::timeout};
+    net::{TcpListener, TcpStream},
+    time::timeout,
+};
 
 use super::{FlowTable, Stop, accept, inbound, judge, outbound, plaintext};
 use crate::{
@@ -27,7 +29,10 @@ use crate::{
 
 /// What the flows of all pods share.
 #[derive(Debug)]
-#[expect(clippy::exhaustive_structs, reason = "put together by `node` from its parts")]
+#[expect(
+    clippy::exhaustive_structs,
+    reason = "put together by `node` from its parts"
+)]
 pub struct Shared {
     /// The state of the mesh.
     pub mesh: Mesh,
@@ -45,7 +50,10 @@ pub struct Shared {
 
 /// What the flows of all pods are told.
 #[derive(Debug, Clone)]
-#[expect(clippy::exhaustive_structs, reason = "put together by `node` from configuration sections")]
+#[expect(
+    clippy::exhaustive_structs,
+    reason = "put together by `node` from configuration sections"
+)]
 pub struct Settings {
     /// Socket options.
     pub sockets: config::Sockets,
@@ -77,9 +85,21 @@ pub struct Pod {
 impl Pod {
     /// A pod whose listeners are bound but not yet served.
     #[must_use]
-    pub fn new(shared: Arc<Shared>, who: WorkloadRef, netns: Arc<Netns>, transparent: bool) -> Arc<Self> {
-        let dialer = Dialer { shared: Arc::clone(&shared), netns: Arc::clone(&netns) };
-        let pool = tunnel::Pool::new(Arc::clone(&shared.settings.tunnel), dialer, shared.buffers.clone());
+    pub fn new(
+        shared: Arc<Shared>,
+        who: WorkloadRef,
+        netns: Arc<Netns>,
+        transparent: bool,
+    ) -> Arc<Self> {
+        let dialer = Dialer {
+            shared: Arc::clone(&shared),
+            netns: Arc::clone(&netns),
+        };
+        let pool = tunnel::Pool::new(
+            Arc::clone(&shared.settings.tunnel),
+            dialer,
+            shared.buffers.clone(),
+        );
         Arc::new(Self {
             shared,
             who,
@@ -100,12 +120,29 @@ impl Pod {
     /// Serves `listeners` until `stop` asks for an end and all flows have ended, or `stop` forces it.
     pub async fn serve(self: Arc<Self>, listeners: PodListeners, stop: Stop) {
         let judge = judge::run(&self);
-        let PodListeners { outbound, inbound_plaintext, hbone, .. } = listeners;
+        let PodListeners {
+            outbound,
+            inbound_plaintext,
+            hbone,
+            ..
+        } = listeners;
         let serve = async {
             let pod = || Arc::clone(&self);
             tokio::join!(
-                accept::serve(pod(), outbound, Reporter::Source, stop.clone(), outbound::carry),
-                accept::serve(pod(), inbound_plaintext, Reporter::Destination, stop.clone(), plaintext::carry),
+                accept::serve(
+                    pod(),
+                    outbound,
+                    Reporter::Source,
+                    stop.clone(),
+                    outbound::carry
+                ),
+                accept::serve(
+                    pod(),
+                    inbound_plaintext,
+                    Reporter::Destination,
+                    stop.clone(),
+                    plaintext::carry
+                ),
                 inbound::serve(pod(), hbone, stop.clone()),
             );
         };
@@ -156,7 +193,10 @@ impl Pod {
                 changes.changed().await.ok()?;
             }
         };
-        timeout(self.settings().workload_wait, appears).await.ok().flatten()
+        timeout(self.settings().workload_wait, appears)
+            .await
+            .ok()
+            .flatten()
     }
 
     /// The record of this pod, if it is there.
@@ -166,11 +206,18 @@ impl Pod {
 
     /// The workload behind a peer's address.
     pub(super) fn peer(&self, ip: IpAddr) -> Option<Arc<Workload>> {
-        self.shared.mesh.read().workload_at(&self.settings().network, ip).cloned()
+        self.shared
+            .mesh
+            .read()
+            .workload_at(&self.settings().network, ip)
+            .cloned()
     }
 
     /// Connects from the pod's namespace with the pod's own address.
-    pub(super) async fn dial(&self, to: SocketAddr) -> Result<listen::Upstream, listen::ConnectError> {
+    pub(super) async fn dial(
+        &self,
+        to: SocketAddr,
+    ) -> Result<listen::Upstream, listen::ConnectError> {
         listen::connect(&self.netns, &self.settings().sockets, to, LocalAddress::Any).await
     }
 
@@ -182,7 +229,10 @@ impl Pod {
         client: IpAddr,
     ) -> Result<listen::Upstream, listen::ConnectError> {
         let from = if self.transparent {
-            LocalAddress::Client { ip: client, ports: &self.source_ports }
+            LocalAddress::Client {
+                ip: client,
+                ports: &self.source_ports,
+            }
         } else {
             LocalAddress::Any
         };
@@ -202,7 +252,13 @@ impl tunnel::Dial for Dialer {
 
     fn dial(&self, to: SocketAddr) -> BoxFuture<'_, io::Result<TcpStream>> {
         Box::pin(async move {
-            let dialled = listen::connect(&self.netns, &self.shared.settings.sockets, to, LocalAddress::Any).await;
+            let dialled = listen::connect(
+                &self.netns,
+                &self.shared.settings.sockets,
+                to,
+                LocalAddress::Any,
+            )
+            .await;
             match dialled {
                 Ok(upstream) => Ok(upstream.stream),
                 Err(error @ listen::ConnectError::Timeout { .. }) => {
@@ -218,6 +274,13 @@ impl tunnel::Dial for Dialer {
         &'a self,
         key: &'a tunnel::Key,
     ) -> BoxFuture<'a, Result<Arc<ClientConfig>, Box<dyn std::error::Error + Send + Sync>>> {
-        Box::pin(async move { Ok(self.shared.agent.svid(&key.source).await?.client_config(&key.expected)) })
+        Box::pin(async move {
+            Ok(self
+                .shared
+                .agent
+                .svid(&key.source)
+                .await?
+                .client_config(&key.expected))
+        })
     }
 }

@@ -21,7 +21,10 @@ impl Stop {
     /// A stop that is asked for with its parent, or by itself without it.
     #[must_use]
     pub fn child(&self) -> Self {
-        Self { accept: self.accept.child_token(), force: self.force.child_token() }
+        Self {
+            accept: self.accept.child_token(),
+            force: self.force.child_token(),
+        }
     }
 
     /// Both phases at once.

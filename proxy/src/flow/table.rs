@@ -26,15 +26,27 @@ impl FlowTable {
     /// Enters a flow. It stays listed until the returned guard is dropped.
     #[must_use]
     pub(super) fn enter(self: &Arc<Self>, direction: Direction) -> Entry {
-        let facts = Arc::new(Facts { direction, verdict: AtomicU8::new(OPEN), ended: Notify::new() });
+        let facts = Arc::new(Facts {
+            direction,
+            verdict: AtomicU8::new(OPEN),
+            ended: Notify::new(),
+        });
         let key = self.flows.lock().insert(Arc::clone(&facts));
-        Entry { facts, key, table: Arc::clone(self) }
+        Entry {
+            facts,
+            key,
+            table: Arc::clone(self),
+        }
     }
 
     /// Copies out what is open now.
     #[must_use]
     pub fn open(&self) -> Vec<Arc<Facts>> {
-        self.flows.lock().iter().map(|(_, facts)| Arc::clone(facts)).collect()
+        self.flows
+            .lock()
+            .iter()
+            .map(|(_, facts)| Arc::clone(facts))
+            .collect()
     }
 
     /// How many flows are open.
@@ -175,6 +187,8 @@ mod tests {
         for facts in table.open() {
             facts.revoke();
         }
-        tokio::time::timeout(std::time::Duration::from_secs(1), entry.revoked()).await.expect("revoked");
+        tokio::time::timeout(std::time::Duration::from_secs(1), entry.revoked())
+            .await
+            .expect("revoked");
     }
 }

@@ -26,7 +26,12 @@ impl Launcher {
 
 impl Launch for Launcher {
     fn launch(&self, pod: pods::Pod, stop: Stop) -> BoxFuture<'static, ()> {
-        let pods::Pod { who, netns, listeners, .. } = pod;
+        let pods::Pod {
+            who,
+            netns,
+            listeners,
+            ..
+        } = pod;
         let serving = flow::Pod::new(Arc::clone(&self.shared), who, netns, listeners.transparent);
         Box::pin(serving.serve(listeners, stop))
     }
@@ -45,8 +50,17 @@ pub(super) fn dedicated(
         let _registered_there = data.enter();
         listen::bind(&netns, &config.sockets, &config.ports).map_err(StartError::Listen)?
     };
-    let pod = flow::Pod::new(Arc::clone(shared), who.clone(), netns, listeners.transparent);
-    Ok(with_deadline(pod.serve(listeners, stop.clone()), stop, config.drain.deadline))
+    let pod = flow::Pod::new(
+        Arc::clone(shared),
+        who.clone(),
+        netns,
+        listeners.transparent,
+    );
+    Ok(with_deadline(
+        pod.serve(listeners, stop.clone()),
+        stop,
+        config.drain.deadline,
+    ))
 }
 
 /// Serves HBONE to the proxy's own pod. The application never sees the client's address: the
@@ -57,15 +71,27 @@ pub(super) fn own(
     listener: TcpListener,
     stop: Stop,
 ) -> Result<impl Future<Output = ()> + Send + use<>, StartError> {
-    let account = identity.own.as_ref().map(|own| Arc::clone(&own.service_account)).unwrap_or_default();
-    let who = WorkloadRef::new(Arc::clone(&identity.pod_namespace), Arc::clone(&identity.pod_name), account);
+    let account = identity
+        .own
+        .as_ref()
+        .map(|own| Arc::clone(&own.service_account))
+        .unwrap_or_default();
+    let who = WorkloadRef::new(
+        Arc::clone(&identity.pod_namespace),
+        Arc::clone(&identity.pod_name),
+        account,
+    );
     let netns = Netns::current().map_err(StartError::Netns)?;
     let pod = flow::Pod::new(Arc::clone(shared), who, netns, false);
     Ok(pod.serve_hbone(listener, stop))
 }
 
 /// Cuts what is still open when the drain deadline has passed.
-async fn with_deadline(serving: impl Future<Output = ()>, stop: Stop, deadline: std::time::Duration) {
+async fn with_deadline(
+    serving: impl Future<Output = ()>,
+    stop: Stop,
+    deadline: std::time::Duration,
+) {
     let late = async {
         stop.accept.cancelled().await;
         tokio::time::sleep(deadline).await;

@@ -40,10 +40,12 @@ pub(super) fn shared(config: &Config, registry: &mut Registry) -> Result<Shared,
 
 fn agent(config: &Config) -> Result<Agent, StartError> {
     let ca = match &config.control.certificates {
-        CertificateSource::InProcess { root: None } => InProcessCa::random().map_err(StartError::Ca)?,
-        CertificateSource::InProcess { root: Some((certificate, key)) } => {
-            InProcessCa::from_pem(&read(certificate)?, &read(key)?).map_err(StartError::Ca)?
+        CertificateSource::InProcess { root: None } => {
+            InProcessCa::random().map_err(StartError::Ca)?
         }
+        CertificateSource::InProcess {
+            root: Some((certificate, key)),
+        } => InProcessCa::from_pem(&read(certificate)?, &read(key)?).map_err(StartError::Ca)?,
         CertificateSource::Istio(_) => return Err(StartError::NotAvailable(Vec::new())),
     };
     tracing::warn!(
@@ -61,5 +63,8 @@ fn agent(config: &Config) -> Result<Agent, StartError> {
 }
 
 fn read(path: &Path) -> Result<String, StartError> {
-    fs::read_to_string(path).map_err(|source| StartError::Read { path: path.to_owned(), source })
+    fs::read_to_string(path).map_err(|source| StartError::Read {
+        path: path.to_owned(),
+        source,
+    })
 }

@@ -20,7 +20,10 @@ pub(super) struct MeshFile {
 
 impl MeshFile {
     /// Loads the description and puts it in force.
-    pub(super) async fn load(source: &MeshSource, shared: &Arc<Shared>) -> Result<Self, StartError> {
+    pub(super) async fn load(
+        source: &MeshSource,
+        shared: &Arc<Shared>,
+    ) -> Result<Self, StartError> {
         let (file, document) = match source {
             MeshSource::Text(text) => (None, local::parse(text).map_err(StartError::Mesh)?),
             MeshSource::File(path) => {
@@ -30,7 +33,10 @@ impl MeshFile {
             }
         };
         put_in_force(shared, document);
-        Ok(Self { file, shared: Arc::clone(shared) })
+        Ok(Self {
+            file,
+            shared: Arc::clone(shared),
+        })
     }
 
     /// Loads the file again whenever it changes, until told to stop. A file that cannot be used
@@ -38,13 +44,18 @@ impl MeshFile {
     pub(super) async fn follow(self, stop: CancellationToken) {
         let Self { file, shared } = self;
         let following = async {
-            let Some(mut file) = file else { return std::future::pending().await };
+            let Some(mut file) = file else {
+                return std::future::pending().await;
+            };
             loop {
                 match file.changed().await {
                     Ok(document) => put_in_force(&shared, document),
                     Err(error) => {
                         let error = &error as &dyn std::error::Error;
-                        tracing::error!(error, "the changed mesh file is not usable; the mesh stays as it was");
+                        tracing::error!(
+                            error,
+                            "the changed mesh file is not usable; the mesh stays as it was"
+                        );
                     }
                 }
             }
@@ -65,8 +76,18 @@ fn put_in_force(shared: &Shared, document: Document) {
     for rejection in &report.rejected {
         tracing::warn!(name = %rejection.name, reason = %rejection.reason, "a resource of the mesh file is refused");
     }
-    let Report { workloads, services, policies, .. } = report;
-    tracing::info!(workloads, services, policies, "mesh file loaded: changed resources");
+    let Report {
+        workloads,
+        services,
+        policies,
+        ..
+    } = report;
+    tracing::info!(
+        workloads,
+        services,
+        policies,
+        "mesh file loaded: changed resources"
+    );
     for identity in &report.identities_appeared {
         shared.agent.prefetch(identity);
     }

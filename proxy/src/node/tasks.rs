@@ -15,7 +15,12 @@ pub(super) struct Tasks {
 }
 
 impl Tasks {
-    pub(super) fn start(&mut self, name: &'static str, on: &Handle, task: impl Future<Output = ()> + Send + 'static) {
+    pub(super) fn start(
+        &mut self,
+        name: &'static str,
+        on: &Handle,
+        task: impl Future<Output = ()> + Send + 'static,
+    ) {
         let id = self.running.spawn_on(task, on).id();
         self.names.insert(id, name);
     }
@@ -51,7 +56,11 @@ impl Tasks {
         };
         let name = self.names.remove(&id).unwrap_or("unnamed");
         if let Some(error) = panic.filter(JoinError::is_panic) {
-            tracing::error!(task = name, error = &error as &dyn std::error::Error, "a task ended by a panic");
+            tracing::error!(
+                task = name,
+                error = &error as &dyn std::error::Error,
+                "a task ended by a panic"
+            );
         }
         name
     }
