@@ -1,1 +1,1 @@
-//! Skeleton.
+//! Benchmarks of culvert: `benches/` times single steps, the program `culvert-bench` loads the real proxy.
