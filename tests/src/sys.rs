@@ -72,7 +72,7 @@ impl Netns {
     /// # Errors
     /// When the program cannot be started or fails; its standard error is in the text.
     pub fn command(&self, program: &str, args: &[&str], input: &str) -> anyhow::Result<String> {
-        self.run(|| run_to_end(Command::new(program).args(args), input))
+        self.run(|| run_to_end(Command::new(program).args(args).env("PATH", tools()), input))
             .with_context(|| format!("{program} {} <<<\n{input}", args.join(" ")))
     }
 
@@ -168,14 +168,22 @@ pub fn ensure_privileges() {
     });
 }
 
-/// Replaces this process by itself inside a user namespace; returns only with the reason why it could not.
+/// Survives re-execution, and so guards against an endless one.
+const GUARD: &str = "TESTKIT_IN_USER_NAMESPACE";
+
+/// Whether [`ensure_privileges`] had to start this program again inside a user namespace.
+#[must_use]
 #[expect(
     clippy::disallowed_methods,
-    reason = "a guard against endless re-execution has to survive it"
+    reason = "what survives re-execution is the environment"
 )]
+pub fn in_user_namespace() -> bool {
+    std::env::var_os(GUARD).is_some()
+}
+
+/// Replaces this process by itself inside a user namespace; returns only with the reason why it could not.
 fn reexecute() -> anyhow::Error {
-    const GUARD: &str = "TESTKIT_IN_USER_NAMESPACE";
-    if std::env::var_os(GUARD).is_some() {
+    if in_user_namespace() {
         return anyhow::anyhow!("not even inside a user namespace");
     }
     let this = match std::env::current_exe() {
@@ -201,6 +209,17 @@ fn die_with_parent_thread(command: &mut Command) {
     let arm = || prctl::set_pdeathsig(Signal::SIGKILL).map_err(io::Error::from);
     // SAFETY: between fork and exec only `prctl` runs, a single system call that neither allocates nor takes a lock.
     unsafe { command.pre_exec(arm) };
+}
+
+/// `PATH` with the directories of `ip` and `nft`, which a Debian user's own lacks.
+#[must_use]
+#[expect(
+    clippy::disallowed_methods,
+    reason = "test runs are steered by the environment"
+)]
+pub fn tools() -> String {
+    let own = std::env::var("PATH").unwrap_or_default();
+    format!("{own}:/usr/local/sbin:/usr/sbin:/sbin:/usr/bin:/bin")
 }
 
 fn run_to_end(command: &mut Command, input: &str) -> anyhow::Result<String> {
