@@ -1,8 +1,8 @@
 //! What the machine must have: asked before anything is built up, so that all that is missing is told at once.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
-use anyhow::{Context as _, bail, ensure};
+use anyhow::{bail, ensure};
 
 /// Command and Debian package.
 const COMMANDS: [(&str, &str); 3] = [
@@ -26,13 +26,25 @@ pub(crate) fn check() -> anyhow::Result<()> {
         let missing = missing.join(" ");
         bail!("missing Debian packages; install them with: sudo apt-get install {missing}");
     }
-    let proxy = testkit::proxy::binary().context("the proxy")?;
+    let proxy = proxy()?;
     ensure!(
         proxy.is_file(),
         "{} does not exist: run `make demo`",
         proxy.display()
     );
     Ok(())
+}
+
+/// Where the test kit will look for the proxy. It would build a missing one, for minutes and in silence: better to say so.
+#[expect(
+    clippy::disallowed_methods,
+    reason = "the variable by which the test kit is told of another build"
+)]
+fn proxy() -> anyhow::Result<PathBuf> {
+    match std::env::var_os("CULVERT_BIN") {
+        Some(path) => Ok(PathBuf::from(path)),
+        None => Ok(std::env::current_exe()?.with_file_name("culvert")),
+    }
 }
 
 fn has(path: &str, command: &str) -> bool {
