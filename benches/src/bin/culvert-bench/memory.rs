@@ -3,7 +3,6 @@
 use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     sync::Arc,
-    time::Duration,
 };
 
 use anyhow::{Context as _, ensure};
@@ -24,8 +23,6 @@ use crate::{
 const HELD: u32 = 2_000;
 /// How many of them are opened at a time.
 const AT_A_TIME: u32 = 50;
-/// How long memory may take to settle.
-const SETTLE: Duration = Duration::from_secs(60);
 
 /// Memory idle, with [`HELD`] connections, and after they closed.
 ///
@@ -40,9 +37,9 @@ pub(crate) async fn held(options: &Options, report: &mut Report) -> anyhow::Resu
     let mut proxy = Proxy::start(options, &world, node, &[&client, &server]).await?;
     let echo = server.serve(0, Behaviour::Echo)?;
 
-    let idle = proxy.settled(SETTLE).await?;
+    let idle = proxy.settled(options).await?;
     let connections = open(&client, echo.address).await?;
-    let held = proxy.settled(SETTLE).await?;
+    let held = proxy.settled(options).await?;
     let carried = proxy.connections(node).await?;
     ensure!(
         carried >= f64::from(HELD),
@@ -133,7 +130,7 @@ async fn with_mesh(options: &Options, size: usize) -> anyhow::Result<Resident> {
     generated(size)?.write(&ProxyOptions::mesh_file(&world))?;
     eprintln!("mesh of {size} workloads: written");
     let mut proxy = Proxy::start(options, &world, world.node(0), &[]).await?;
-    let resident = proxy.settled(SETTLE).await?;
+    let resident = proxy.settled(options).await?;
     proxy.check_alive()?;
     eprintln!("mesh of {size} workloads: {resident:?}");
     Ok(resident)

@@ -70,6 +70,11 @@ impl Options {
         Duration::from_secs(if self.quick { 5 } else { 30 })
     }
 
+    /// How long memory must stay the same to count as settled: allocators give pages back some ten seconds late.
+    pub(crate) fn settled_for(&self) -> Duration {
+        Duration::from_secs(if self.quick { 3 } else { 15 })
+    }
+
     /// Numbers of workloads in the mesh.
     pub(crate) fn mesh_sizes(&self) -> &'static [usize] {
         if self.quick {

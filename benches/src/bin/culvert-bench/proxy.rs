@@ -173,21 +173,22 @@ impl Proxy {
         resident(&read_to_string(format!("/proc/{}/status", self.pid))?)
     }
 
-    /// Resident memory once it changes by less than a hundredth in three seconds, at the latest after `limit`.
+    /// Resident memory once it changes by less than a hundredth for as long as the options say, at the latest after a minute.
     ///
     /// # Errors
     /// When it is gone.
-    pub(crate) async fn settled(&self, limit: Duration) -> anyhow::Result<Resident> {
-        let end = Instant::now() + limit;
-        let mut before = self.resident()?;
-        loop {
-            sleep(Duration::from_secs(3)).await;
+    pub(crate) async fn settled(&self, options: &Options) -> anyhow::Result<Resident> {
+        const STEP: Duration = Duration::from_secs(1);
+        let end = Instant::now() + Duration::from_secs(60);
+        let (mut before, mut since) = (self.resident()?, Instant::now());
+        while since.elapsed() < options.settled_for() && Instant::now() < end {
+            sleep(STEP).await;
             let now = self.resident()?;
-            if now.all.abs_diff(before.all) * 100 <= now.all || Instant::now() >= end {
-                return Ok(now);
+            if now.all.abs_diff(before.all) * 100 > before.all {
+                (before, since) = (now, Instant::now());
             }
-            before = now;
         }
+        self.resident()
     }
 }
 
