@@ -6,7 +6,9 @@
     clippy::unwrap_used,
     clippy::print_stdout,
     clippy::cast_precision_loss,
-    reason = "a measuring tool that prints"
+    clippy::disallowed_types,
+    clippy::disallowed_methods,
+    reason = "a measuring tool: prints, and drives its load from plain threads in real time"
 )]
 
 use std::{

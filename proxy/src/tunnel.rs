@@ -18,6 +18,7 @@ mod testing;
 #[cfg(test)]
 mod tests;
 mod tls;
+mod turn;
 mod window;
 
 pub use self::{

@@ -7,7 +7,7 @@ use std::{
     net::IpAddr,
     pin::Pin,
     sync::Arc,
-    task::{Context, Poll},
+    task::{Context, Poll, ready},
 };
 
 use h2::client::{Builder, Connection, SendRequest};
@@ -27,6 +27,7 @@ use super::{
     pool::Lease,
     stream::Stream,
     tls,
+    turn::{Turn, Turnwise, turnwise},
     window::Window,
 };
 use crate::{
@@ -130,6 +131,7 @@ pub(super) async fn handshake<T: AsyncRead + AsyncWrite + Unpin>(
     config: &config::Tunnel,
 ) -> Result<(Sender, Driver<T>), OpenError> {
     let opening = async {
+        let (io, turn) = turnwise(io);
         let (send, connection) = Builder::new()
             .enable_push(false)
             .initial_window_size(config.stream_window)
@@ -140,8 +142,9 @@ pub(super) async fn handshake<T: AsyncRead + AsyncWrite + Unpin>(
             .max_send_buffer_size(SEND_BUFFER)
             .handshake(io)
             .await?;
-        let mut driver = Driver::new(connection, config);
+        let mut driver = Driver::new(connection, turn, config);
         poll_fn(|cx| driver.poll_settings(cx)).await?;
+        driver.turn.defer();
         Ok((
             Sender {
                 send,
@@ -232,7 +235,8 @@ fn is_unhandled(error: &h2::Error) -> bool {
 
 /// The work of one client connection: frames, PINGs, windows.
 pub struct Driver<T> {
-    connection: Connection<T, Payload>,
+    connection: Connection<Turnwise<T>, Payload>,
+    turn: Turn<T>,
     keepalive: Option<Keepalive>,
     window: Window,
 }
@@ -244,10 +248,15 @@ impl<T> std::fmt::Debug for Driver<T> {
 }
 
 impl<T: AsyncRead + AsyncWrite + Unpin> Driver<T> {
-    fn new(mut connection: Connection<T, Payload>, config: &config::Tunnel) -> Self {
+    fn new(
+        mut connection: Connection<Turnwise<T>, Payload>,
+        turn: Turn<T>,
+        config: &config::Tunnel,
+    ) -> Self {
         let pings = connection.ping_pong();
         Self {
             connection,
+            turn,
             keepalive: pings.map(|pings| Keepalive::new(pings, config)),
             window: Window::new(config),
         }
@@ -273,12 +282,14 @@ impl<T: AsyncRead + AsyncWrite + Unpin> Driver<T> {
         cx: &mut Context<'_>,
         streams: impl FnOnce(usize) -> usize,
     ) -> Poll<()> {
+        ready!(self.turn.poll_begin(cx));
         if let Poll::Ready(end) = Pin::new(&mut self.connection).poll(cx) {
             if let Err(error) = end {
                 tracing::debug!(%error, "connection ended");
             }
             return Poll::Ready(());
         }
+        self.turn.poll_end(cx);
         let open = streams(self.peer_limit());
         if let Some(size) = self.window.grow(open) {
             self.connection.set_target_window_size(size);

@@ -16,6 +16,7 @@ use std::{
     io,
     net::{IpAddr, SocketAddr},
     sync::Arc,
+    time::Duration,
 };
 
 use cert_agent::SpiffeId;
@@ -43,6 +44,10 @@ use crate::{config, relay::Buffers};
 
 /// Connections that a request tries before it gives up: more than a chain of closing ones.
 const TRIES: usize = 4;
+
+/// How long a connection is kept idle beside another one of its key that has room: what a burst
+/// opened goes soon after it.
+const SPARE_RELEASE: Duration = Duration::from_secs(10);
 
 /// What makes two requests share a connection: all of it.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -247,18 +252,19 @@ impl<D: Dial> Task<D> {
     /// Ready when the connection was retired because nobody used it.
     async fn idle(&self) {
         let release = self.config.pool_idle_release;
-        let mut check = self.load.idle_since() + release;
+        let look = release.min(SPARE_RELEASE);
         loop {
-            sleep_until(check).await;
-            if self.load.streams() > 0 {
-                // Ends are not signalled; look again before long.
-                check = Instant::now() + release / 10;
-                continue;
-            }
-            check = self.load.idle_since() + release;
-            if check <= Instant::now() && self.shelf.retire(&self.key, &self.load) {
+            if self.shelf.retire(&self.key, &self.load, release, look) {
                 return;
             }
+            let due = self.load.idle_since() + release;
+            let next = Instant::now() + look;
+            sleep_until(if due > Instant::now() {
+                due.min(next)
+            } else {
+                next
+            })
+            .await;
         }
     }
 }

@@ -1,6 +1,11 @@
 //! One HBONE connection seen from its server.
 
-use std::{fmt, future::poll_fn, time::Duration};
+use std::{
+    fmt,
+    future::poll_fn,
+    task::{Context, Poll, ready},
+    time::Duration,
+};
 
 use h2::{
     RecvStream,
@@ -20,6 +25,7 @@ use super::{
     headers::{self, Baggage, TraceParent},
     keepalive::Keepalive,
     stream::Stream,
+    turn::{Turn, Turnwise, turnwise},
     window::Window,
 };
 use crate::{config, relay::Payload};
@@ -146,6 +152,7 @@ where
     H: Fn(Incoming) -> F,
     F: Future<Output = ()> + Send + 'static,
 {
+    let (io, turn) = turnwise(io);
     let handshake = Builder::new()
         .initial_window_size(config.stream_window)
         .initial_connection_window_size(config.connection_window)
@@ -157,45 +164,107 @@ where
     let mut connection = timeout(config.preface_timeout, handshake)
         .await
         .map_err(|_| ServeError::PrefaceTimeout(config.preface_timeout))??;
-    let mut keepalive = connection
-        .ping_pong()
-        .map(|pings| Keepalive::new(pings, config));
-    let mut window = Window::new(config);
-    let mut streams = JoinSet::new();
-    let mut draining = false;
-    let end = loop {
-        tokio::select! {
-            biased; // a stop goes before new streams; a dead peer is noticed under load
-            () = stop.cancelled(), if !draining => {
-                draining = true;
-                connection.graceful_shutdown();
-            }
-            () = dead(&mut keepalive) => {
-                say_farewell(&mut connection).await;
-                break Err(ServeError::Silent(config.ping_timeout));
-            }
-            Some(ended) = streams.join_next() => report(ended),
-            accepted = connection.accept() => match accepted {
-                Some(Ok((request, send))) => {
-                    if let Some(incoming) = check(request, send) {
-                        streams.spawn(handler(incoming));
-                    }
-                    if let Some(size) = window.grow(streams.len()) {
-                        connection.set_target_window_size(size);
-                    }
-                }
-                Some(Err(error)) if streams.is_empty() && is_hangup(&error) => break Ok(()),
-                Some(Err(error)) => break Err(error.into()),
-                None => break Ok(()),
-            },
+    turn.defer();
+    let pings = connection.ping_pong();
+    let mut serving = Serving {
+        connection,
+        turn,
+        keepalive: pings.map(|pings| Keepalive::new(pings, config)),
+        window: Window::new(config),
+        streams: JoinSet::new(),
+        handler,
+    };
+    let end = poll_until(&stop, |cx| serving.poll_run(cx)).await;
+    let end = match end {
+        Some(end) => end,
+        None => {
+            serving.connection.graceful_shutdown();
+            poll_fn(|cx| serving.poll_run(cx)).await
         }
     };
-    drop(connection);
+    let end = match end {
+        End::Closed => Ok(()),
+        End::Failed(error) => Err(error.into()),
+        End::Silent => {
+            say_farewell(&mut serving.connection).await;
+            Err(ServeError::Silent(config.ping_timeout))
+        }
+    };
+    let mut streams = serving.streams;
+    drop((serving.connection, serving.turn));
     // Streams of a dead connection end by themselves, after what they received is delivered.
     while let Some(ended) = streams.join_next().await {
         report(ended);
     }
     end
+}
+
+/// Polls `run` to its end, or gives `None` when `stop` fires first.
+async fn poll_until<R>(
+    stop: &CancellationToken,
+    run: impl FnMut(&mut Context<'_>) -> Poll<R>,
+) -> Option<R> {
+    tokio::select! {
+        biased; // a stop goes before new streams
+        () = stop.cancelled() => None,
+        end = poll_fn(run) => Some(end),
+    }
+}
+
+/// A connection at work.
+struct Serving<T, H> {
+    connection: Connection<Turnwise<T>, Payload>,
+    turn: Turn<T>,
+    keepalive: Option<Keepalive>,
+    window: Window,
+    streams: JoinSet<()>,
+    handler: H,
+}
+
+/// Why a connection is at work no more.
+enum End {
+    Closed,
+    Failed(h2::Error),
+    Silent,
+}
+
+impl<T, H, F> Serving<T, H>
+where
+    T: AsyncRead + AsyncWrite + Unpin,
+    H: Fn(Incoming) -> F,
+    F: Future<Output = ()> + Send + 'static,
+{
+    fn poll_run(&mut self, cx: &mut Context<'_>) -> Poll<End> {
+        ready!(self.turn.poll_begin(cx));
+        while let Poll::Ready(Some(ended)) = self.streams.poll_join_next(cx) {
+            report(ended);
+        }
+        while let Poll::Ready(accepted) = self.connection.poll_accept(cx) {
+            match accepted {
+                Some(Ok((request, send))) => self.take(request, send),
+                Some(Err(error)) if self.streams.is_empty() && is_hangup(&error) => {
+                    return Poll::Ready(End::Closed);
+                }
+                Some(Err(error)) => return Poll::Ready(End::Failed(error)),
+                None => return Poll::Ready(End::Closed),
+            }
+        }
+        self.turn.poll_end(cx);
+        let dead = self.keepalive.as_mut().map(|alive| alive.poll_dead(cx));
+        if dead == Some(Poll::Ready(())) {
+            return Poll::Ready(End::Silent);
+        }
+        Poll::Pending
+    }
+
+    fn take(&mut self, request: http::Request<RecvStream>, send: SendResponse<Payload>) {
+        if let Some(incoming) = check(request, send) {
+            self.streams.spawn((self.handler)(incoming));
+        }
+        if let Some(size) = self.window.grow(self.streams.len()) {
+            self.connection.set_target_window_size(size);
+        }
+    }
 }
 
 /// Answers what is no CONNECT to a target with 400.
@@ -234,15 +303,10 @@ fn is_hangup(error: &h2::Error) -> bool {
     })
 }
 
-async fn dead(keepalive: &mut Option<Keepalive>) {
-    match keepalive {
-        Some(keepalive) => poll_fn(|cx| keepalive.poll_dead(cx)).await,
-        None => std::future::pending().await,
-    }
-}
-
 /// Tells the client why nothing more comes, if it still reads.
-async fn say_farewell<T: AsyncRead + AsyncWrite + Unpin>(connection: &mut Connection<T, Payload>) {
+async fn say_farewell<T: AsyncRead + AsyncWrite + Unpin>(
+    connection: &mut Connection<Turnwise<T>, Payload>,
+) {
     connection.abrupt_shutdown(h2::Reason::NO_ERROR);
     let closed = poll_fn(|cx| connection.poll_closed(cx));
     let _ = timeout(FAREWELL, closed).await;

@@ -66,12 +66,16 @@ impl Load {
 
     /// Takes a slot if there is one. Called under the lock of the shelf.
     fn enter(&self) -> bool {
-        let room = self.streams() < self.limit.load(Ordering::Relaxed);
-        let free = room && !self.closing.load(Ordering::Relaxed);
+        let free = self.has_room();
         if free {
             self.streams.fetch_add(1, Ordering::Relaxed);
         }
         free
+    }
+
+    pub(super) fn has_room(&self) -> bool {
+        let room = self.streams() < self.limit.load(Ordering::Relaxed);
+        room && !self.closing.load(Ordering::Relaxed)
     }
 
     /// Gives a slot back if there are too many, and tells whether.

@@ -1,6 +1,6 @@
 //! The map of connections.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use hashbrown::HashMap;
 use parking_lot::Mutex;
@@ -69,14 +69,31 @@ impl Shelf {
         self.held.lock().remove(key, load);
     }
 
-    /// Takes a connection off unless it got a stream meanwhile.
-    pub(super) fn retire(&self, key: &Key, load: &Arc<Load>) -> bool {
+    /// Takes a connection off that was idle for `release`, or for `spare` while another one of its
+    /// key has room; tells whether it did.
+    pub(super) fn retire(
+        &self,
+        key: &Key,
+        load: &Arc<Load>,
+        release: Duration,
+        spare: Duration,
+    ) -> bool {
         let mut held = self.held.lock();
-        let idle = load.streams() == 0;
-        if idle {
+        let others = held.tunnels.get(key).into_iter().flatten();
+        let others = others.filter(|tunnel| !Arc::ptr_eq(&tunnel.load, load));
+        let limit = if others
+            .map(|other| &other.load)
+            .any(|other| other.has_room())
+        {
+            spare
+        } else {
+            release
+        };
+        let retired = load.streams() == 0 && load.idle_since().elapsed() >= limit;
+        if retired {
             held.remove(key, load);
         }
-        idle
+        retired
     }
 
     pub(super) fn clear(&self) {

@@ -343,6 +343,17 @@ async fn an_unused_connection_is_released_and_closes() {
     assert_eq!(ended.load(SeqCst), 2);
 }
 
+#[tokio::test(start_paused = true)]
+async fn what_a_burst_opened_beside_another_connection_goes_soon() {
+    let pool = World::new(echoing()).await.pool();
+    drop(open(&pool, 250).await);
+    assert_eq!(pool.connections(), 3);
+    sleep(Duration::from_secs(21)).await;
+    assert_eq!(pool.connections(), 1);
+    sleep(Duration::from_secs(270)).await;
+    assert_eq!(pool.connections(), 1);
+}
+
 #[tokio::test]
 async fn dropping_the_pool_ends_its_connections() {
     let pool = World::new(echoing()).await.pool();

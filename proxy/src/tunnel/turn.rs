@@ -1,0 +1,162 @@
+//! One write per turn of a connection, instead of one per frame.
+//!
+//! The HTTP/2 library flushes after every DATA frame of some size, which would make each small
+//! message of each stream a TLS record and a system call of its own. Here, a connection first lets
+//! its streams run ([`Turn::poll_begin`]), then encodes all their frames into one buffer, and
+//! writes that when its turn is over ([`Turn::poll_end`]).
+
+use std::{
+    io::{self, IoSlice},
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll, ready},
+};
+
+use parking_lot::Mutex;
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+
+/// Writes of this size and more are passed on at once: they fill records by themselves.
+const LARGE: usize = 16 << 10;
+
+/// Room that stays allocated between turns.
+const KEPT: usize = 8 << 10;
+
+/// The transport as the HTTP/2 library sees it.
+pub(super) struct Turnwise<T>(Arc<Mutex<Writer<T>>>);
+
+/// The transport as the task of the connection sees it.
+pub(super) struct Turn<T> {
+    writer: Arc<Mutex<Writer<T>>>,
+    begun: bool,
+}
+
+struct Writer<T> {
+    io: T,
+    /// Encoded, not yet written.
+    pending: Vec<u8>,
+    written: usize,
+    /// Whether a flush waits for the end of the turn.
+    lazy: bool,
+}
+
+/// Splits `io`. Flushes are passed on until [`Turn::defer`].
+pub(super) fn turnwise<T>(io: T) -> (Turnwise<T>, Turn<T>) {
+    let writer = Arc::new(Mutex::new(Writer {
+        io,
+        pending: Vec::new(),
+        written: 0,
+        lazy: false,
+    }));
+    let turn = Turn {
+        writer: Arc::clone(&writer),
+        begun: false,
+    };
+    (Turnwise(writer), turn)
+}
+
+impl<T: AsyncWrite + Unpin> Turn<T> {
+    /// From now on, what is flushed is written at the end of a turn.
+    pub(super) fn defer(&self) {
+        self.writer.lock().lazy = true;
+    }
+
+    /// Ready every second time: a woken connection goes to the end of the run queue once, so that
+    /// streams that are ready add their frames to the same write.
+    pub(super) fn poll_begin(&mut self, cx: &Context<'_>) -> Poll<()> {
+        self.begun = !self.begun;
+        if self.begun {
+            cx.waker().wake_by_ref();
+            return Poll::Pending;
+        }
+        Poll::Ready(())
+    }
+
+    /// Writes what the turn has encoded. While the transport takes no more, its task is woken when
+    /// it does; an error is met again by the library's next read or write.
+    pub(super) fn poll_end(&self, cx: &mut Context<'_>) {
+        let mut writer = self.writer.lock();
+        if writer.poll_write_out(cx).is_ready() {
+            let _ = Pin::new(&mut writer.io).poll_flush(cx);
+        }
+    }
+}
+
+impl<T: AsyncWrite + Unpin> Writer<T> {
+    /// Writes all that is pending.
+    fn poll_write_out(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        while let Some(rest) = self.pending.get(self.written..)
+            && !rest.is_empty()
+        {
+            let count = ready!(Pin::new(&mut self.io).poll_write(cx, rest))?;
+            if count == 0 {
+                return Poll::Ready(Err(io::ErrorKind::WriteZero.into()));
+            }
+            self.written += count;
+        }
+        self.written = 0;
+        self.pending.clear();
+        self.pending.shrink_to(KEPT);
+        Poll::Ready(Ok(()))
+    }
+
+    fn poll_take(&mut self, cx: &mut Context<'_>, bufs: &[IoSlice<'_>]) -> Poll<io::Result<usize>> {
+        let bytes: usize = bufs.iter().map(|buf| buf.len()).sum();
+        if bytes >= LARGE || self.pending.len() + bytes > 2 * LARGE {
+            ready!(self.poll_write_out(cx))?;
+        }
+        if bytes >= LARGE {
+            return Pin::new(&mut self.io).poll_write_vectored(cx, bufs);
+        }
+        for buf in bufs {
+            self.pending.extend_from_slice(buf);
+        }
+        Poll::Ready(Ok(bytes))
+    }
+}
+
+impl<T: AsyncRead + Unpin> AsyncRead for Turnwise<T> {
+    fn poll_read(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.0.lock().io).poll_read(cx, buf)
+    }
+}
+
+impl<T: AsyncWrite + Unpin> AsyncWrite for Turnwise<T> {
+    fn poll_write(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        self.0.lock().poll_take(cx, &[IoSlice::new(buf)])
+    }
+
+    fn poll_write_vectored(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bufs: &[IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        self.0.lock().poll_take(cx, bufs)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        true
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let mut writer = self.0.lock();
+        if writer.lazy {
+            return Poll::Ready(Ok(()));
+        }
+        ready!(writer.poll_write_out(cx))?;
+        Pin::new(&mut writer.io).poll_flush(cx)
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let mut writer = self.0.lock();
+        ready!(writer.poll_write_out(cx))?;
+        Pin::new(&mut writer.io).poll_shutdown(cx)
+    }
+}
