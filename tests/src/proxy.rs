@@ -355,11 +355,9 @@ impl Drop for Proxy<'_> {
     )]
     fn drop(&mut self) {
         if std::thread::panicking() {
-            eprintln!(
-                "--- log of the proxy on {}\n{}",
-                self.label,
-                self.log.tail(60)
-            );
+            let end = self.running.child.try_wait();
+            let (label, tail) = (&self.label, self.log.tail(60));
+            eprintln!("--- proxy {label}, exit {end:?}, log\n{tail}");
         }
     }
 }

@@ -57,18 +57,18 @@ impl Server {
         self.peers.lock().clone()
     }
 
-    /// Waits until `count` connections were accepted.
+    /// Waits until `count` connections were accepted: a client may be served by the kernel before
+    /// the application learns of it. Returns the clients.
     ///
     /// # Panics
     /// When they do not come.
-    pub async fn accepted(&mut self, count: usize) {
-        let accepted = &mut self.accepted;
-        wait::soon(
-            "connections reach the application",
-            accepted.wait_for(|now| *now >= count),
-        )
-        .await
-        .unwrap();
+    pub async fn accepted(&self, count: usize) -> Vec<SocketAddr> {
+        let mut accepted = self.accepted.clone();
+        let reached = accepted.wait_for(|now| *now >= count);
+        wait::soon("connections reach the application", reached)
+            .await
+            .unwrap();
+        self.peers()
     }
 }
 

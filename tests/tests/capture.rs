@@ -311,11 +311,12 @@ async fn more_connections_than_ephemeral_ports_keep_the_address_of_the_client() 
     for _ in 0..300 {
         held.push(client.connect(app.address).await.unwrap());
     }
-    wait::until(wait::SOON, "all reach the application", async || {
-        (app.peers().len() == 300).then_some(())
-    })
-    .await;
-    assert!(app.peers().iter().all(|peer| peer.ip() == client.ip4()));
+    assert!(
+        app.accepted(300)
+            .await
+            .iter()
+            .all(|peer| peer.ip() == client.ip4())
+    );
     for stream in &mut held {
         stream.readable().await.unwrap();
     }
