@@ -210,7 +210,8 @@ fn idle(path: Path, count: usize) {
         relay.buffers
     );
     drop(held);
-    thread::sleep(Duration::from_secs(12));
+    thread::sleep(Duration::from_secs(28));
+    relay.buffers.trim();
     let after = cpu::resident_bytes();
     println!("{path:?} after: {before} bytes before, {after} after");
 }
