@@ -11,11 +11,18 @@ use tokio::{io::duplex, time::Instant};
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    ConnectError, Incoming, OpenError, Stream,
+    ConnectError, Incoming, OpenError, Stream, accept,
     client::handshake,
-    testing::{Tasks, client, connected, echo, finish, put, request, serve_in, soon, take},
+    serve,
+    testing::{
+        Tasks, client, connected, echo, finish, put, request, serve_in, soon, spiffe, svids, take,
+    },
 };
-use crate::{config, relay::Fault, telemetry::ResponseFlag};
+use crate::{
+    config,
+    relay::{Buffers, Fault},
+    telemetry::ResponseFlag,
+};
 
 #[tokio::test]
 async fn bytes_go_both_ways_and_ends_are_separate() {
@@ -258,6 +265,63 @@ async fn methods_and_authorities_are_checked_and_the_connection_stays() {
         status(Method::CONNECT, "10.0.0.5:80").await,
         (200, 0, false)
     );
+}
+
+#[tokio::test]
+async fn a_header_list_beyond_the_limit_is_answered_431() {
+    let tasks = Tasks::default();
+    let (near, far) = duplex(256 << 10);
+    serve_in(&tasks, far, &CancellationToken::new(), echo);
+    let (mut send, connection) = h2::client::handshake(near).await.unwrap();
+    tasks.spawn(async move { drop(connection.await) });
+    for (bytes, status) in [(60_000, 200), (70_000, 431), (10, 200)] {
+        let request = http::Request::connect("10.0.0.5:80").header("x", "y".repeat(bytes));
+        send = send.ready().await.unwrap();
+        let (answer, _stream) = send.send_request(request.body(()).unwrap(), false).unwrap();
+        assert_eq!(
+            soon(answer).await.unwrap().status(),
+            status,
+            "{bytes} bytes"
+        );
+    }
+}
+
+#[tokio::test]
+async fn a_tunnel_runs_inside_a_stream() {
+    let tasks = Tasks::default();
+    let held = svids(&["near", "far"]).await;
+    let server = held[1].server_config();
+    let outer = connected(&tasks, &CancellationToken::new(), move |incoming| {
+        let server = std::sync::Arc::clone(&server);
+        async move {
+            let stream = incoming.responder.accept(None).unwrap();
+            let (io, buffers) = (stream.buffered(Buffers::new()), Buffers::new());
+            let tls = accept(io, server, &buffers, Duration::from_secs(5));
+            let config = config::Tunnel::default();
+            let stop = CancellationToken::new();
+            serve(tls.await.unwrap(), &config, stop, echo)
+                .await
+                .unwrap();
+        }
+    })
+    .await;
+    let stream = outer.connect(&request()).await.unwrap().stream;
+    let (io, buffers) = (stream.buffered(Buffers::new()), Buffers::new());
+    let tls = held[0].client_config(&std::sync::Arc::from([spiffe("far")]));
+    let config = config::Tunnel::default();
+    let address = "10.0.0.9".parse().unwrap();
+    let opened = super::client::open(io, address, tls, &config, &buffers);
+    let (inner, driver) = soon(opened).await.unwrap();
+    tasks.spawn(driver.run());
+    let mut stream = soon(inner.connect(&request())).await.unwrap().stream;
+    let block = vec![3; 300 << 10];
+    put(&mut stream, block.clone()).await;
+    finish(&mut stream).await.unwrap();
+    let mut got = Vec::new();
+    while let Some(bytes) = soon(take(&mut stream)).await.unwrap() {
+        got.extend_from_slice(&bytes);
+    }
+    assert!(got == block);
 }
 
 #[test]

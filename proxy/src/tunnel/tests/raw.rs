@@ -129,6 +129,33 @@ async fn connect_with_a_scheme_is_a_stream_error() {
     );
 }
 
+#[tokio::test]
+async fn a_flood_of_resets_ends_the_connection() {
+    let tasks = Tasks::default();
+    let (mut peer, far) = duplex(64 << 10);
+    serve_in(&tasks, far, &CancellationToken::new(), echo);
+    let mut flood = [PREFACE, EMPTY_SETTINGS].concat();
+    let block = b"\x02\x07CONNECT\x01\x03a:1";
+    for stream in (1..200).step_by(2) {
+        flood.extend([
+            0,
+            0,
+            u8::try_from(block.len()).unwrap(),
+            1,
+            4,
+            0,
+            0,
+            0,
+            stream,
+        ]);
+        flood.extend(block);
+        flood.extend([0, 0, 4, RST_STREAM, 0, 0, 0, 0, stream, 0, 0, 0, 8]);
+    }
+    peer.write_all(&flood).await.unwrap();
+    let goaway = next(&mut peer, GOAWAY).await;
+    assert_eq!(goaway.payload[4..8], [0, 0, 0, 11], "ENHANCE_YOUR_CALM");
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_client_without_preface_is_let_go() {
     let (_peer, far) = duplex(64 << 10);
