@@ -228,6 +228,8 @@ fn server_config(
         .with_cert_resolver(Arc::new(SingleCertAndKey::from(Arc::clone(certified))));
     config.alpn_protocols = vec![ALPN.to_vec()];
     config.send_tls13_tickets = 0;
+    // Lets the caller protect records by itself after the handshake.
+    config.enable_secret_extraction = true;
     config.session_storage = Arc::new(NoServerSessionStorage {});
     config.cert_compression_cache = Arc::new(CompressionCache::Disabled);
     Ok(config)
@@ -252,6 +254,8 @@ fn client_config(
     config.alpn_protocols = vec![ALPN.to_vec()];
     config.enable_sni = false;
     config.resumption = Resumption::disabled();
+    // As for servers.
+    config.enable_secret_extraction = true;
     config.cert_compression_cache = Arc::new(CompressionCache::Disabled);
     Ok(config)
 }

@@ -24,9 +24,8 @@ mod window;
 pub use self::{
     client::{Answer, Request},
     error::{ConnectError, OpenError, ServeError},
-    io::ReadAhead,
     pool::{Dial, Key, Pool},
     server::{Connect, Incoming, Responder, serve},
     stream::{Buffered, Stream},
-    tls::{AcceptError, Tls, accept},
+    tls::{AcceptError, RecordError, Tls, accept},
 };

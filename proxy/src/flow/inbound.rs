@@ -109,8 +109,7 @@ async fn shake(
     let svid = pod.shared().agent.svid(identity).await?;
     let limit = pod.settings().tunnel.handshake_timeout;
     let tls = tunnel::accept(socket, svid.server_config(), &pod.shared().buffers, limit).await?;
-    let chain = tls.get_ref().1.peer_certificates().unwrap_or_default();
-    let identity = peer_id(chain).ok_or(Refused::Stranger)?;
+    let identity = peer_id(tls.peer_certificates()).ok_or(Refused::Stranger)?;
     Ok((
         tls,
         Caller {

@@ -17,16 +17,14 @@ use tokio::{
     io::{AsyncRead, AsyncWrite},
     time::timeout,
 };
-use tokio_rustls::client::TlsStream;
 
 use super::{
     error::{ConnectError, OpenError},
     headers::{BAGGAGE, FORWARDED, NETWORK, TRACEPARENT},
-    io::ReadAhead,
     keepalive::Keepalive,
     pool::Lease,
     stream::Stream,
-    tls,
+    tls::{self, Tls},
     turn::{Turn, Turnwise, turnwise},
     window::Window,
 };
@@ -120,7 +118,7 @@ pub async fn open<T: AsyncRead + AsyncWrite + Unpin>(
     tls: Arc<ClientConfig>,
     config: &config::Tunnel,
     buffers: &Buffers,
-) -> Result<(Sender, Driver<TlsStream<ReadAhead<T>>>), OpenError> {
+) -> Result<(Sender, Driver<Tls<T>>), OpenError> {
     let io = tls::connect(io, tls, address, buffers, config.handshake_timeout).await?;
     handshake(io, config).await
 }

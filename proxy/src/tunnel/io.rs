@@ -20,7 +20,7 @@ const LARGEST_READ: usize = 256 << 10;
 
 /// `T` with reads ahead.
 #[derive(Debug)]
-pub struct ReadAhead<T> {
+pub(super) struct ReadAhead<T> {
     io: T,
     held: Option<Buffer>,
     appetite: Appetite,
@@ -35,11 +35,6 @@ impl<T> ReadAhead<T> {
             appetite: Appetite::default(),
             buffers,
         }
-    }
-
-    /// The transport.
-    pub const fn get_ref(&self) -> &T {
-        &self.io
     }
 }
 

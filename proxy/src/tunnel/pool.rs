@@ -269,4 +269,4 @@ impl<D: Dial> Task<D> {
     }
 }
 
-type TlsIo<D> = tokio_rustls::client::TlsStream<super::io::ReadAhead<<D as Dial>::Io>>;
+type TlsIo<D> = super::tls::Tls<<D as Dial>::Io>;

@@ -1,0 +1,204 @@
+//! The TLS handshake, driven by rustls without buffers of its own, up to the traffic keys.
+
+use std::{io, sync::Arc};
+
+use rustls::{
+    ClientConfig, ServerConfig,
+    client::UnbufferedClientConnection,
+    pki_types::{CertificateDer, ServerName},
+    server::UnbufferedServerConnection,
+    unbuffered::{ConnectionState, EncodeError, EncodeTlsData, UnbufferedStatus},
+};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+
+use super::{
+    record::{HEADER, Protection},
+    stream::{Kernel, TlsStream},
+    wire::Wire,
+};
+
+/// What rustls wants next, freed of its borrows.
+enum Step {
+    Read,
+    Write,
+    Again,
+    Done,
+    Closed,
+}
+
+macro_rules! drive {
+    ($connection:ident, $io:ident, $wire_in:ident, $early:ident) => {{
+        let mut out = Wire::default();
+        loop {
+            let UnbufferedStatus { discard, state, .. } =
+                $connection.process_tls_records(whole_records(&mut $wire_in));
+            let mut failure = None;
+            let step = match state {
+                Ok(ConnectionState::EncodeTlsData(data)) => {
+                    encode(data, &mut out)?;
+                    Step::Again
+                }
+                Ok(ConnectionState::TransmitTlsData(data)) => {
+                    data.done();
+                    Step::Write
+                }
+                Ok(ConnectionState::BlockedHandshake) => Step::Read,
+                Ok(ConnectionState::WriteTraffic(_)) => Step::Done,
+                Ok(ConnectionState::ReadTraffic(mut traffic)) => {
+                    while let Some(record) = traffic.next_record() {
+                        $early.extend_from_slice(record.map_err(invalid)?.payload);
+                    }
+                    Step::Again
+                }
+                Ok(_) => Step::Closed,
+                Err(error) => {
+                    failure = Some(error);
+                    Step::Closed
+                }
+            };
+            $wire_in.consume(discard);
+            match step {
+                Step::Again => {}
+                Step::Write => send(&mut $io, &mut out).await?,
+                Step::Read => receive(&mut $io, &mut $wire_in).await?,
+                Step::Done => break,
+                Step::Closed => {
+                    let Some(error) = failure else {
+                        return Err(io::ErrorKind::UnexpectedEof.into());
+                    };
+                    // The alert that names the failure is queued behind the error.
+                    while let Ok(ConnectionState::EncodeTlsData(data)) = $connection
+                        .process_tls_records(whole_records(&mut $wire_in))
+                        .state
+                    {
+                        encode(data, &mut out)?;
+                    }
+                    let _ = send(&mut $io, &mut out).await;
+                    let _ = $io.shutdown().await;
+                    return Err(invalid(error));
+                }
+            }
+        }
+        send(&mut $io, &mut out).await?;
+    }};
+}
+
+/// Connects as a TLS client over `io`. The configuration must allow secrets to be extracted.
+///
+/// # Errors
+/// The peer's failure or ours, as [`io::ErrorKind::InvalidData`] around [`rustls::Error`], or the error of `io`.
+/// # Cancel safety
+/// Dropping the future ends the connection.
+pub(super) async fn connect<S: AsyncRead + AsyncWrite + Unpin>(
+    mut io: S,
+    config: Arc<ClientConfig>,
+    name: ServerName<'static>,
+) -> io::Result<TlsStream<S>> {
+    let mut connection = UnbufferedClientConnection::new(config, name).map_err(invalid)?;
+    let (mut wire_in, mut early) = (Wire::default(), Vec::new());
+    drive!(connection, io, wire_in, early);
+    let peer = owned(connection.peer_certificates());
+    let (secrets, kernel) = connection
+        .dangerous_into_kernel_connection()
+        .map_err(invalid)?;
+    let rx = Protection::new(secrets.rx.0, &secrets.rx.1).map_err(io::Error::other)?;
+    let tx = Protection::new(secrets.tx.0, &secrets.tx.1).map_err(io::Error::other)?;
+    Ok(TlsStream::new(io, rx, tx, Kernel::Client(kernel), peer).with_received(wire_in, early))
+}
+
+/// Accepts as a TLS server over `io`. The configuration must allow secrets to be extracted.
+///
+/// # Errors
+/// As [`connect`].
+/// # Cancel safety
+/// Dropping the future ends the connection.
+pub(super) async fn accept<S: AsyncRead + AsyncWrite + Unpin>(
+    mut io: S,
+    config: Arc<ServerConfig>,
+) -> io::Result<TlsStream<S>> {
+    let mut connection = UnbufferedServerConnection::new(config).map_err(invalid)?;
+    let (mut wire_in, mut early) = (Wire::default(), Vec::new());
+    drive!(connection, io, wire_in, early);
+    let peer = owned(connection.peer_certificates());
+    let (secrets, kernel) = connection
+        .dangerous_into_kernel_connection()
+        .map_err(invalid)?;
+    let rx = Protection::new(secrets.rx.0, &secrets.rx.1).map_err(io::Error::other)?;
+    let tx = Protection::new(secrets.tx.0, &secrets.tx.1).map_err(io::Error::other)?;
+    Ok(TlsStream::new(io, rx, tx, Kernel::Server(kernel), peer).with_received(wire_in, early))
+}
+
+fn encode<D>(mut data: EncodeTlsData<'_, D>, out: &mut Wire) -> io::Result<()> {
+    let mut room = 1024;
+    loop {
+        match data.encode(out.spare(room)) {
+            Ok(written) => {
+                out.commit(written);
+                return Ok(());
+            }
+            Err(EncodeError::InsufficientSize(size)) if room < size.required_size => {
+                room = size.required_size;
+            }
+            Err(error) => return Err(io::Error::other(error)),
+        }
+    }
+}
+
+async fn send<S: AsyncWrite + Unpin>(io: &mut S, out: &mut Wire) -> io::Result<()> {
+    if !out.is_empty() {
+        io.write_all(out.queued()).await?;
+        io.flush().await?;
+        out.consume(out.len());
+    }
+    Ok(())
+}
+
+/// Reads until one more record is whole: rustls sees no part of a record, so a peer that sends byte by byte costs no
+/// repeated work. A handshake of more than [`MAX_HANDSHAKE`] unprocessed bytes is refused.
+async fn receive<S: AsyncRead + Unpin>(io: &mut S, wire: &mut Wire) -> io::Result<()> {
+    let seen = whole(wire.queued());
+    while whole(wire.queued()) <= seen {
+        if wire.len() >= MAX_HANDSHAKE {
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidData,
+                "handshake longer than 64 KiB",
+            ));
+        }
+        let n = io.read(wire.spare(2048)).await?;
+        if n == 0 {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        wire.commit(n);
+    }
+    Ok(())
+}
+
+/// The complete records at the front of `wire`.
+fn whole_records(wire: &mut Wire) -> &mut [u8] {
+    let length = whole(wire.queued());
+    wire.queued_mut().get_mut(..length).unwrap_or_default()
+}
+
+/// Length of the complete records at the front of `bytes`.
+fn whole(bytes: &[u8]) -> usize {
+    let mut length = 0;
+    while let Some(&[_, _, _, high, low]) = bytes.get(length..).and_then(<[u8]>::first_chunk) {
+        let next = length + HEADER + usize::from(u16::from_be_bytes([high, low]));
+        if next > bytes.len() {
+            break;
+        }
+        length = next;
+    }
+    length
+}
+
+fn owned(chain: Option<&[CertificateDer<'static>]>) -> Box<[CertificateDer<'static>]> {
+    chain.unwrap_or_default().into()
+}
+
+fn invalid(error: rustls::Error) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, error)
+}
+
+/// Handshake bytes a peer may have waiting to be understood.
+const MAX_HANDSHAKE: usize = 65_536;

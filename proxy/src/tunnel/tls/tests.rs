@@ -1,0 +1,194 @@
+use rustls::{ClientConfig, RootCertStore, ServerConfig, pki_types::PrivatePkcs8KeyDer};
+use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream, duplex};
+
+use super::{
+    handshake::{accept, connect},
+    stream::TlsStream,
+    *,
+};
+
+struct Configs {
+    client: Arc<ClientConfig>,
+    server: Arc<ServerConfig>,
+}
+
+fn configs() -> Configs {
+    let made = rcgen::generate_simple_self_signed(["pod".to_owned()]).expect("certificate");
+    let mut roots = RootCertStore::empty();
+    roots.add(made.cert.der().clone()).expect("root");
+    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+    let key = PrivatePkcs8KeyDer::from(made.signing_key.serialize_der());
+    let mut server = ServerConfig::builder_with_provider(Arc::clone(&provider))
+        .with_protocol_versions(&[&rustls::version::TLS13])
+        .expect("versions")
+        .with_no_client_auth()
+        .with_single_cert(vec![made.cert.der().clone()], key.into())
+        .expect("server");
+    server.enable_secret_extraction = true;
+    let mut client = ClientConfig::builder_with_provider(provider)
+        .with_protocol_versions(&[&rustls::version::TLS13])
+        .expect("versions")
+        .with_root_certificates(roots)
+        .with_no_client_auth();
+    client.enable_secret_extraction = true;
+    Configs {
+        client: Arc::new(client),
+        server: Arc::new(server),
+    }
+}
+
+fn name() -> ServerName<'static> {
+    ServerName::try_from("pod").expect("name")
+}
+
+async fn pair(room: usize) -> (TlsStream<DuplexStream>, TlsStream<DuplexStream>) {
+    let configs = configs();
+    let (a, b) = duplex(room);
+    let (client, server) = tokio::join!(
+        connect(a, configs.client, name()),
+        accept(b, configs.server)
+    );
+    (client.expect("connect"), server.expect("accept"))
+}
+
+/// Sends `count` bytes of a pattern in writes of many sizes and checks them on the other side.
+async fn carry<A, B>(from: &mut A, to: &mut B, count: usize)
+where
+    A: AsyncWrite + Unpin,
+    B: AsyncRead + Unpin,
+{
+    let data: Vec<u8> = (0..=250_u8).cycle().step_by(31).take(count).collect();
+    let send = async {
+        let (mut at, mut step) = (0, 1);
+        while at < data.len() {
+            let end = data.len().min(at + step);
+            from.write_all(&data[at..end]).await.expect("write");
+            (at, step) = (end, step * 3 % 70_001 + 1);
+        }
+        from.flush().await.expect("flush");
+    };
+    let receive = async {
+        let mut got = vec![0; count];
+        let (mut at, mut step) = (0, 1);
+        while at < count {
+            let end = count.min(at + step);
+            let n = to.read(&mut got[at..end]).await.expect("read");
+            assert_ne!(n, 0, "early end at {at}");
+            (at, step) = (at + n, step * 5 % 90_001 + 1);
+        }
+        got
+    };
+    let ((), got) = tokio::join!(send, receive);
+    assert!(got == data, "bytes changed on the way");
+}
+
+#[tokio::test]
+async fn carries_bytes_both_ways_at_any_size() {
+    for (room, count) in [(1 << 20, 700_000), (4096, 300_000), (600, 20_000)] {
+        let (mut client, mut server) = pair(room).await;
+        carry(&mut client, &mut server, count).await;
+        carry(&mut server, &mut client, count).await;
+    }
+}
+
+#[tokio::test]
+async fn speaks_with_the_library_in_both_roles() {
+    let configs = configs();
+    let (a, b) = duplex(64 * 1024);
+    let acceptor = TlsAcceptor::from(Arc::clone(&configs.server));
+    let (ours, theirs) = tokio::join!(
+        connect(a, Arc::clone(&configs.client), name()),
+        acceptor.accept(b)
+    );
+    let (mut ours, mut theirs) = (ours.expect("connect"), theirs.expect("accept"));
+    carry(&mut ours, &mut theirs, 300_000).await;
+    carry(&mut theirs, &mut ours, 300_000).await;
+
+    let (a, b) = duplex(64 * 1024);
+    let connector = TlsConnector::from(configs.client);
+    let (theirs, ours) = tokio::join!(connector.connect(name(), a), accept(b, configs.server));
+    let (mut theirs, mut ours) = (theirs.expect("connect"), ours.expect("accept"));
+    carry(&mut theirs, &mut ours, 300_000).await;
+    carry(&mut ours, &mut theirs, 300_000).await;
+}
+
+#[tokio::test]
+async fn follows_key_updates_of_the_peer_and_makes_its_own() {
+    let configs = configs();
+    let (a, b) = duplex(64 * 1024);
+    let connector = TlsConnector::from(configs.client);
+    let (theirs, ours) = tokio::join!(connector.connect(name(), a), accept(b, configs.server));
+    let (mut theirs, mut ours) = (theirs.expect("connect"), ours.expect("accept"));
+    for _ in 0..3 {
+        theirs.get_mut().1.refresh_traffic_keys().expect("refresh");
+        carry(&mut theirs, &mut ours, 50_000).await;
+        carry(&mut ours, &mut theirs, 50_000).await;
+        ours.update_tx().expect("update");
+        carry(&mut ours, &mut theirs, 50_000).await;
+    }
+}
+
+#[tokio::test]
+async fn a_shutdown_is_an_end_and_not_an_error() {
+    let (mut client, mut server) = pair(4096).await;
+    client.write_all(b"last words").await.expect("write");
+    client.shutdown().await.expect("shutdown");
+    let mut got = Vec::new();
+    server.read_to_end(&mut got).await.expect("clean end");
+    assert_eq!(got, b"last words");
+}
+
+#[tokio::test]
+async fn a_cut_inside_a_record_is_an_error() {
+    let (client, mut server) = pair(4096).await;
+    let TlsStream { mut io, .. } = client;
+    io.write_all(&[23, 3, 3, 1, 0, 9, 9]).await.expect("write");
+    drop(io);
+    let error = server.read_u8().await.expect_err("cut");
+    assert_eq!(error.kind(), io::ErrorKind::UnexpectedEof);
+}
+
+#[tokio::test]
+async fn a_record_that_does_not_authenticate_is_an_error() {
+    let (client, mut server) = pair(4096).await;
+    let TlsStream { mut io, .. } = client;
+    io.write_all(&[23, 3, 3, 0, 20]).await.expect("write");
+    io.write_all(&[5; 20]).await.expect("write");
+    let error = server.read_u8().await.expect_err("bad record");
+    assert_eq!(error.kind(), io::ErrorKind::InvalidData);
+}
+
+#[tokio::test]
+async fn a_failed_handshake_tells_the_peer_why() {
+    let configs = configs();
+    let (a, b) = duplex(64 * 1024);
+    let stranger = ServerName::try_from("stranger").expect("name");
+    let (client, server) = tokio::join!(
+        connect(a, configs.client, stranger),
+        accept(b, configs.server)
+    );
+    assert!(
+        client
+            .expect_err("wrong name")
+            .to_string()
+            .contains("not valid for name")
+    );
+    let server = match server {
+        Err(error) => error,
+        Ok(mut server) => server.read_u8().await.expect_err("alert"),
+    };
+    assert!(
+        server.to_string().to_lowercase().contains("alert"),
+        "{server}"
+    );
+}
+
+#[tokio::test]
+async fn an_idle_stream_holds_no_buffer() {
+    let (mut client, mut server) = pair(1 << 20).await;
+    carry(&mut client, &mut server, 2_000_000).await;
+    let idle = timeout(Duration::from_millis(5), server.read_u8()).await;
+    assert!(idle.is_err(), "nothing to read");
+    assert_eq!(server.incoming.capacity(), 0);
+    assert_eq!(client.outgoing.capacity(), 0);
+}
