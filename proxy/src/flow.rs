@@ -19,6 +19,8 @@ mod pod;
 mod report;
 mod stop;
 mod table;
+#[cfg(test)]
+mod tests;
 
 pub use pod::{Pod, Settings, Shared};
 pub use stop::Stop;

@@ -15,6 +15,7 @@ mod netns;
 mod options;
 mod ports;
 mod privilege;
+mod successor;
 #[cfg(test)]
 pub(crate) mod testing;
 mod throttle;
@@ -25,3 +26,4 @@ pub use connect::{ConnectError, LocalAddress, Upstream, connect};
 pub use netns::{Netns, NetnsId};
 pub use ports::{PortLease, SourcePorts};
 pub use privilege::{PrivilegeError, check_privileges};
+pub use successor::prefer_successor;

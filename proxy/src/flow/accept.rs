@@ -1,14 +1,25 @@
 //! The accept loop that all three listeners of a pod share.
 
-use std::{net::SocketAddr, sync::Arc};
+use std::{
+    net::SocketAddr,
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll},
+    time::Duration,
+};
 
+use pin_project_lite::pin_project;
 use tokio::{
     net::{TcpListener, TcpStream},
     task::{JoinError, JoinSet},
+    time::{Instant, timeout_at},
 };
 
 use super::{Pod, Stop};
-use crate::{listen, telemetry::Reporter};
+use crate::{
+    listen,
+    telemetry::{Reporter, SocketGuard},
+};
 
 /// Accepts until `stop` asks it not to, runs `handle` for each connection in a task of its own,
 /// and ends when all of them have, or at once when `stop` forces it.
@@ -31,12 +42,15 @@ pub(super) async fn serve<H, F>(
             (socket, peer) = listen::accept(&listener) => {
                 let counted = pod.shared().traffic.socket(reporter);
                 let flow = handle(Arc::clone(&pod), socket, peer);
-                flows.spawn(async move {
-                    flow.await;
-                    drop(counted);
-                });
+                flows.spawn(Counted { flow, _counted: counted });
             }
         }
+    }
+    if !stop.force.is_cancelled() {
+        run_dry(&listener, |socket, peer| {
+            flows.spawn(handle(Arc::clone(&pod), socket, peer));
+        })
+        .await;
     }
     drop(listener);
     tokio::select! {
@@ -46,6 +60,27 @@ pub(super) async fn serve<H, F>(
     }
     flows.shutdown().await;
 }
+
+/// Accepts what is on its way to a listener that is about to close: what its queue holds when it
+/// closes is reset. New connections go to the successor from here on, if there is one.
+async fn run_dry(listener: &TcpListener, mut take: impl FnMut(TcpStream, SocketAddr)) {
+    if let Err(error) = listen::prefer_successor(listener) {
+        tracing::debug!(%error, "cannot point new connections to a successor");
+    }
+    let latest = Instant::now() + LONGEST_DRY;
+    loop {
+        let until = latest.min(Instant::now() + QUIET);
+        match timeout_at(until, listen::accept(listener)).await {
+            Ok((socket, peer)) => take(socket, peer),
+            Err(_) => return,
+        }
+    }
+}
+
+/// A queue into which nothing comes for this long is dry: handshakes under way are done by then.
+const QUIET: Duration = Duration::from_millis(100);
+/// How long connections may keep coming before the listener closes all the same.
+const LONGEST_DRY: Duration = Duration::from_millis(500);
 
 async fn finish(flows: &mut JoinSet<()>) {
     while let Some(end) = flows.join_next().await {
@@ -62,5 +97,22 @@ pub(super) fn tell_panic(end: Result<(), JoinError>) {
             error = &error as &dyn std::error::Error,
             "a flow ended by a panic"
         );
+    }
+}
+
+pin_project! {
+    /// A flow with the count of its socket. An `async` block in its place would hold the flow twice.
+    struct Counted<F> {
+        #[pin]
+        flow: F,
+        _counted: SocketGuard,
+    }
+}
+
+impl<F: Future<Output = ()>> Future for Counted<F> {
+    type Output = ();
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
+        self.project().flow.poll(cx)
     }
 }

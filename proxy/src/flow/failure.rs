@@ -16,20 +16,20 @@ use crate::{
 #[derive(Debug, thiserror::Error)]
 pub(super) enum Failure {
     /// A policy of the destination forbids it.
-    #[error("connection closed due to policy rejection: {0}")]
-    Denied(Denied),
+    #[error("connection closed due to policy rejection")]
+    Denied(#[source] Denied),
     /// A policy change forbids what was allowed when the flow began.
     #[error("connection closed due to policy change")]
     Revoked,
     /// The application, or a destination outside the mesh, could not be reached.
-    #[error("connection failed: {}", chain(.0))]
-    Unreachable(listen::ConnectError),
+    #[error("connection failed")]
+    Unreachable(#[source] listen::ConnectError),
     /// No tunnel to the next hop.
     #[error(transparent)]
     Tunnel(tunnel::ConnectError),
     /// The peer went away before the flow was established.
-    #[error("h2 failed: {0}")]
-    Answer(h2::Error),
+    #[error("h2 failed")]
+    Answer(#[source] h2::Error),
     /// The client gave up before the application answered.
     #[error("the client gave up before the connection was established")]
     Abandoned,
@@ -40,7 +40,7 @@ pub(super) enum Failure {
     #[error("no data path yet for {0}")]
     Uncarried(&'static str),
     /// A side broke while bytes moved.
-    #[error("{0}")]
+    #[error(transparent)]
     Relay(Box<dyn Error + Send + Sync>),
 }
 
@@ -79,16 +79,4 @@ impl Failure {
             | Self::Relay(_) => StatusCode::SERVICE_UNAVAILABLE,
         }
     }
-}
-
-/// An error with its causes on one line.
-fn chain(error: &dyn Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        text.push_str(": ");
-        text.push_str(&error.to_string());
-        cause = error.source();
-    }
-    text
 }

@@ -11,14 +11,17 @@ use http::StatusCode;
 use tokio::net::{TcpListener, TcpStream};
 
 use super::{
-    Direction, Pod, Stop, accept, failure::Failure, handshakes::Handshakes, parties, report,
-    table::Entry,
+    Direction, Pod, Stop, accept,
+    failure::Failure,
+    handshakes::Handshakes,
+    parties,
+    report::{self, Guarded, Told},
 };
 use crate::{
     listen,
     mesh::Workload,
     policy::{self, Connection, Denied, Permit},
-    relay::{self, Outcome},
+    relay,
     route::{
         self, Authority, AuthorityError, ClientAddress, InboundQuery, InboundRefusal, InboundRoute,
     },
@@ -89,7 +92,7 @@ enum Refused {
     UnknownLocal,
     #[error("identity error: the local workload has no valid identity")]
     NoIdentity,
-    #[error("identity error: {0}")]
+    #[error("identity error")]
     Certificate(#[from] SvidError),
     #[error(transparent)]
     Tls(#[from] AcceptError),
@@ -127,27 +130,24 @@ async fn stream(pod: Arc<Pod>, caller: Arc<Caller>, incoming: Incoming) {
         return;
     };
     let Opened {
-        access,
-        entry,
+        told,
         downstream,
         upstream,
     } = opened;
     let pump = relay::pump(
         downstream,
-        upstream.stream,
-        access.meter(),
+        upstream,
+        told.access.meter(),
         &pod.shared().buffers,
     );
-    let end = until_revoked(&entry, pump).await;
-    drop(upstream.port); // after the stream: the port is free once the socket is closed
-    report::close(access, end);
+    let end = Guarded::new(&told.entry, pump).await;
+    told.close(end);
 }
 
 struct Opened {
-    access: Access,
-    entry: Entry,
+    told: Box<Told>,
     downstream: Stream,
-    upstream: listen::Upstream,
+    upstream: TcpStream,
 }
 
 /// Everything up to the first byte. `None` if the stream ended here; it is answered and reported then.
@@ -194,10 +194,13 @@ async fn open(pod: &Arc<Pod>, caller: &Caller, incoming: Incoming) -> Option<Ope
             Ok(upstream) => match accept_stream(pod, &local, responder) {
                 Ok(downstream) => {
                     return Some(Opened {
-                        access,
-                        entry,
+                        told: Box::new(Told {
+                            access,
+                            entry,
+                            _ports: [upstream.port, None],
+                        }),
                         downstream,
-                        upstream,
+                        upstream: upstream.stream,
                     });
                 }
                 Err(error) => {
@@ -341,14 +344,11 @@ pub(super) fn authorize(
     verdict.outcome
 }
 
-/// Relays until the flow ends or a policy change ends it.
-pub(super) async fn until_revoked(
-    entry: &Entry,
-    pump: impl Future<Output = Outcome>,
-) -> Result<(), Failure> {
-    tokio::select! {
-        biased; // a revoked flow moves no further byte
-        () = entry.revoked() => Err(Failure::Revoked),
-        outcome = pump => Failure::of(outcome).map_or(Ok(()), Err),
+/// Bytes of the future of one open stream.
+#[cfg(test)]
+pub(super) fn budget(_: &Arc<Pod>) -> usize {
+    fn size<A, B, C, F: Future>(_: impl Fn(A, B, C) -> F) -> usize {
+        size_of::<F>()
     }
+    size(stream)
 }

@@ -18,7 +18,7 @@ const QUIET: Duration = Duration::from_millis(20);
 /// by itself while the mesh lives.
 pub(super) async fn run(pod: &Pod) {
     let mut changes = pod.shared().mesh.changes();
-    let mut last_known = None;
+    let mut last_known = pod.known_workload();
     while changes.changed().await.is_ok() {
         sleep(QUIET).await;
         changes.mark_unchanged();

@@ -4,7 +4,12 @@ use std::{net::SocketAddr, sync::Arc};
 
 use tokio::net::TcpStream;
 
-use super::{Carried, Direction, Pod, failure::Failure, parties, report, table::Entry};
+use super::{
+    Carried, Direction, Pod,
+    failure::Failure,
+    parties,
+    report::{self, Guarded, Told},
+};
 use crate::{
     listen,
     mesh::{Service, Workload},
@@ -23,24 +28,22 @@ pub(super) async fn carry(pod: Arc<Pod>, downstream: TcpStream, peer: SocketAddr
     let Some(opened) = Box::pin(open(&pod, &downstream, peer)).await else {
         return;
     };
-    let Opened {
-        access,
-        upstream,
-        entry,
-    } = opened;
-    let buffers = &pod.shared().buffers;
-    let outcome = match upstream {
-        Upstream::Socket(stream) => relay::pump(downstream, stream, access.meter(), buffers).await,
-        Upstream::Tunnel(stream) => relay::pump(downstream, stream, access.meter(), buffers).await,
+    let Opened { told, upstream } = opened;
+    let (meter, buffers) = (told.access.meter(), &pod.shared().buffers);
+    let end = match upstream {
+        Upstream::Socket(stream) => {
+            Guarded::new(&told.entry, relay::pump(downstream, stream, meter, buffers)).await
+        }
+        Upstream::Tunnel(stream) => {
+            Guarded::new(&told.entry, relay::pump(downstream, stream, meter, buffers)).await
+        }
     };
-    drop(entry);
-    report::close(access, Failure::of(outcome).map_or(Ok(()), Err));
+    told.close(end);
 }
 
 struct Opened {
-    access: Access,
+    told: Box<Told>,
     upstream: Upstream,
-    entry: Entry,
 }
 
 enum Upstream {
@@ -90,9 +93,12 @@ async fn open(pod: &Arc<Pod>, downstream: &TcpStream, peer: SocketAddr) -> Optio
     };
     match upstream {
         Ok(upstream) => Some(Opened {
-            access,
+            told: Box::new(Told {
+                access,
+                entry,
+                _ports: [None, None],
+            }),
             upstream,
-            entry,
         }),
         Err(failure) => {
             report::close(access, Err(failure));

@@ -4,7 +4,12 @@ use std::{net::SocketAddr, sync::Arc};
 
 use tokio::net::TcpStream;
 
-use super::{Direction, Pod, failure::Failure, inbound, parties, report, table::Entry};
+use super::{
+    Direction, Pod,
+    failure::Failure,
+    inbound, parties,
+    report::{self, Guarded, Told},
+};
 use crate::{
     listen,
     mesh::Workload,
@@ -20,29 +25,20 @@ pub(super) async fn carry(pod: Arc<Pod>, downstream: TcpStream, peer: SocketAddr
     let Some(opened) = Box::pin(open(&pod, &downstream, peer)).await else {
         return;
     };
-    let Opened {
-        access,
-        entry,
-        upstream,
-        _captured,
-    } = opened;
+    let Opened { told, upstream } = opened;
     let pump = relay::pump(
         downstream,
-        upstream.stream,
-        access.meter(),
+        upstream,
+        told.access.meter(),
         &pod.shared().buffers,
     );
-    let end = inbound::until_revoked(&entry, pump).await;
-    drop(upstream.port); // after the stream: the port is free once the socket is closed
-    report::close(access, end);
+    let end = Guarded::new(&told.entry, pump).await;
+    told.close(end);
 }
 
 struct Opened {
-    access: Access,
-    entry: Entry,
-    upstream: listen::Upstream,
-    /// Keeps upstream sockets towards this application off the client's own port.
-    _captured: Option<listen::PortLease>,
+    told: Box<Told>,
+    upstream: TcpStream,
 }
 
 /// Everything up to the first byte. `None` if the connection ended here; it is reported then.
@@ -55,7 +51,8 @@ async fn open(pod: &Arc<Pod>, downstream: &TcpStream, peer: SocketAddr) -> Optio
             return None;
         }
     };
-    let _captured = pod.source_ports().register(peer, route.destination);
+    // Keeps upstream sockets towards this application off the client's own port.
+    let captured = pod.source_ports().register(peer, route.destination);
     let access = opened(pod, &local, &route, peer);
     let entry = pod.flows().enter(Direction::Inbound {
         source: peer,
@@ -77,10 +74,12 @@ async fn open(pod: &Arc<Pod>, downstream: &TcpStream, peer: SocketAddr) -> Optio
     };
     match upstream {
         Ok(upstream) => Some(Opened {
-            access,
-            entry,
-            upstream,
-            _captured,
+            told: Box::new(Told {
+                access,
+                entry,
+                _ports: [upstream.port, captured],
+            }),
+            upstream: upstream.stream,
         }),
         Err(failure) => {
             report::close(access, Err(failure));

@@ -1,8 +1,15 @@
-//! The beginning and the end of a flow, as metrics and the access log tell them.
+//! The life of an open flow and its end, as metrics and the access log tell it.
 
-use super::failure::Failure;
+use std::{
+    pin::Pin,
+    task::{Context, Poll},
+};
+
+use super::{failure::Failure, table::Entry};
 use crate::{
+    listen::PortLease,
     policy::{Event, Note},
+    relay::Outcome,
     telemetry::{Access, AuthorizationEvent, AuthorizationLog, ResponseFlag},
 };
 
@@ -27,4 +34,47 @@ pub(super) fn note(log: AuthorizationLog, note: &Note) {
         Event::DryRunNoAllowMatch => AuthorizationEvent::DryRunNoneMatched,
         Event::Missing => AuthorizationEvent::Missing(policy),
     });
+}
+
+/// What is kept of an open flow besides its two sides. Boxed, because the compiler would hold it
+/// twice in the flow's future.
+pub(super) struct Told {
+    pub(super) access: Access,
+    pub(super) entry: Entry,
+    /// The source ports that the flow occupies.
+    pub(super) _ports: [Option<PortLease>; 2],
+}
+
+impl Told {
+    /// Reports the end. The sides of the flow are closed by now, so its ports become free.
+    pub(super) fn close(self: Box<Self>, end: Result<(), Failure>) {
+        close(self.access, end);
+    }
+}
+
+/// Runs the relay of a flow until it ends, or until a policy change ends it.
+pub(super) struct Guarded<'a, P> {
+    entry: &'a Entry,
+    pump: P,
+}
+
+impl<'a, P> Guarded<'a, P> {
+    pub(super) fn new(entry: &'a Entry, pump: P) -> Self {
+        Self { entry, pump }
+    }
+}
+
+impl<P: Future<Output = Outcome> + Unpin> Future for Guarded<'_, P> {
+    type Output = Result<(), Failure>;
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        let this = self.get_mut();
+        // First the verdict: a revoked flow moves no further byte.
+        if this.entry.poll_revoked(cx).is_ready() {
+            return Poll::Ready(Err(Failure::Revoked));
+        }
+        Pin::new(&mut this.pump)
+            .poll(cx)
+            .map(|outcome| Failure::of(outcome).map_or(Ok(()), Err))
+    }
 }

@@ -8,13 +8,14 @@ use std::{
     net::SocketAddr,
     sync::{
         Arc,
-        atomic::{AtomicU8, Ordering},
+        atomic::{AtomicBool, Ordering},
     },
+    task::{Context, Poll},
 };
 
 use cert_agent::SpiffeId;
+use futures_util::task::AtomicWaker;
 use parking_lot::Mutex;
-use tokio::sync::Notify;
 
 /// Live flows of one pod. An entry costs about 200 bytes and leaves when its [`Entry`] is dropped.
 #[derive(Debug, Default)]
@@ -28,8 +29,8 @@ impl FlowTable {
     pub(super) fn enter(self: &Arc<Self>, direction: Direction) -> Entry {
         let facts = Arc::new(Facts {
             direction,
-            verdict: AtomicU8::new(OPEN),
-            ended: Notify::new(),
+            revoked: AtomicBool::new(false),
+            task: AtomicWaker::new(),
         });
         let key = self.flows.lock().insert(Arc::clone(&facts));
         Entry {
@@ -104,8 +105,9 @@ pub enum Carried {
 #[derive(Debug)]
 pub struct Facts {
     direction: Direction,
-    verdict: AtomicU8,
-    ended: Notify,
+    revoked: AtomicBool,
+    /// The task of the flow.
+    task: AtomicWaker,
 }
 
 impl Facts {
@@ -117,12 +119,8 @@ impl Facts {
 
     /// Ends the flow because a policy no longer allows it. The flow's task sees it at its next step.
     pub(super) fn revoke(&self) {
-        self.verdict.store(REVOKED, Ordering::Release);
-        self.ended.notify_one();
-    }
-
-    fn is_revoked(&self) -> bool {
-        self.verdict.load(Ordering::Acquire) == REVOKED
+        self.revoked.store(true, Ordering::Release);
+        self.task.wake();
     }
 }
 
@@ -135,13 +133,14 @@ pub(super) struct Entry {
 }
 
 impl Entry {
-    /// Waits until a policy change ends the flow.
-    ///
-    /// # Cancel safety
-    /// Nothing is lost: the verdict stays in the entry.
-    pub(super) async fn revoked(&self) {
-        while !self.facts.is_revoked() {
-            self.facts.ended.notified().await;
+    /// Ready once a policy change has ended the flow.
+    pub(super) fn poll_revoked(&self, cx: &mut Context<'_>) -> Poll<()> {
+        // First the task, then the look: a revocation in between wakes it.
+        self.facts.task.register(cx.waker());
+        if self.facts.revoked.load(Ordering::Acquire) {
+            Poll::Ready(())
+        } else {
+            Poll::Pending
         }
     }
 }
@@ -151,9 +150,6 @@ impl Drop for Entry {
         let _ = self.table.flows.lock().try_remove(self.key);
     }
 }
-
-const OPEN: u8 = 0;
-const REVOKED: u8 = 1;
 
 #[cfg(test)]
 mod tests {
@@ -180,15 +176,47 @@ mod tests {
         assert!(table.is_empty());
     }
 
-    #[tokio::test(start_paused = true)]
-    async fn a_revocation_before_the_wait_is_not_lost() {
+    #[test]
+    fn a_revocation_is_seen_before_and_during_the_wait() {
         let table = Arc::new(FlowTable::default());
         let entry = table.enter(inbound(1));
-        for facts in table.open() {
-            facts.revoke();
+        let facts = table.open();
+        let mut wait = waiting(&entry);
+        assert!(wait.next().is_pending());
+        facts[0].revoke();
+        assert!(wait.woken() && wait.next().is_ready());
+    }
+
+    /// Polls an entry by hand and tells whether it was woken since.
+    struct Waiting<'a> {
+        entry: &'a Entry,
+        bell: Arc<Bell>,
+    }
+
+    #[derive(Default)]
+    struct Bell(AtomicBool);
+
+    impl std::task::Wake for Bell {
+        fn wake(self: Arc<Self>) {
+            self.0.store(true, Ordering::SeqCst);
         }
-        tokio::time::timeout(std::time::Duration::from_secs(1), entry.revoked())
-            .await
-            .expect("revoked");
+    }
+
+    fn waiting(entry: &Entry) -> Waiting<'_> {
+        Waiting {
+            entry,
+            bell: Arc::default(),
+        }
+    }
+
+    impl Waiting<'_> {
+        fn next(&mut self) -> Poll<()> {
+            let waker = Arc::clone(&self.bell).into();
+            self.entry.poll_revoked(&mut Context::from_waker(&waker))
+        }
+
+        fn woken(&self) -> bool {
+            self.bell.0.load(Ordering::SeqCst)
+        }
     }
 }

@@ -18,7 +18,7 @@ const LARGEST_READ: usize = 256 << 10;
 
 /// A socket error other than the end of the connection.
 #[derive(Debug, thiserror::Error)]
-#[error("io error: {0}")]
+#[error("io error")]
 struct SocketError(#[source] io::Error);
 
 impl Endpoint for TcpStream {

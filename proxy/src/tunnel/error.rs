@@ -12,7 +12,7 @@ use crate::telemetry::ResponseFlag;
 #[non_exhaustive]
 pub enum OpenError {
     /// No answer to SYN.
-    #[error("connection timed out, maybe a NetworkPolicy is blocking HBONE port {port}: {source}")]
+    #[error("connection timed out, maybe a NetworkPolicy is blocking HBONE port {port}")]
     DialTimeout {
         /// The port that did not answer.
         port: u16,
@@ -20,19 +20,19 @@ pub enum OpenError {
         source: io::Error,
     },
     /// Refused, unreachable, or no local socket.
-    #[error("io error: {0}")]
+    #[error("io error")]
     Dial(#[source] io::Error),
     /// Our own certificate could not be had.
-    #[error("identity error: {0}")]
+    #[error("identity error")]
     Identity(#[source] Box<dyn std::error::Error + Send + Sync>),
     /// The peer failed the TLS handshake, or we refused its certificate.
-    #[error("io error: TLS handshake: {0}")]
+    #[error("io error: TLS handshake")]
     Handshake(#[source] io::Error),
     /// The peer did not finish the TLS handshake.
     #[error("io error: no TLS handshake within {0:?}")]
     HandshakeTimeout(Duration),
     /// HTTP/2 could not be set up.
-    #[error("http2 handshake failed: {0}")]
+    #[error("http2 handshake failed")]
     Http2(#[source] h2::Error),
     /// The peer sent no SETTINGS.
     #[error("http2 handshake failed: no SETTINGS within {0:?}")]
@@ -71,10 +71,10 @@ pub enum ConnectError {
     #[error("h2 failed: no answer to CONNECT within {0:?}")]
     AnswerTimeout(Duration),
     /// The stream or its connection broke.
-    #[error("h2 failed: {0}")]
+    #[error("h2 failed")]
     Http2(#[source] Arc<h2::Error>),
     /// The request cannot be put into HTTP/2.
-    #[error("h2 failed: invalid request: {0}")]
+    #[error("h2 failed: invalid request")]
     Request(#[source] Arc<http::Error>),
 }
 
@@ -106,7 +106,7 @@ pub enum ServeError {
     #[error("no HTTP/2 preface within {0:?}")]
     PrefaceTimeout(Duration),
     /// The connection broke, or the client broke the protocol.
-    #[error("h2 failed: {0}")]
+    #[error("h2 failed")]
     Http2(#[from] h2::Error),
     /// The client did not answer a PING.
     #[error("no PONG within {0:?}")]
@@ -118,6 +118,6 @@ pub enum ServeError {
 pub(super) enum Malformed {
     #[error("method {0} instead of CONNECT")]
     Method(http::Method),
-    #[error("authority: {0}")]
+    #[error("authority")]
     Authority(#[from] AuthorityError),
 }

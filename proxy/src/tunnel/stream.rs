@@ -25,7 +25,7 @@ pub struct Stream {
 
 /// The stream broke; see §8 of RFC 9113 for the codes.
 #[derive(Debug, thiserror::Error)]
-#[error("h2 failed: {0}")]
+#[error("h2 failed")]
 struct StreamError(#[source] h2::Error);
 
 impl Stream {

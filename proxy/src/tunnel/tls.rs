@@ -55,7 +55,7 @@ const SEND_BUFFER: usize = 256 << 10;
 #[non_exhaustive]
 pub enum AcceptError {
     /// The client failed the handshake, or we refused its certificate.
-    #[error("TLS handshake: {0}")]
+    #[error("TLS handshake")]
     Handshake(#[from] io::Error),
     /// The client did not finish it.
     #[error("no TLS handshake within {0:?}")]

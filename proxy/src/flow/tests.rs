@@ -1,0 +1,115 @@
+//! What an open flow costs. Everything a connection needs only until its first byte is boxed and
+//! given back, so that the futures which live as long as the flow stay small.
+
+use std::{mem::size_of_val, net::SocketAddr, sync::Arc, time::Duration};
+
+use cert_agent::{Agent, AgentOptions, CsrSource, InProcessCa};
+use prometheus_client::registry::Registry;
+use tokio::net::{TcpListener, TcpStream};
+
+use super::*;
+use crate::{
+    config::{self, WorkloadRef},
+    listen::Netns,
+    mesh::{Mesh, View},
+    relay::Buffers,
+    route::LoopGuard,
+    telemetry::{AuthorizationLog, Traffic},
+};
+
+fn pod() -> Arc<Pod> {
+    let ca = InProcessCa::random().expect("root");
+    let shared = Shared {
+        mesh: Mesh::new(View {
+            node_name: None,
+            network: "".into(),
+            cluster_id: "c".into(),
+        }),
+        agent: Agent::new(Arc::new(CsrSource::new(ca)), AgentOptions::default()),
+        traffic: Traffic::register(&mut Registry::default()),
+        verdicts: AuthorizationLog::new(false),
+        buffers: Buffers::new(),
+        settings: Settings {
+            sockets: sockets(),
+            tunnel: Arc::new(tunnel()),
+            inbound: config::Inbound {
+                baggage: true,
+                localhost_app_tunnel: true,
+            },
+            guard: LoopGuard::default(),
+            network: "".into(),
+            workload_wait: Duration::from_millis(50),
+        },
+    };
+    let who = WorkloadRef::new("shop", "web", "web");
+    Pod::new(
+        Arc::new(shared),
+        who,
+        Netns::current().expect("netns"),
+        false,
+    )
+}
+
+fn sockets() -> config::Sockets {
+    config::Sockets {
+        mark: None,
+        reuse_port: false,
+        original_source: config::OriginalSource::Off,
+        ipv6: true,
+        keepalive: None,
+        user_timeout: None,
+        connect_timeout: Duration::from_secs(1),
+        backlog: 16,
+    }
+}
+
+fn tunnel() -> config::Tunnel {
+    config::Tunnel {
+        stream_window: 4 << 20,
+        connection_window: 16 << 20,
+        frame_size: 1 << 20,
+        pool_max_streams: 100,
+        pool_idle_release: Duration::from_secs(300),
+        server_max_streams: 200,
+        server_max_header_bytes: 65_536,
+        client_max_header_bytes: 16_384,
+        handshake_timeout: Duration::from_secs(10),
+        preface_timeout: Duration::from_secs(10),
+        answer_timeout: Duration::from_secs(20),
+        ping_interval: Duration::from_secs(10),
+        ping_timeout: Duration::from_secs(20),
+    }
+}
+
+async fn socket() -> (TcpStream, SocketAddr) {
+    let listener = TcpListener::bind("127.0.0.1:0").await.expect("bind");
+    let connecting = TcpStream::connect(listener.local_addr().expect("address"));
+    let (accepted, _client) = tokio::join!(listener.accept(), connecting);
+    accepted.expect("accepted")
+}
+
+#[tokio::test]
+async fn futures_of_open_flows_keep_their_budget() {
+    let pod = pod();
+    let (stream, peer) = socket().await;
+    let outbound = outbound::carry(Arc::clone(&pod), stream, peer);
+    let (stream, peer) = socket().await;
+    let plaintext = plaintext::carry(Arc::clone(&pod), stream, peer);
+    let inbound = inbound::budget(&pod);
+    let sizes = [size_of_val(&outbound), size_of_val(&plaintext), inbound];
+    assert!(
+        sizes.iter().all(|size| *size <= BUDGET),
+        "{sizes:?} bytes, budget {BUDGET}"
+    );
+}
+
+#[tokio::test]
+async fn a_connection_of_an_unknown_pod_ends_after_the_wait() {
+    let pod = pod();
+    let (stream, peer) = socket().await;
+    outbound::carry(Arc::clone(&pod), stream, peer).await;
+    assert!(pod.flows().is_empty());
+}
+
+/// Bytes of the future of one open flow.
+const BUDGET: usize = 768;

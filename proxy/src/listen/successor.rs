@@ -1,0 +1,101 @@
+//! Handing a listener over to the process that will take its place.
+
+use std::io;
+
+use nix::{
+    libc::{BPF_K, BPF_RET, sock_filter, sock_fprog},
+    sys::socket::{setsockopt, sockopt},
+};
+use tokio::net::TcpListener;
+
+/// Sends new connections to the socket that was bound after `listener` to the same port, so that
+/// the queue of `listener` can run empty before it is closed. During an upgrade that is the new
+/// proxy's.
+///
+/// The kernel keeps the sockets of a port in the order in which they began to listen and moves
+/// the last one into the place of one that closes, so the successor of the older of two is number
+/// one. Without a successor the number leads nowhere and the kernel goes on as before. If the
+/// younger one stops first, it keeps what arrives until it closes.
+///
+/// # Errors
+/// If the kernel refuses: the port is not shared (`SO_REUSEPORT` is off).
+pub fn prefer_successor(listener: &TcpListener) -> io::Result<()> {
+    let mut answer_one = [sock_filter {
+        code: RETURN_CONSTANT,
+        jt: 0,
+        jf: 0,
+        k: 1,
+    }];
+    let program = sock_fprog {
+        len: 1,
+        filter: answer_one.as_mut_ptr(),
+    };
+    Ok(setsockopt(
+        listener,
+        sockopt::AttachReusePortCbpf,
+        &program,
+    )?)
+}
+
+#[expect(
+    clippy::cast_possible_truncation,
+    reason = "the instruction is 0x06; the library's constants are wider than its field"
+)]
+const RETURN_CONSTANT: u16 = (BPF_RET | BPF_K) as u16;
+
+#[cfg(test)]
+mod tests {
+    use std::{net::SocketAddr, time::Duration};
+
+    use socket2::{Domain, Socket, Type};
+    use tokio::{net::TcpStream, time::timeout};
+
+    use super::*;
+
+    fn shared(at: SocketAddr) -> TcpListener {
+        let socket = Socket::new(Domain::IPV4, Type::STREAM, None).expect("socket");
+        socket.set_reuse_port(true).expect("reuse");
+        socket.set_nonblocking(true).expect("nonblocking");
+        socket.bind(&at.into()).expect("bind");
+        socket.listen(64).expect("listen");
+        TcpListener::from_std(socket.into()).expect("register")
+    }
+
+    #[tokio::test]
+    async fn the_younger_socket_gets_everything_and_the_last_one_too() {
+        let old = shared(SocketAddr::from(([127, 0, 0, 1], 0)));
+        let at = old.local_addr().expect("address");
+        let new = shared(at);
+        prefer_successor(&old).expect("steer");
+        for _ in 0..32 {
+            let _client = TcpStream::connect(at).await.expect("connect");
+            timeout(Duration::from_secs(1), new.accept())
+                .await
+                .expect("at the new one")
+                .expect("accept");
+        }
+        drop(old);
+        let _client = TcpStream::connect(at).await.expect("connect");
+        timeout(Duration::from_secs(1), new.accept())
+            .await
+            .expect("still")
+            .expect("accept");
+        let newest = shared(at);
+        prefer_successor(&new).expect("steer again");
+        let _client = TcpStream::connect(at).await.expect("connect");
+        timeout(Duration::from_secs(1), newest.accept())
+            .await
+            .expect("at the newest")
+            .expect("accept");
+    }
+
+    #[tokio::test]
+    async fn an_unshared_port_is_no_harm() {
+        let alone = TcpListener::bind("127.0.0.1:0").await.expect("bind");
+        let _ = prefer_successor(&alone);
+        let _client = TcpStream::connect(alone.local_addr().expect("address"))
+            .await
+            .expect("connect");
+        alone.accept().await.expect("accept");
+    }
+}
