@@ -194,11 +194,7 @@ async fn open(pod: &Arc<Pod>, caller: &Caller, incoming: Incoming) -> Option<Ope
             Ok(upstream) => match accept_stream(pod, &local, responder) {
                 Ok(downstream) => {
                     return Some(Opened {
-                        told: Box::new(Told {
-                            access,
-                            entry,
-                            _ports: [upstream.port, None],
-                        }),
+                        told: Told::new(access, entry, [upstream.port, None]),
                         downstream,
                         upstream: upstream.stream,
                     });

@@ -93,11 +93,7 @@ async fn open(pod: &Arc<Pod>, downstream: &TcpStream, peer: SocketAddr) -> Optio
     };
     match upstream {
         Ok(upstream) => Some(Opened {
-            told: Box::new(Told {
-                access,
-                entry,
-                _ports: [None, None],
-            }),
+            told: Told::new(access, entry, [None, None]),
             upstream,
         }),
         Err(failure) => {

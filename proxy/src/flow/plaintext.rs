@@ -74,11 +74,7 @@ async fn open(pod: &Arc<Pod>, downstream: &TcpStream, peer: SocketAddr) -> Optio
     };
     match upstream {
         Ok(upstream) => Some(Opened {
-            told: Box::new(Told {
-                access,
-                entry,
-                _ports: [upstream.port, captured],
-            }),
+            told: Told::new(access, entry, [upstream.port, captured]),
             upstream: upstream.stream,
         }),
         Err(failure) => {

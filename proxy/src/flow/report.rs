@@ -41,11 +41,19 @@ pub(super) fn note(log: AuthorizationLog, note: &Note) {
 pub(super) struct Told {
     pub(super) access: Access,
     pub(super) entry: Entry,
-    /// The source ports that the flow occupies.
-    pub(super) _ports: [Option<PortLease>; 2],
+    _ports: [Option<PortLease>; 2],
 }
 
 impl Told {
+    /// `ports` are the source ports that the flow occupies.
+    pub(super) fn new(access: Access, entry: Entry, ports: [Option<PortLease>; 2]) -> Box<Self> {
+        Box::new(Self {
+            access,
+            entry,
+            _ports: ports,
+        })
+    }
+
     /// Reports the end. The sides of the flow are closed by now, so its ports become free.
     pub(super) fn close(self: Box<Self>, end: Result<(), Failure>) {
         close(self.access, end);
