@@ -71,6 +71,7 @@ async fn serve(config: &Config, log: &LogGuard, data: &Handle) -> Result<(), Sta
     log.register(&mut registry);
     let shared = Arc::new(parts::shared(config, &mut registry)?);
     start.certificates(&shared);
+    start.trimming(&shared);
     start.mesh(&shared).await?;
     state_known.ready();
     start.capture(&shared, captured, &mut registry)?;
@@ -113,6 +114,16 @@ impl<'a> Start<'a> {
         let serving = admin::serve_readiness(listener, readiness, self.stop.accept.clone());
         self.tasks.start("readiness", self.data, serving);
         Ok(())
+    }
+
+    /// Gives buffers that a burst left behind back to the allocator, and so to the system.
+    fn trimming(&mut self, shared: &Shared) {
+        let (buffers, stop) = (shared.buffers.clone(), self.background.clone());
+        self.here(TRIMMING, async move {
+            while timeout(TRIM_INTERVAL, stop.cancelled()).await.is_err() {
+                buffers.trim();
+            }
+        });
     }
 
     fn certificates(&mut self, shared: &Shared) {
@@ -197,7 +208,9 @@ impl<'a> Start<'a> {
             "stopping: nothing new is accepted, open connections may finish"
         );
         self.stop.accept.cancel();
-        let serving = self.tasks.finished_but(&[CERTIFICATES, MESH_FILE]);
+        let serving = self
+            .tasks
+            .finished_but(&[CERTIFICATES, MESH_FILE, TRIMMING]);
         tokio::select! {
             _ = timeout(deadline + LAST_WORK, serving) => {}
             () = signals.interrupted_again() => {}
@@ -249,5 +262,8 @@ impl Signals {
 
 const CERTIFICATES: &str = "certificates";
 const MESH_FILE: &str = "mesh file";
+const TRIMMING: &str = "buffers";
+/// How often unused buffers are let go.
+const TRIM_INTERVAL: Duration = Duration::from_secs(5);
 /// What may still run when everything was told to end.
 const LAST_WORK: Duration = Duration::from_secs(1);

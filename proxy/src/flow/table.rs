@@ -17,7 +17,7 @@ use cert_agent::SpiffeId;
 use futures_util::task::AtomicWaker;
 use parking_lot::Mutex;
 
-/// Live flows of one pod. An entry costs about 200 bytes and leaves when its [`Entry`] is dropped.
+/// Live flows of one pod. An entry costs about 200 bytes and leaves when its flow ends.
 #[derive(Debug, Default)]
 pub struct FlowTable {
     flows: Mutex<slab::Slab<Arc<Facts>>>,
