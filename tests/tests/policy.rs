@@ -383,6 +383,27 @@ async fn a_new_policy_ends_the_connections_that_it_forbids_and_no_other() {
 }
 
 #[tokio::test]
+async fn a_policy_attached_to_a_live_workload_ends_what_it_forbids_and_no_other() {
+    let stage = Stage::new();
+    let mut mesh = stage.mesh();
+    mesh.policy(Policy::deny("not-you", vec![Match::pod(&stage.intruder)]).selected());
+    let cluster = stage.start(&mesh).await;
+    let app = stage.api.serve(8080, Behaviour::Echo).unwrap();
+    let mut web = open(&stage.web, &app).await;
+    let mut intruder = open(&stage.intruder, &app).await;
+    // The policy is known all along; only the record of the workload changes.
+    mesh.workload(&stage.api).authorization_policies = vec!["shop/not-you".to_owned()];
+    mesh.write(&cluster.mesh_file).unwrap();
+    traffic::closed(&mut intruder, wait::SOON).await.unwrap();
+    traffic::ping(&mut web, b"allowed").await.unwrap();
+    let closed =
+        |line: &testkit::Line| line.field("error") == "connection closed due to policy change";
+    let log = cluster.proxy(1).log();
+    log.wait("the reason", closed).await;
+    assert_eq!(log.since(0, closed).len(), 1, "one connection was cut");
+}
+
+#[tokio::test]
 async fn a_revoked_stream_is_cancelled_and_its_siblings_live_on() {
     let foreign = ForeignClient::new().unwrap();
     let mut mesh = foreign.mesh();
