@@ -10,6 +10,8 @@ fn main() -> Result<(), Box<dyn Error>> {
     )?;
     tonic_prost_build::configure()
         .build_transport(false)
+        // Slices of the message that was received, not copies of it.
+        .bytes(".envoy.service.discovery.v3")
         .compile_fds(files)?;
     Ok(())
 }
