@@ -151,13 +151,22 @@ impl Pod {
 /// # Errors
 /// When it cannot be bound.
 pub fn listen(netns: &Netns, at: SocketAddr) -> io::Result<TcpListener> {
+    listen_for(netns, at, 1024)
+}
+
+/// As [`listen`], with room for `waiting` connections that nobody has accepted yet: for their clients they are open, and here they
+/// take no descriptor. The namespace's `core/somaxconn` must allow as many.
+///
+/// # Errors
+/// When it cannot be bound.
+pub fn listen_for(netns: &Netns, at: SocketAddr, waiting: i32) -> io::Result<TcpListener> {
     let socket = tcp_socket(netns, at)?;
     if at.is_ipv6() {
         socket.set_only_v6(false)?;
     }
     socket.set_reuse_address(true)?;
     socket.bind(&at.into())?;
-    socket.listen(1024)?;
+    socket.listen(waiting)?;
     TcpListener::from_std(socket.into())
 }
 
