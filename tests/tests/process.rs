@@ -75,6 +75,11 @@ async fn bad_configuration_is_reported_all_at_once() {
     );
 }
 
+/// Without these capabilities, as `setpriv` writes them.
+fn bounded(options: ProxyOptions, dropped: &str) -> ProxyOptions {
+    options.wrapped(&["setpriv", &format!("--bounding-set={dropped}")])
+}
+
 #[tokio::test]
 async fn missing_privileges_are_named() {
     let world = World::new(1).unwrap();
@@ -83,14 +88,14 @@ async fn missing_privileges_are_named() {
         .unwrap();
     let options = ProxyOptions::new(&world, world.node(0));
     let cases = [
-        ("-sys_admin", "SYS_ADMIN"),
-        ("-net_admin,-net_raw", "NET_ADMIN"),
+        ("-sys_admin", "add the capability SYS_ADMIN"),
+        (
+            "-net_admin,-net_raw",
+            "add the capability NET_ADMIN (or NET_RAW",
+        ),
     ];
     for (dropped, named) in cases {
-        let bounded = options
-            .clone()
-            .wrapped(&["setpriv", &format!("--bounding-set={dropped}")]);
-        let (code, text) = outcome(&bounded, &world).await;
+        let (code, text) = outcome(&bounded(options.clone(), dropped), &world).await;
         assert!(code == Some(1) && text.contains(named), "{code:?} {text}");
     }
     let (code, text) = outcome(&options.env("PROXY_MODE", "dedicated"), &world).await;
@@ -319,6 +324,18 @@ async fn running_out_of_descriptors_costs_no_processor_and_passes() {
             .filter(|answer| answer == b"again")
     };
     wait::until(wait::SOON, "service resumes", served).await;
+}
+
+#[tokio::test]
+// NET_RAW marks packets on Linux 5.17 and later.
+async fn one_of_two_network_privileges_is_enough() {
+    let stage = Stage::new();
+    let app = stage.web.serve(8080, Behaviour::Whoami).unwrap();
+    for dropped in ["-net_admin", "-net_raw"] {
+        let _run = stage.start(&bounded(stage.options(), dropped)).await;
+        let seen = stage.outside.seen_as(app.address).await.unwrap();
+        assert_eq!(seen.ip(), stage.outside.ip4(), "{dropped}");
+    }
 }
 
 #[tokio::test]
