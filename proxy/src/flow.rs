@@ -16,6 +16,7 @@ mod outbound;
 mod parties;
 mod plaintext;
 mod pod;
+mod proxy_header;
 mod report;
 mod stop;
 mod table;

@@ -466,14 +466,18 @@ async fn an_application_tunnel_may_change_the_port_and_is_never_bypassed() {
     );
     assert_eq!((app.peers().len(), asked.peers().len()), (2, 0));
 
-    // Without the header that it announces, the application would take the proxy for its client.
+    // With a header, the port stays the tunnel's; `app_tunnel.rs` reads it.
     mesh.workload(&foreign.api)
         .set("applicationTunnel", "{protocol: PROXY, port: 15088}");
     mesh.write(&cluster.mesh_file).unwrap();
-    let refused = async || {
-        let status = client.tunnel(&foreign.target(80)).await.unwrap().status;
-        (status.as_u16() == 503).then_some(())
+    let announced = async || {
+        let mut tunnel = client.tunnel(&foreign.target(80)).await.unwrap();
+        assert_eq!(tunnel.status.as_u16(), 200);
+        tunnel.write(b"payload").await.unwrap();
+        tunnel.finish().unwrap();
+        let echo = tunnel.read_to_end().await.unwrap();
+        echo.starts_with(b"\r\n\r\n\x00\r\nQUIT\n").then_some(())
     };
-    wait::until(wait::SOON, "the PROXY protocol is refused", refused).await;
+    wait::until(wait::SOON, "the application is sent a header", announced).await;
     assert!(asked.peers().is_empty());
 }

@@ -91,7 +91,8 @@ pub struct Sockets {
     /// `USER_TIMEOUT_ENABLED` with the keepalive values; `None` when off.
     #[serde(serialize_with = "show::optional_duration")]
     pub user_timeout: Option<Duration>,
-    /// Longest wait for a TCP connection, socket creation and bind included; 10 s.
+    /// Longest wait for a TCP connection, socket creation and bind included, and for an application
+    /// to take its PROXY header; 10 s.
     #[serde(serialize_with = "show::duration")]
     pub connect_timeout: Duration,
     /// Listen backlog of in-pod listeners; 128.

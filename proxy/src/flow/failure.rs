@@ -4,6 +4,7 @@ use std::error::Error;
 
 use http::StatusCode;
 
+use super::proxy_header::HeaderError;
 use crate::{
     listen,
     policy::Denied,
@@ -24,6 +25,9 @@ pub(super) enum Failure {
     /// The application, or a destination outside the mesh, could not be reached.
     #[error("connection failed")]
     Unreachable(#[source] listen::ConnectError),
+    /// The application was reached, but not told whom it serves.
+    #[error(transparent)]
+    Header(HeaderError),
     /// No tunnel to the next hop.
     #[error(transparent)]
     Tunnel(tunnel::ConnectError),
@@ -57,9 +61,11 @@ impl Failure {
     pub(super) fn flag(&self) -> ResponseFlag {
         match self {
             Self::Denied(_) | Self::Revoked => ResponseFlag::Deny,
-            Self::Unreachable(_) | Self::Relay(_) | Self::Uncarried(_) | Self::Abandoned => {
-                ResponseFlag::Connect
-            }
+            Self::Unreachable(_)
+            | Self::Header(_)
+            | Self::Relay(_)
+            | Self::Uncarried(_)
+            | Self::Abandoned => ResponseFlag::Connect,
             Self::NoIdentity => ResponseFlag::IdentityError,
             Self::Answer(_) => ResponseFlag::H2HandshakeFailure,
             Self::Tunnel(error) => error.flag(),
@@ -71,6 +77,7 @@ impl Failure {
         match self {
             Self::Denied(_) | Self::Revoked => StatusCode::UNAUTHORIZED,
             Self::Unreachable(_)
+            | Self::Header(_)
             | Self::Tunnel(_)
             | Self::Answer(_)
             | Self::Abandoned

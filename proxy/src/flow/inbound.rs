@@ -15,6 +15,7 @@ use super::{
     failure::Failure,
     handshakes::Handshakes,
     parties,
+    proxy_header::ProxyHeader,
     report::{self, Guarded, Told},
 };
 use crate::{
@@ -170,45 +171,42 @@ async fn open(pod: &Arc<Pod>, caller: &Caller, incoming: Incoming) -> Option<Ope
             return None;
         }
     };
-    let Decision {
-        local,
-        route,
-        authority,
-    } = decision;
-    let access = opened(pod, caller, (&local, &route, &authority), &connect);
+    let access = opened(pod, caller, &decision, &connect);
+    let destination = decision.route.destination;
     let entry = pod.flows().enter(Direction::Inbound {
         source: caller.peer,
-        destination: route.destination,
+        destination,
         identity: Some(caller.identity.clone()),
         service: connect.forwarded_host().map(Into::into),
     });
     let judged = Connection {
         source: caller.peer,
-        destination: route.destination,
+        destination,
         identity: Some(&caller.identity),
     };
-    let failure = match authorize(pod, &local, &judged) {
-        Err(denied) => Failure::Denied(denied),
-        Ok(permit) => match dial(pod, permit, caller, &route, &mut responder).await {
-            Err(failure) => failure,
-            Ok(upstream) => match accept_stream(pod, &local, responder) {
-                Ok(downstream) => {
-                    return Some(Opened {
-                        told: Told::new(access, entry, [upstream.port, None]),
-                        downstream,
-                        upstream: upstream.stream,
-                    });
-                }
-                Err(error) => {
-                    report::close(access, Err(Failure::Answer(error)));
-                    return None;
-                }
-            },
-        },
+    let dialled = match authorize(pod, &decision.local, &judged) {
+        Err(denied) => Err(Failure::Denied(denied)),
+        Ok(permit) => dial(pod, permit, caller, &decision.route, &mut responder).await,
     };
-    responder.refuse(failure.status());
-    report::close(access, Err(failure));
-    None
+    let mut upstream = match dialled {
+        Ok(upstream) => upstream,
+        Err(failure) => {
+            responder.refuse(failure.status());
+            report::close(access, Err(failure));
+            return None;
+        }
+    };
+    match establish(pod, caller, &decision, responder, &mut upstream.stream).await {
+        Ok(downstream) => Some(Opened {
+            told: Told::new(access, entry, [upstream.port, None]),
+            downstream,
+            upstream: upstream.stream,
+        }),
+        Err(failure) => {
+            report::close(access, Err(failure));
+            None
+        }
+    }
 }
 
 /// Where a CONNECT leads.
@@ -225,8 +223,6 @@ enum Early {
     Authority(#[from] AuthorityError),
     #[error(transparent)]
     Route(#[from] InboundRefusal),
-    #[error("no data path yet for application tunnels with a PROXY header")]
-    Uncarried,
 }
 
 impl Early {
@@ -234,7 +230,6 @@ impl Early {
         match self {
             Self::Authority(_) => StatusCode::BAD_REQUEST,
             Self::Route(refusal) => refusal.status(),
-            Self::Uncarried => StatusCode::SERVICE_UNAVAILABLE,
         }
     }
 }
@@ -250,9 +245,6 @@ async fn decide(pod: &Pod, caller: &Caller, connect: &tunnel::Connect) -> Result
         localhost_app_tunnel: pod.settings().inbound.localhost_app_tunnel,
     };
     let route = route::inbound(&pod.shared().mesh.read(), &pod.settings().guard, &ask)?;
-    if route.proxy_target.is_some() {
-        return Err(Early::Uncarried);
-    }
     Ok(Decision {
         local,
         route,
@@ -260,12 +252,12 @@ async fn decide(pod: &Pod, caller: &Caller, connect: &tunnel::Connect) -> Result
     })
 }
 
-fn opened(
-    pod: &Pod,
-    caller: &Caller,
-    (local, route, authority): (&Workload, &InboundRoute, &Authority),
-    connect: &tunnel::Connect,
-) -> Access {
+fn opened(pod: &Pod, caller: &Caller, decision: &Decision, connect: &tunnel::Connect) -> Access {
+    let Decision {
+        local,
+        route,
+        authority,
+    } = decision;
     let settings = pod.settings();
     let foreign = connect
         .network()
@@ -316,6 +308,31 @@ async fn dial(
         dialled = pod.dial_application(permit, route.to, client) => dialled.map_err(Failure::Unreachable),
         () = responder.gone() => Err(Failure::Abandoned),
     }
+}
+
+/// Answers that the application was reached and, if it sits behind an application tunnel that asks
+/// for it, tells it on whose behalf.
+async fn establish(
+    pod: &Pod,
+    caller: &Caller,
+    decision: &Decision,
+    responder: Responder,
+    upstream: &mut TcpStream,
+) -> Result<Stream, Failure> {
+    let downstream = accept_stream(pod, &decision.local, responder).map_err(Failure::Answer)?;
+    if let Some(target) = decision.route.proxy_target {
+        let header = ProxyHeader {
+            source: caller.peer,
+            target,
+            identity: &caller.identity,
+        };
+        let limit = pod.settings().sockets.connect_timeout;
+        header
+            .send(upstream, limit)
+            .await
+            .map_err(Failure::Header)?;
+    }
+    Ok(downstream)
 }
 
 fn accept_stream(pod: &Pod, local: &Workload, responder: Responder) -> Result<Stream, h2::Error> {

@@ -27,6 +27,8 @@ pub struct RawClient {
     pub requests: SendRequest<Bytes>,
     /// What the proxy sent.
     pub frames: FrameLog,
+    /// The client's address of the TCP connection.
+    pub local: SocketAddr,
     /// The SPIFFE URI of the server's certificate.
     pub server_id: Option<String>,
     driver: JoinSet<Result<(), h2::Error>>,
@@ -39,6 +41,7 @@ impl RawClient {
     /// When any of it fails.
     pub async fn connect(netns: &Netns, to: SocketAddr, hello: &Hello) -> anyhow::Result<Self> {
         let stream = hello.connect(netns, to).await?;
+        let local = stream.get_ref().0.local_addr()?;
         let server_id = tls::server_id(&stream);
         let (tap, frames) = Tap::new(stream, Preface::None);
         let (requests, mut connection) = handshake(tap).await.context("HTTP/2")?;
@@ -52,6 +55,7 @@ impl RawClient {
         Ok(Self {
             requests,
             frames,
+            local,
             server_id,
             driver,
         })
