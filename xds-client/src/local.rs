@@ -19,7 +19,10 @@ use std::{collections::HashMap, path::PathBuf};
 use serde::de::DeserializeOwned;
 use serde_yaml_ng::Value;
 
-use crate::proto::{security, workload};
+use crate::{
+    Rejected,
+    proto::{security, workload},
+};
 use record::Root;
 
 /// Everything that one text describes, as the control plane would send it.
@@ -40,21 +43,6 @@ pub struct NamedPolicy {
     pub name: String,
     /// The policy.
     pub policy: security::Authorization,
-}
-
-/// A record that could not be used.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Rejected {
-    /// The name the resource would have had, or its place in the file if that cannot be told.
-    pub name: String,
-    /// What is wrong, and where.
-    pub reason: String,
-}
-
-impl std::fmt::Display for Rejected {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{}: {}", self.name, self.reason)
-    }
 }
 
 /// Why a text or file cannot be used at all.

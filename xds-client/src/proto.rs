@@ -45,3 +45,19 @@ impl From<workload::Service> for workload::Address {
         }
     }
 }
+
+impl discovery::Resource {
+    /// A resource of this name, version and content.
+    #[must_use]
+    pub fn new(name: &str, version: &str, content: &impl prost::Message) -> Self {
+        Self {
+            name: name.into(),
+            version: version.into(),
+            resource: Some(discovery::resource::Payload {
+                type_url: String::new(),
+                value: content.encode_to_vec().into(),
+            }),
+            aliases: Vec::new(),
+        }
+    }
+}
