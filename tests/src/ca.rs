@@ -62,6 +62,12 @@ impl Authority {
         &self.root
     }
 
+    /// The root certificate as PEM.
+    #[must_use]
+    pub fn root_pem(&self) -> &str {
+        &self.root_pem
+    }
+
     /// Where [`Authority::write`] puts certificate and key.
     #[must_use]
     pub fn files(directory: &Path) -> (PathBuf, PathBuf) {
@@ -97,6 +103,17 @@ impl Authority {
         let mut params = Self::leaf(spiffe_id)?;
         params.not_before = date_time_ymd(2020, 1, 1);
         params.not_after = date_time_ymd(2020, 1, 2);
+        self.sign(&params)
+    }
+
+    /// A server certificate for host names and addresses, valid now.
+    ///
+    /// # Errors
+    /// When a name is not ASCII or signing fails.
+    pub fn issue_server(&self, names: &[String]) -> anyhow::Result<Identity> {
+        let mut params = CertificateParams::new(names)?;
+        params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
+        params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth];
         self.sign(&params)
     }
 

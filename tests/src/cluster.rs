@@ -6,6 +6,7 @@ use anyhow::Context;
 
 use crate::{
     agent::{Agent, Session},
+    istiod::Istiod,
     mesh::Mesh,
     proxy::{Proxy, ProxyOptions},
     wait,
@@ -17,7 +18,7 @@ use crate::{
 pub struct Cluster<'a> {
     /// One per node.
     pub nodes: Vec<NodeRun<'a>>,
-    /// The file that all proxies read.
+    /// The file that proxies without a control plane read.
     pub mesh_file: PathBuf,
 }
 
@@ -51,15 +52,44 @@ impl<'a> Cluster<'a> {
         pods: &[&Arc<Pod>],
         env: &BTreeMap<&str, &str>,
     ) -> anyhow::Result<Self> {
-        let mesh_file = ProxyOptions::mesh_file(world);
-        mesh.write(&mesh_file)?;
+        mesh.write(&ProxyOptions::mesh_file(world))?;
+        let options = |node: &Node| {
+            let plain = ProxyOptions::new(world, node);
+            env.iter()
+                .fold(plain, |options, (key, value)| options.env(key, value))
+        };
+        Self::run(world, options, pods).await
+    }
+
+    /// Starts all proxies as followers of a control plane, and hands them the captured pods of their nodes.
+    ///
+    /// # Errors
+    /// As [`Cluster::start`].
+    pub async fn follow(
+        world: &'a World,
+        istiod: &Istiod,
+        pods: &[&Arc<Pod>],
+    ) -> anyhow::Result<Self> {
+        Self::run(
+            world,
+            |node| ProxyOptions::new(world, node).follow(istiod),
+            pods,
+        )
+        .await
+    }
+
+    /// Starts all proxies with options of the caller's choice, and hands them the captured pods of their nodes.
+    ///
+    /// # Errors
+    /// As [`Cluster::start`].
+    pub async fn run(
+        world: &'a World,
+        options: impl Fn(&Node) -> ProxyOptions,
+        pods: &[&Arc<Pod>],
+    ) -> anyhow::Result<Self> {
         let mut nodes = Vec::new();
         for node in world.nodes() {
-            let options = env
-                .iter()
-                .fold(ProxyOptions::new(world, node), |options, (key, value)| {
-                    options.env(key, value)
-                });
+            let options = options(node);
             let mine: Vec<&Pod> = captured(pods, node);
             nodes.push(
                 NodeRun::start(world, node, &options, &mine)
@@ -67,6 +97,7 @@ impl<'a> Cluster<'a> {
                     .with_context(|| node.name().to_owned())?,
             );
         }
+        let mesh_file = ProxyOptions::mesh_file(world);
         Ok(Self { nodes, mesh_file })
     }
 

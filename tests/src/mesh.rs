@@ -5,6 +5,7 @@ use std::{collections::BTreeMap, fs, net::IpAddr, path::Path};
 use anyhow::Context;
 use serde::Serialize;
 use serde_yaml_ng::Value;
+use xds_client::local::Document;
 
 use crate::world::Pod;
 
@@ -222,6 +223,17 @@ impl Mesh {
         let aside = path.with_extension("new");
         fs::write(&aside, text).with_context(|| aside.display().to_string())?;
         fs::rename(&aside, path).with_context(|| path.display().to_string())
+    }
+}
+
+/// The mesh as a control plane has it.
+///
+/// # Panics
+/// When it cannot be written as YAML.
+impl From<&Mesh> for Document {
+    fn from(mesh: &Mesh) -> Self {
+        let text = serde_yaml_ng::to_string(mesh).expect("plain records");
+        xds_client::local::parse(&text).expect("what was written just now")
     }
 }
 

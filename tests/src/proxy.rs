@@ -22,6 +22,7 @@ use tokio::{
 use crate::{
     ca::Authority,
     http,
+    istiod::Istiod,
     logs::Log,
     metrics::Metrics,
     sys::{Netns, Running},
@@ -85,6 +86,22 @@ impl ProxyOptions {
     #[must_use]
     pub fn mesh_file(world: &World) -> PathBuf {
         world.file("mesh.yaml")
+    }
+
+    /// Follows a control plane instead of a file, as a pod of the system namespace.
+    #[must_use]
+    pub fn follow(self, istiod: &Istiod) -> Self {
+        let token = istiod.token().map(str::to_owned);
+        let options = self
+            .without("LOCAL_XDS_PATH")
+            .env("XDS_ADDRESS", &format!("https://{}", istiod.address()))
+            .env("XDS_ROOT_CA", &istiod.root_file().display().to_string())
+            .env("POD_NAME", "culvert-test")
+            .env("POD_NAMESPACE", "istio-system");
+        match token {
+            Some(token) => options.env("AUTH_TOKEN", &token),
+            None => options,
+        }
     }
 
     /// Sets a variable.

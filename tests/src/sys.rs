@@ -48,6 +48,24 @@ impl Netns {
         Ok(Self { fd })
     }
 
+    /// The namespace of this process.
+    ///
+    /// # Errors
+    /// When `/proc` is not there.
+    pub fn current() -> io::Result<Self> {
+        let fd = File::open("/proc/self/ns/net")?.into();
+        Ok(Self { fd })
+    }
+
+    /// Another handle to the same namespace.
+    ///
+    /// # Errors
+    /// When out of descriptors.
+    pub fn duplicate(&self) -> io::Result<Self> {
+        let fd = self.fd.try_clone()?;
+        Ok(Self { fd })
+    }
+
     /// Runs `job` on a thread inside the namespace. Sockets that it makes belong to the namespace for ever; children that it starts
     /// live there.
     ///

@@ -127,6 +127,20 @@ pub fn acceptor(
     Ok(TlsAcceptor::from(Arc::new(config)))
 }
 
+/// The settings of a TLS 1.3 server that wants no client certificate.
+///
+/// # Errors
+/// When the certificate and key do not fit.
+pub fn server_tls(identity: &Identity) -> anyhow::Result<Arc<ServerConfig>> {
+    let provider = Arc::new(aws_lc_rs::default_provider());
+    let mut config = ServerConfig::builder_with_provider(provider)
+        .with_protocol_versions(&[&TLS13])?
+        .with_no_client_auth()
+        .with_single_cert(identity.chain.clone(), identity.key.clone_key())?;
+    config.alpn_protocols = vec![b"h2".to_vec()];
+    Ok(Arc::new(config))
+}
+
 /// The SPIFFE URI of the server that a client met.
 #[must_use]
 pub fn server_id(stream: &client::TlsStream<TcpStream>) -> Option<String> {
