@@ -36,6 +36,8 @@ mod node;
 pub mod proto;
 mod resource;
 mod session;
+pub mod transport;
+mod watch;
 
 pub use client::{Client, Connect, Metrics, OpenError, Responses, Sink};
 pub use demand::{Answer, Demand};

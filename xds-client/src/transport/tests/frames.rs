@@ -1,0 +1,89 @@
+//! The connection as the server sees it: bytes of HTTP/2, against a paused clock.
+
+use std::sync::Arc;
+
+use rustls::ServerConfig;
+use tokio_rustls::{TlsAcceptor, server::TlsStream};
+
+use super::*;
+
+const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+const EMPTY_SETTINGS: &[u8] = &[0, 0, 0, SETTINGS, 0, 0, 0, 0, 0];
+const SETTINGS: u8 = 4;
+const PING: u8 = 6;
+
+async fn accept(config: ServerConfig, pipe: DuplexStream) -> TlsStream<DuplexStream> {
+    let session = TlsAcceptor::from(Arc::new(config)).accept(pipe).await;
+    session.unwrap()
+}
+
+async fn read_type(session: &mut TlsStream<DuplexStream>) -> std::io::Result<u8> {
+    let mut header = [0; 9];
+    session.read_exact(&mut header).await?;
+    let length = u32::from_be_bytes([0, header[0], header[1], header[2]]);
+    let mut payload = vec![0; usize::try_from(length).unwrap()];
+    session.read_exact(&mut payload).await?;
+    Ok(header[3])
+}
+
+fn world() -> (Target, ServerConfig) {
+    let authority = Authority::new();
+    let target = target("localhost", 1, Roots::Pem(authority.pem()));
+    (target, authority.config("localhost"))
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_peer_that_is_silent_after_tls_is_given_up() {
+    let (target, config) = world();
+    let silence = async |pipe: DuplexStream| {
+        let mut session = accept(config, pipe).await;
+        let _ = session.read_to_end(&mut Vec::new()).await;
+    };
+    assert_gave_up(through_pipe(&target, silence).await, Step::Http2);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_peer_that_leaves_after_tls_is_told() {
+    let (target, config) = world();
+    let leave = async |pipe: DuplexStream| {
+        let mut session = accept(config, pipe).await;
+        session.shutdown().await.unwrap();
+    };
+    let (outcome, after) = through_pipe(&target, leave).await;
+    let error = outcome.unwrap_err();
+    assert!(matches!(error, ConnectError::Closed { .. }), "{error:?}");
+    assert_eq!(after, Duration::ZERO);
+}
+
+#[tokio::test(start_paused = true)]
+async fn pings_only_while_a_request_is_open_and_wants_them_answered() {
+    let (target, config) = world();
+    let mut session = None;
+    let greet = async |pipe: DuplexStream| {
+        let session = session.insert(accept(config, pipe).await);
+        session.write_all(EMPTY_SETTINGS).await.unwrap();
+        session.read_exact(&mut [0; PREFACE.len()]).await.unwrap();
+    };
+    let channel = through_pipe(&target, greet).await.0.unwrap();
+    let mut session = session.unwrap();
+    let idle = async {
+        loop {
+            assert_ne!(read_type(&mut session).await.unwrap(), PING);
+        }
+    };
+    let idle = timeout(Duration::from_secs(300), idle).await;
+    assert!(idle.is_err(), "the session should outlast the wait");
+
+    let start = Instant::now();
+    let asked = async { (request(&target, channel).await, start.elapsed()) };
+    let unanswered = async {
+        while read_type(&mut session).await.unwrap() != PING {}
+        let pinged = start.elapsed();
+        while read_type(&mut session).await.is_ok() {}
+        pinged
+    };
+    let ((outcome, failed), pinged) = tokio::join!(asked, unanswered);
+    outcome.unwrap_err();
+    assert!(pinged <= Duration::from_secs(31), "{pinged:?}");
+    assert!(failed <= pinged + Duration::from_secs(11), "{failed:?}");
+}

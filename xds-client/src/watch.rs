@@ -1,0 +1,137 @@
+//! A file that may change at any time, in place, by renaming or by swapping a symbolic link.
+//!
+//! The file is looked at once in a while, not watched by events: these do not see every way in which a mounted file can
+//! change. A look costs one `stat`, and a read only when that tells something new.
+
+use std::{
+    fs::Metadata,
+    hash::{DefaultHasher, Hash, Hasher},
+    io,
+    os::unix::fs::MetadataExt,
+    path::Path,
+    time::{Duration, SystemTime},
+};
+
+use parking_lot::Mutex;
+
+/// What was told of a file, so that something else is recognised as a change. A failure to read is something, too.
+#[derive(Debug, Default)]
+pub(crate) struct FileWatch(Mutex<Seen>);
+
+#[derive(Debug, Default)]
+struct Seen {
+    /// The file as it was at the last look, if a later change is sure to show in it.
+    settled: Option<Stamp>,
+    told: Option<Outcome>,
+}
+
+/// The file at one moment.
+#[derive(Debug)]
+pub(crate) struct Look {
+    content: io::Result<Vec<u8>>,
+    stamp: Option<Stamp>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Outcome {
+    Content(u64),
+    Failure(io::ErrorKind),
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Stamp {
+    device: u64,
+    inode: u64,
+    size: u64,
+    modified: (i64, i64),
+    changed: (i64, i64),
+}
+
+impl FileWatch {
+    /// Reads the file as it is now, and takes that as told.
+    ///
+    /// # Cancel safety
+    /// Nothing is lost.
+    pub(crate) async fn read(&self, path: &Path) -> io::Result<Vec<u8>> {
+        self.tell(Look::at(path).await)
+    }
+
+    /// Waits until the file differs from what was told last, looking once per `interval`. The result is not yet taken as
+    /// told.
+    ///
+    /// # Cancel safety
+    /// Nothing is lost: the next call finds the change again.
+    pub(crate) async fn changed(&self, path: &Path, interval: Duration) -> Look {
+        loop {
+            tokio::time::sleep(interval).await;
+            let now = tokio::fs::metadata(path).await;
+            if self.is_settled_at(now.ok().as_ref().map(Stamp::of)) {
+                continue;
+            }
+            let look = Look::at(path).await;
+            let mut seen = self.0.lock();
+            if Some(look.outcome()) != seen.told {
+                return look;
+            }
+            seen.settled = look.stamp;
+        }
+    }
+
+    /// Takes what was found as told, and hands out the content.
+    pub(crate) fn tell(&self, look: Look) -> io::Result<Vec<u8>> {
+        *self.0.lock() = Seen {
+            settled: look.stamp,
+            told: Some(look.outcome()),
+        };
+        look.content
+    }
+
+    fn is_settled_at(&self, now: Option<Stamp>) -> bool {
+        let settled = self.0.lock().settled;
+        settled.is_some() && settled == now
+    }
+}
+
+impl Look {
+    async fn at(path: &Path) -> Self {
+        // The stamp is taken first: a change while reading then shows at the next look.
+        let metadata = tokio::fs::metadata(path).await;
+        let stamp = metadata.ok().filter(is_settled).as_ref().map(Stamp::of);
+        Self {
+            content: tokio::fs::read(path).await,
+            stamp,
+        }
+    }
+
+    fn outcome(&self) -> Outcome {
+        match &self.content {
+            Ok(content) => {
+                let mut hasher = DefaultHasher::new();
+                content.hash(&mut hasher);
+                Outcome::Content(hasher.finish())
+            }
+            Err(error) => Outcome::Failure(error.kind()),
+        }
+    }
+}
+
+/// A file that was written a moment ago may be written again without a visible difference: time stamps are coarse.
+fn is_settled(metadata: &Metadata) -> bool {
+    let age = metadata
+        .modified()
+        .ok()
+        .and_then(|modified| SystemTime::now().duration_since(modified).ok());
+    age.is_some_and(|age| age > Duration::from_secs(2))
+}
+
+impl Stamp {
+    fn of(metadata: &Metadata) -> Self {
+        Self {
+            device: metadata.dev(),
+            inode: metadata.ino(),
+            size: metadata.size(),
+            modified: (metadata.mtime(), metadata.mtime_nsec()),
+            changed: (metadata.ctime(), metadata.ctime_nsec()),
+        }
+    }
+}
