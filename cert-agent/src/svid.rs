@@ -217,6 +217,7 @@ fn server_config(
         )
         .build()
         .map_err(|error| Rejection::Tls(rustls::Error::General(error.to_string())))?,
+        algorithms: context.provider.signature_verification_algorithms,
         trust_domains: own
             .chain(context.options.trust_domains.iter().cloned())
             .collect(),
