@@ -2,10 +2,14 @@
 
 use std::{collections::BTreeMap, net::SocketAddr, sync::Arc};
 
+use tokio::net::TcpStream;
+use tokio_rustls::client::TlsStream;
+
 use crate::{
     cluster::Cluster,
     mesh::Mesh,
-    raw::{Hello, RawClient},
+    raw::{Hello, RawClient, Tunnel, Wire},
+    traffic::{Behaviour, Server},
     world::{Pod, PodSpec, World},
 };
 
@@ -97,4 +101,79 @@ impl ForeignClient {
     pub fn target(&self, port: u16) -> String {
         self.api.at(port).to_string()
     }
+
+    /// A proxy, an application in `api` and a connected client.
+    ///
+    /// # Panics
+    /// When one of them does not start.
+    pub async fn talk(&self, behaviour: Behaviour) -> Talk<'_> {
+        self.talk_over(self.cluster().await.unwrap(), behaviour)
+            .await
+    }
+
+    /// As [`ForeignClient::talk`], with a proxy that runs already.
+    ///
+    /// # Panics
+    /// As [`ForeignClient::talk`].
+    pub async fn talk_over<'a>(&self, cluster: Cluster<'a>, behaviour: Behaviour) -> Talk<'a> {
+        Talk {
+            cluster,
+            app: self.api.serve(APPLICATION, behaviour).unwrap(),
+            client: self.client().await,
+            target: self.target(APPLICATION),
+        }
+    }
+
+    /// A connection past TLS that has said nothing yet.
+    ///
+    /// # Panics
+    /// When it is refused.
+    pub async fn tls(&self) -> TlsStream<TcpStream> {
+        let hello = self.hello();
+        hello
+            .connect(self.peer.netns(), self.hbone())
+            .await
+            .unwrap()
+    }
+
+    /// A connection for single frames.
+    ///
+    /// # Panics
+    /// When it is refused.
+    pub async fn wire(&self) -> Wire<TlsStream<TcpStream>> {
+        Wire::start(self.tls().await).await.unwrap()
+    }
 }
+
+/// A foreign client that is connected to a running application.
+#[derive(Debug)]
+pub struct Talk<'a> {
+    /// The proxy.
+    pub cluster: Cluster<'a>,
+    /// What listens in `api` at port 8080.
+    pub app: Server,
+    /// The client.
+    pub client: RawClient,
+    /// The application, as an authority.
+    pub target: String,
+}
+
+impl Talk<'_> {
+    /// A tunnel to the application, whatever the answer.
+    ///
+    /// # Panics
+    /// When there is no answer.
+    pub async fn tunnel(&self) -> Tunnel {
+        self.client.tunnel(&self.target).await.unwrap()
+    }
+
+    /// Checks that a new tunnel on the same connection carries these bytes to the application and back.
+    ///
+    /// # Panics
+    /// When it does not.
+    pub async fn carries(&self, bytes: &[u8]) {
+        self.tunnel().await.ping(bytes).await.unwrap();
+    }
+}
+
+const APPLICATION: u16 = 8080;

@@ -14,7 +14,7 @@ use testkit::{
     Authority, Cluster,
     mesh::{Match, Policy},
     raw::{
-        Hello, RawClient, Wire,
+        Hello, RawClient,
         frames::{END_STREAM, kind, setting},
     },
     stage::ForeignClient,
@@ -94,10 +94,6 @@ async fn the_server_announces_its_limits() {
     let foreign = ForeignClient::new().unwrap();
     let _cluster = foreign.cluster().await.unwrap();
     let client = foreign.client().await;
-    let settings = client
-        .frames
-        .wait("SETTINGS", |frame| frame.is_settings())
-        .await;
     let expected = [
         (setting::ENABLE_PUSH, None),
         (setting::MAX_CONCURRENT_STREAMS, Some(200)),
@@ -105,16 +101,7 @@ async fn the_server_announces_its_limits() {
         (setting::MAX_FRAME_SIZE, Some(1 << 20)),
         (setting::MAX_HEADER_LIST_SIZE, Some(65_536)),
     ];
-    for (id, value) in expected {
-        assert_eq!(settings.setting(id), value, "setting {id}");
-    }
-    let window = client
-        .frames
-        .wait("WINDOW_UPDATE", |frame| {
-            frame.stream == 0 && frame.increment().is_some()
-        })
-        .await;
-    assert_eq!(window.increment(), Some(16_711_681));
+    client.frames.announces(&expected, 16_711_681).await;
 }
 
 #[tokio::test]
@@ -126,8 +113,7 @@ async fn refusals_have_their_status_and_leave_the_connection_usable() {
         .await
         .unwrap();
     let forbidden = foreign.api.serve(9090, Behaviour::Echo).unwrap();
-    let _app = foreign.api.serve(8080, Behaviour::Echo).unwrap();
-    let client = foreign.client().await;
+    let talk = foreign.talk_over(cluster, Behaviour::Echo).await;
     let cases = [
         (format!("{}", foreign.api.ip4()), 400),
         (foreign.peer.at(8080).to_string(), 400),
@@ -139,7 +125,7 @@ async fn refusals_have_their_status_and_leave_the_connection_usable() {
         (foreign.target(9999), 503),
     ];
     for (authority, status) in cases {
-        let mut tunnel = client.tunnel(&authority).await.unwrap();
+        let mut tunnel = talk.client.tunnel(&authority).await.unwrap();
         assert_eq!(tunnel.status.as_u16(), status, "{authority}");
         assert!(
             tunnel.headers.is_empty(),
@@ -155,15 +141,9 @@ async fn refusals_have_their_status_and_leave_the_connection_usable() {
         forbidden.peers().is_empty(),
         "a denied request reached the application"
     );
-    client
-        .tunnel(&foreign.target(8080))
-        .await
-        .unwrap()
-        .ping(b"usable")
-        .await
-        .unwrap();
+    talk.carries(b"usable").await;
 
-    let log = cluster.proxy(0).log();
+    let log = talk.cluster.proxy(0).log();
     let denied = log
         .wait("denial", |line| {
             line.is_access("connection complete") && line.level == "error"
@@ -181,25 +161,17 @@ async fn refusals_have_their_status_and_leave_the_connection_usable() {
 #[tokio::test]
 async fn other_methods_than_connect_are_refused() {
     let foreign = ForeignClient::new().unwrap();
-    let _cluster = foreign.cluster().await.unwrap();
-    let _app = foreign.api.serve(8080, Behaviour::Echo).unwrap();
-    let client = foreign.client().await;
-    let uri = format!("https://{}/", foreign.target(8080));
+    let talk = foreign.talk(Behaviour::Echo).await;
+    let uri = format!("https://{}/", talk.target);
     let get = Request::builder()
         .method(Method::GET)
         .uri(uri)
         .body(())
         .unwrap();
-    let mut answer = client.send(get).await.unwrap();
+    let mut answer = talk.client.send(get).await.unwrap();
     assert_eq!(answer.status.as_u16(), 400);
     assert!(answer.recv.is_end_stream() || answer.read_to_end().await.unwrap().is_empty());
-    client
-        .tunnel(&foreign.target(8080))
-        .await
-        .unwrap()
-        .ping(b"usable")
-        .await
-        .unwrap();
+    talk.carries(b"usable").await;
 }
 
 #[tokio::test]
@@ -233,10 +205,8 @@ async fn a_blackholed_application_is_given_up_after_ten_seconds() {
 #[tokio::test]
 async fn success_names_the_destination_in_baggage_and_needs_no_header() {
     let foreign = ForeignClient::new().unwrap();
-    let _cluster = foreign.cluster().await.unwrap();
-    let app = foreign.api.serve(8080, Behaviour::Echo).unwrap();
-    let client = foreign.client().await;
-    let mut tunnel = client.tunnel(&foreign.target(8080)).await.unwrap();
+    let talk = foreign.talk(Behaviour::Echo).await;
+    let mut tunnel = talk.tunnel().await;
     assert_eq!(tunnel.status.as_u16(), 200);
     let baggage = tunnel.headers["baggage"].to_str().unwrap();
     assert_eq!(
@@ -244,23 +214,18 @@ async fn success_names_the_destination_in_baggage_and_needs_no_header() {
         "k8s.cluster.name=Kubernetes,k8s.namespace.name=shop,k8s.deployment.name=api-deploy,service.name=api-app,service.version=v1"
     );
     tunnel.ping(b"works").await.unwrap();
-    assert_eq!(app.accepted(1).await[0].ip(), foreign.peer.ip4());
+    assert_eq!(talk.app.accepted(1).await[0].ip(), foreign.peer.ip4());
 }
 
 #[tokio::test]
 async fn response_baggage_can_be_turned_off() {
     let foreign = ForeignClient::new().unwrap();
-    let _cluster = foreign
+    let cluster = foreign
         .cluster_with(&[("ENABLE_RESPONSE_BAGGAGE", "false")])
         .await
         .unwrap();
-    let _app = foreign.api.serve(8080, Behaviour::Echo).unwrap();
-    let tunnel = foreign
-        .client()
-        .await
-        .tunnel(&foreign.target(8080))
-        .await
-        .unwrap();
+    let talk = foreign.talk_over(cluster, Behaviour::Echo).await;
+    let tunnel = talk.tunnel().await;
     assert_eq!((tunnel.status.as_u16(), tunnel.headers.len()), (200, 0));
 }
 
@@ -269,12 +234,7 @@ async fn a_connect_with_scheme_is_malformed() {
     let foreign = ForeignClient::new().unwrap();
     let _cluster = foreign.cluster().await.unwrap();
     let _app = foreign.api.serve(8080, Behaviour::Echo).unwrap();
-    let stream = foreign
-        .hello()
-        .connect(foreign.peer.netns(), foreign.hbone())
-        .await
-        .unwrap();
-    let mut wire = Wire::start(stream).await.unwrap();
+    let mut wire = foreign.wire().await;
     let target = foreign.target(8080);
     wire.headers(
         1,
@@ -303,9 +263,7 @@ async fn a_connect_with_scheme_is_malformed() {
 #[tokio::test]
 async fn hostile_headers_change_nothing() {
     let foreign = ForeignClient::new().unwrap();
-    let cluster = foreign.cluster().await.unwrap();
-    let _app = foreign.api.serve(8080, Behaviour::Echo).unwrap();
-    let client = foreign.client().await;
+    let talk = foreign.talk(Behaviour::Echo).await;
     let zeros = format!("00-{}", "0".repeat(52));
     let long = "x".repeat(20_000);
     let hostile: [&[(&str, &str)]; 6] = [
@@ -324,16 +282,14 @@ async fn hostile_headers_change_nothing() {
         ],
     ];
     for headers in hostile {
-        let mut tunnel = client
-            .tunnel_with(&foreign.target(8080), headers)
-            .await
-            .unwrap();
+        let tunnel = talk.client.tunnel_with(&talk.target, headers);
+        let mut tunnel = tunnel.await.unwrap();
         assert_eq!(tunnel.status.as_u16(), 200);
         tunnel.ping(b"works").await.unwrap();
         tunnel.finish().unwrap();
         tunnel.read_to_end().await.unwrap();
     }
-    let log = cluster.proxy(0).log();
+    let log = talk.cluster.proxy(0).log();
     wait::until(wait::SOON, "all are logged", async || {
         (log.since(0, |line| line.is_access("connection complete"))
             .len()
@@ -341,29 +297,29 @@ async fn hostile_headers_change_nothing() {
         .then_some(())
     })
     .await;
+    let scraped = talk.cluster.proxy(0).metrics().await;
+    scraped.expect("peer text is escaped");
+    let bad_port = format!("{}:70000", foreign.api.ip4());
+    let bad_port = talk.client.tunnel(&bad_port).await;
+    assert!(bad_port.is_err() || bad_port.unwrap().status.as_u16() == 400);
+    talk.carries(b"usable").await;
+}
+
+/// Waits until peers hold `count` connections to the proxy.
+async fn sockets_open(cluster: &Cluster<'_>, count: f64) {
+    let labels = [("reporter", "destination")];
+    let fits = |open| open == count;
     cluster
         .proxy(0)
-        .metrics()
-        .await
-        .expect("peer text is escaped");
-    let bad_port = client.tunnel(&format!("{}:70000", foreign.api.ip4())).await;
-    assert!(bad_port.is_err() || bad_port.unwrap().status.as_u16() == 400);
-    client
-        .tunnel(&foreign.target(8080))
-        .await
-        .unwrap()
-        .ping(b"usable")
-        .await
-        .unwrap();
+        .metric("istio_tcp_sockets_open", &labels, fits)
+        .await;
 }
 
 #[tokio::test]
 async fn garbage_harms_nobody_else() {
     let foreign = ForeignClient::new().unwrap();
-    let cluster = foreign.cluster().await.unwrap();
-    let _app = foreign.api.serve(8080, Behaviour::Echo).unwrap();
-    let client = foreign.client().await;
-    let mut tunnel = client.tunnel(&foreign.target(8080)).await.unwrap();
+    let talk = foreign.talk(Behaviour::Echo).await;
+    let mut tunnel = talk.tunnel().await;
     for bytes in [
         &b"GET / HTTP/1.1\r\n\r\n"[..],
         &[0x16, 0x03, 0x01, 0xff, 0xff, 0x00],
@@ -372,12 +328,7 @@ async fn garbage_harms_nobody_else() {
         let mut stream = foreign.peer.connect(foreign.hbone()).await.unwrap();
         let _ = stream.write_all(bytes).await;
     }
-    let netns = foreign.peer.netns();
-    let mut wrong = foreign
-        .hello()
-        .connect(netns, foreign.hbone())
-        .await
-        .unwrap();
+    let mut wrong = foreign.tls().await;
     wrong
         .write_all(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
         .await
@@ -386,12 +337,7 @@ async fn garbage_harms_nobody_else() {
     let ended = wrong.read_to_end(&mut rest);
     let _eof_or_error = wait::soon("the proxy gives up on a wrong preface", ended).await;
 
-    let stream = foreign
-        .hello()
-        .connect(netns, foreign.hbone())
-        .await
-        .unwrap();
-    let mut wire = Wire::start(stream).await.unwrap();
+    let mut wire = foreign.wire().await;
     wire.stream
         .write_all(&[0xff, 0xff, 0xff, 0, 0, 0, 0, 0, 1])
         .await
@@ -405,11 +351,7 @@ async fn garbage_harms_nobody_else() {
     drop(wire);
 
     tunnel.ping(b"unharmed").await.unwrap();
-    let open = "istio_tcp_sockets_open";
-    cluster
-        .proxy(0)
-        .metric(open, &[("reporter", "destination")], |open| open == 1.0)
-        .await;
+    sockets_open(&talk.cluster, 1.0).await;
 }
 
 #[tokio::test]
@@ -418,11 +360,7 @@ async fn silent_peers_are_dropped() {
     let cluster = foreign.cluster().await.unwrap();
     let mut silent = foreign.peer.connect(foreign.hbone()).await.unwrap();
     // Past TLS, then no preface.
-    let mut mute = foreign
-        .hello()
-        .connect(foreign.peer.netns(), foreign.hbone())
-        .await
-        .unwrap();
+    let mut mute = foreign.tls().await;
     let limit = Duration::from_secs(14);
     let mut rest = Vec::new();
     let ended = silent.read_to_end(&mut rest);
@@ -430,23 +368,17 @@ async fn silent_peers_are_dropped() {
     let mut rest = Vec::new();
     let ended = mute.read_to_end(&mut rest);
     let _eof_or_error = wait::within(limit, "a peer without a preface is dropped", ended).await;
-    let open = "istio_tcp_sockets_open";
-    cluster
-        .proxy(0)
-        .metric(open, &[("reporter", "destination")], |open| open == 0.0)
-        .await;
+    sockets_open(&cluster, 0.0).await;
 }
 
 #[tokio::test]
 async fn ends_and_resets_of_the_application_reach_the_client() {
     let foreign = ForeignClient::new().unwrap();
-    let cluster = foreign.cluster().await.unwrap();
-    let sink = foreign.api.serve(8080, Behaviour::Sink).unwrap();
-    let rude = foreign.api.serve(8081, Behaviour::Reset).unwrap();
-    let _echo = foreign.api.serve(8082, Behaviour::Echo).unwrap();
-    let client = foreign.client().await;
+    let talk = foreign.talk(Behaviour::Echo).await;
+    let sink = foreign.api.serve(8081, Behaviour::Sink).unwrap();
+    let rude = foreign.api.serve(8082, Behaviour::Reset).unwrap();
 
-    let mut tunnel = client.tunnel(&foreign.target(8080)).await.unwrap();
+    let mut tunnel = talk.client.tunnel(&foreign.target(8081)).await.unwrap();
     tunnel.write(b"request").await.unwrap();
     tunnel.finish().unwrap();
     assert_eq!(
@@ -455,20 +387,14 @@ async fn ends_and_resets_of_the_application_reach_the_client() {
         "half-close"
     );
 
-    let mut tunnel = client.tunnel(&foreign.target(8081)).await.unwrap();
+    let mut tunnel = talk.client.tunnel(&foreign.target(8082)).await.unwrap();
     tunnel.write(b"x").await.unwrap();
     let _ended_or_reset = tunnel.read_to_end().await;
-    client
-        .tunnel(&foreign.target(8082))
-        .await
-        .unwrap()
-        .ping(b"the connection stays")
-        .await
-        .unwrap();
+    talk.carries(b"the connection stays").await;
 
-    let mut tunnel = client.tunnel(&foreign.target(8082)).await.unwrap();
+    let mut tunnel = talk.tunnel().await;
     tunnel.ping(b"once").await.unwrap();
-    let log = cluster.proxy(0).log();
+    let log = talk.cluster.proxy(0).log();
     let mark = log.mark();
     tunnel.send.send_reset(h2::Reason::CANCEL);
     drop(tunnel);
@@ -488,18 +414,13 @@ async fn ends_and_resets_of_the_application_reach_the_client() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_stalled_stream_does_not_stop_its_neighbour() {
     let foreign = ForeignClient::new().unwrap();
-    let _cluster = foreign.cluster().await.unwrap();
-    let _stall = foreign.api.serve(8080, Behaviour::Stall).unwrap();
-    let _echo = foreign.api.serve(8081, Behaviour::Echo).unwrap();
-    let client = foreign.client().await;
-    let mut stalled = client.tunnel(&foreign.target(8080)).await.unwrap();
+    let talk = foreign.talk(Behaviour::Echo).await;
+    let _stall = foreign.api.serve(8081, Behaviour::Stall).unwrap();
+    let mut stalled = talk.client.tunnel(&foreign.target(8081)).await.unwrap();
     let flood = testkit::traffic::pattern(16 << 20);
     let filled = tokio::time::timeout(Duration::from_secs(2), stalled.write(&flood)).await;
     assert!(filled.is_err(), "back-pressure does not reach the client");
-    let mut live = client.tunnel(&foreign.target(8081)).await.unwrap();
-    live.ping(&testkit::traffic::pattern(2 << 20))
-        .await
-        .unwrap();
+    talk.carries(&testkit::traffic::pattern(2 << 20)).await;
 }
 
 #[tokio::test]
@@ -507,12 +428,7 @@ async fn a_client_that_answers_no_ping_is_dropped() {
     let foreign = ForeignClient::new().unwrap();
     let _cluster = foreign.cluster().await.unwrap();
     let app = foreign.api.serve(8080, Behaviour::Echo).unwrap();
-    let stream = foreign
-        .hello()
-        .connect(foreign.peer.netns(), foreign.hbone())
-        .await
-        .unwrap();
-    let mut wire = Wire::start(stream).await.unwrap();
+    let mut wire = foreign.wire().await;
     wire.headers(
         1,
         &[

@@ -66,6 +66,52 @@ impl Foreign {
     async fn call(&self) -> TcpStream {
         self.web.connect(self.peer.at(8080)).await.unwrap()
     }
+
+    /// An application connection, and the HBONE connection that it makes the proxy open.
+    async fn call_through(&self, server: &RawServer) -> (TcpStream, ServerConnection) {
+        let (call, connection) = tokio::join!(self.call(), server.accept());
+        (call, connection.unwrap())
+    }
+
+    /// Starts the proxy and the server, and makes the first call.
+    async fn talk(&self) -> Talk<'_> {
+        self.talk_over(self.cluster().await).await
+    }
+
+    async fn talk_over<'a>(&self, cluster: Cluster<'a>) -> Talk<'a> {
+        let server = self.server();
+        let (call, connection) = self.call_through(&server).await;
+        Talk {
+            cluster,
+            server,
+            call,
+            connection,
+            echoes: JoinSet::new(),
+        }
+    }
+}
+
+/// A running proxy, the server that it has a connection with, and the call on whose behalf.
+struct Talk<'a> {
+    cluster: Cluster<'a>,
+    server: RawServer,
+    call: TcpStream,
+    connection: ServerConnection,
+    echoes: JoinSet<anyhow::Result<()>>,
+}
+
+impl Talk<'_> {
+    /// Answers the next request by an echo.
+    async fn echo(&mut self) {
+        let incoming = self.connection.next().await;
+        let incoming = incoming.expect("a request on this connection");
+        self.echoes.spawn(incoming.echo());
+    }
+
+    /// Checks that the call carries bytes.
+    async fn ping(&mut self, bytes: &[u8]) {
+        traffic::ping(&mut self.call, bytes).await.unwrap();
+    }
 }
 
 /// Answers every request by an echo, until the connection ends.
@@ -88,14 +134,7 @@ fn echo_all(mut connection: ServerConnection) -> JoinSet<()> {
 #[tokio::test]
 async fn the_client_announces_its_limits() {
     let foreign = Foreign::new();
-    let _cluster = foreign.cluster().await;
-    let server = foreign.server();
-    let (_call, connection) = tokio::join!(foreign.call(), server.accept());
-    let connection = connection.unwrap();
-    let settings = connection
-        .frames
-        .wait("SETTINGS", |frame| frame.is_settings())
-        .await;
+    let talk = foreign.talk().await;
     let expected = [
         (setting::ENABLE_PUSH, Some(0)),
         (setting::MAX_CONCURRENT_STREAMS, None),
@@ -103,33 +142,24 @@ async fn the_client_announces_its_limits() {
         (setting::MAX_FRAME_SIZE, Some(1 << 20)),
         (setting::MAX_HEADER_LIST_SIZE, Some(16_384)),
     ];
-    for (id, value) in expected {
-        assert_eq!(settings.setting(id), value, "setting {id}");
-    }
-    let window = connection
+    talk.connection
         .frames
-        .wait("WINDOW_UPDATE", |frame| {
-            frame.stream == 0 && frame.increment().is_some()
-        })
+        .announces(&expected, 16_711_681)
         .await;
-    assert_eq!(window.increment(), Some(16_711_681));
 }
 
 #[tokio::test]
 async fn the_request_has_the_form_that_peers_expect() {
     let foreign = Foreign::new();
-    let _cluster = foreign.cluster().await;
-    let server = foreign.server();
-    let (mut call, connection) = tokio::join!(foreign.call(), server.accept());
-    let mut connection = connection.unwrap();
-    assert_eq!(connection.client_id, Some(foreign.web.spiffe_id()));
-    assert_eq!(connection.peer.ip(), foreign.web.ip4());
-    let incoming = connection.next().await.unwrap();
+    let mut talk = foreign.talk().await;
+    assert_eq!(talk.connection.client_id, Some(foreign.web.spiffe_id()));
+    assert_eq!(talk.connection.peer.ip(), foreign.web.ip4());
+    let incoming = talk.connection.next().await.unwrap();
     assert_eq!(incoming.request.method(), http::Method::CONNECT);
     assert_eq!(incoming.authority(), foreign.peer.at(8080).to_string());
     assert_eq!(
         incoming.header("forwarded"),
-        format!("for=\"{}\"", call.local_addr().unwrap())
+        format!("for=\"{}\"", talk.call.local_addr().unwrap())
     );
     assert_eq!(
         incoming.header("baggage"),
@@ -149,14 +179,11 @@ async fn the_request_has_the_form_that_peers_expect() {
     names.sort_unstable();
     assert_eq!(names, ["baggage", "forwarded", "traceparent"]);
 
-    let mut tasks = JoinSet::new();
-    tasks.spawn(incoming.echo());
-    traffic::ping(&mut call, b"through the tunnel")
-        .await
-        .unwrap();
-    call.shutdown().await.unwrap();
+    talk.echoes.spawn(incoming.echo());
+    talk.ping(b"through the tunnel").await;
+    talk.call.shutdown().await.unwrap();
     assert_eq!(
-        traffic::closed(&mut call, wait::SOON).await.unwrap(),
+        traffic::closed(&mut talk.call, wait::SOON).await.unwrap(),
         End::Eof
     );
 }
@@ -186,11 +213,8 @@ async fn ipv6_authorities_and_addresses_are_bracketed() {
 #[tokio::test]
 async fn a_refused_application_sees_a_close_and_the_log_the_reason() {
     let foreign = Foreign::new();
-    let cluster = foreign.cluster().await;
-    let server = foreign.server();
-    let (call, connection) = tokio::join!(foreign.call(), server.accept());
-    let mut connection = connection.unwrap();
-    let mut call = Some(call);
+    let mut talk = foreign.talk().await;
+    let mut call = Some(talk.call);
     for status in [
         StatusCode::UNAUTHORIZED,
         StatusCode::SERVICE_UNAVAILABLE,
@@ -200,17 +224,18 @@ async fn a_refused_application_sees_a_close_and_the_log_the_reason() {
             Some(call) => call,
             None => foreign.call().await,
         };
-        connection.next().await.unwrap().refuse(status).unwrap();
+        let incoming = talk.connection.next().await.unwrap();
+        incoming.refuse(status).unwrap();
         traffic::closed(&mut call, wait::SOON).await.unwrap();
         let reason = format!("http status: {}", status.as_u16());
-        cluster
+        talk.cluster
             .proxy(0)
             .log()
             .wait(&reason, |line| line.field("error").contains(&reason))
             .await;
     }
     let flags = [("response_flags", "CONNECT")];
-    cluster
+    talk.cluster
         .proxy(0)
         .metric("istio_tcp_connections_failed_total", &flags, |count| {
             count == 3.0
@@ -242,28 +267,20 @@ async fn a_server_of_another_identity_is_refused() {
             "a request was sent to a stranger"
         );
         traffic::closed(&mut call, wait::SOON).await.unwrap();
-        let failed = async || {
-            (cluster
-                .proxy(0)
-                .metrics()
-                .await
-                .ok()?
-                .sum("istio_tcp_connections_failed_total", &[])
-                == f64::from(count))
-            .then_some(())
-        };
-        wait::until(wait::SOON, "the failure is counted", failed).await;
+        let counted = |failed| failed == f64::from(count);
+        cluster
+            .proxy(0)
+            .metric("istio_tcp_connections_failed_total", &[], counted)
+            .await;
     }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_hundred_streams_share_a_connection_and_the_next_opens_another() {
     let foreign = Foreign::new();
-    let _cluster = foreign.cluster().await;
-    let server = foreign.server();
-    let (first, connection) = tokio::join!(foreign.call(), server.accept());
-    let _echo = echo_all(connection.unwrap());
-    let mut calls = vec![first];
+    let talk = foreign.talk().await;
+    let _echo = echo_all(talk.connection);
+    let mut calls = vec![talk.call];
     while calls.len() < 100 {
         calls.push(foreign.call().await);
     }
@@ -271,69 +288,55 @@ async fn a_hundred_streams_share_a_connection_and_the_next_opens_another() {
         traffic::ping(call, b"shared").await.unwrap();
     }
     assert!(
-        server.idle(Duration::from_millis(200)).await,
+        talk.server.idle(Duration::from_millis(200)).await,
         "a second connection for a hundred streams"
     );
-    let (next, connection) = tokio::join!(foreign.call(), server.accept());
-    let _echo_next = echo_all(connection.unwrap());
-    calls.push(next);
-    traffic::ping(calls.last_mut().unwrap(), b"another")
-        .await
-        .unwrap();
+    let (mut next, connection) = foreign.call_through(&talk.server).await;
+    let _echo_next = echo_all(connection);
+    traffic::ping(&mut next, b"another").await.unwrap();
 }
 
 #[tokio::test]
 async fn after_goaway_running_streams_finish_and_new_ones_go_elsewhere() {
     let foreign = Foreign::new();
-    let _cluster = foreign.cluster().await;
-    let server = foreign.server();
-    let (mut old, connection) = tokio::join!(foreign.call(), server.accept());
-    let mut connection = connection.unwrap();
-    let mut streams = JoinSet::new();
-    streams.spawn(connection.next().await.unwrap().echo());
-    traffic::ping(&mut old, b"before").await.unwrap();
-    connection.goaway().await.unwrap();
-    traffic::ping(&mut old, b"after").await.unwrap();
-    let (mut new, second) = tokio::join!(foreign.call(), server.accept());
-    let _echo = echo_all(second.unwrap());
+    let mut talk = foreign.talk().await;
+    talk.echo().await;
+    talk.ping(b"before").await;
+    talk.connection.goaway().await.unwrap();
+    talk.ping(b"after").await;
+    let (mut new, second) = foreign.call_through(&talk.server).await;
+    let _echo = echo_all(second);
     traffic::ping(&mut new, b"new").await.unwrap();
-    traffic::ping(&mut old, b"still").await.unwrap();
+    talk.ping(b"still").await;
 }
 
 #[tokio::test]
 async fn an_unused_connection_is_released_with_goaway() {
     let foreign = Foreign::new();
     let env: BTreeMap<_, _> = [("POOL_UNUSED_RELEASE_TIMEOUT", "1s")].into();
-    let _cluster = Cluster::start_with(&foreign.world, &foreign.mesh(), &[&foreign.web], &env)
+    let cluster = Cluster::start_with(&foreign.world, &foreign.mesh(), &[&foreign.web], &env)
         .await
         .unwrap();
-    let server = foreign.server();
-    let (mut call, connection) = tokio::join!(foreign.call(), server.accept());
-    let mut connection = connection.unwrap();
-    let mut streams = JoinSet::new();
-    streams.spawn(connection.next().await.unwrap().echo());
-    traffic::ping(&mut call, b"in use").await.unwrap();
+    let mut talk = foreign.talk_over(cluster).await;
+    talk.echo().await;
+    talk.ping(b"in use").await;
     tokio::time::sleep(Duration::from_millis(1500)).await;
-    traffic::ping(&mut call, b"a running stream keeps it")
-        .await
-        .unwrap();
-    call.shutdown().await.unwrap();
-    traffic::closed(&mut call, wait::SOON).await.unwrap();
-    connection
+    talk.ping(b"a running stream keeps it").await;
+    talk.call.shutdown().await.unwrap();
+    traffic::closed(&mut talk.call, wait::SOON).await.unwrap();
+    talk.connection
         .frames
         .wait("GOAWAY", |frame| frame.error_code() == Some(0))
         .await;
-    connection.ended(wait::SOON).await.unwrap();
+    talk.connection.ended(wait::SOON).await.unwrap();
 }
 
 #[tokio::test]
 async fn resets_of_the_peer_end_the_application_connection() {
     let foreign = Foreign::new();
-    let cluster = foreign.cluster().await;
-    let server = foreign.server();
-    let (first, connection) = tokio::join!(foreign.call(), server.accept());
-    let mut connection = connection.unwrap();
-    let mut first = Some(first);
+    let mut talk = foreign.talk().await;
+    let log = talk.cluster.proxy(0).log();
+    let mut first = Some(talk.call);
     for (reason, graceful) in [
         (h2::Reason::CANCEL, true),
         (h2::Reason::NO_ERROR, true),
@@ -343,8 +346,8 @@ async fn resets_of_the_peer_end_the_application_connection() {
             Some(call) => call,
             None => foreign.call().await,
         };
-        let mark = cluster.proxy(0).log().mark();
-        let (_recv, mut send) = connection.next().await.unwrap().accept().unwrap();
+        let mark = log.mark();
+        let (_recv, mut send) = talk.connection.next().await.unwrap().accept().unwrap();
         // What the library has not written yet would be lost with the reset.
         send.send_data("answered".into(), false).unwrap();
         call.read_exact(&mut [0; 8]).await.unwrap();
@@ -354,9 +357,7 @@ async fn resets_of_the_peer_end_the_application_connection() {
             assert_eq!(end, End::Eof, "{reason}");
         }
         drop(call);
-        let line = cluster
-            .proxy(0)
-            .log()
+        let line = log
             .wait_from(mark, "the end", |line| {
                 line.is_access("connection complete")
             })
@@ -368,32 +369,24 @@ async fn resets_of_the_peer_end_the_application_connection() {
 #[tokio::test]
 async fn an_application_reset_ends_the_stream_and_not_the_connection() {
     let foreign = Foreign::new();
-    let _cluster = foreign.cluster().await;
-    let server = foreign.server();
-    let (call, connection) = tokio::join!(foreign.call(), server.accept());
-    let mut connection = connection.unwrap();
-    let (mut recv, _send) = connection.next().await.unwrap().accept().unwrap();
-    traffic::reset(call).unwrap();
+    let mut talk = foreign.talk().await;
+    let (mut recv, _send) = talk.connection.next().await.unwrap().accept().unwrap();
+    traffic::reset(talk.call).unwrap();
     let ended = async { while let Some(Ok(_)) = recv.data().await {} };
     wait::soon("the stream ends", ended).await;
-    let mut call = foreign.call().await;
-    let mut streams = JoinSet::new();
-    streams.spawn(connection.next().await.expect("the same connection").echo());
-    traffic::ping(&mut call, b"usable").await.unwrap();
+    talk.call = foreign.call().await;
+    talk.echo().await;
+    talk.ping(b"usable").await;
 }
 
 #[tokio::test]
 async fn a_peer_that_answers_no_ping_loses_its_streams() {
     let foreign = Foreign::new();
-    let _cluster = foreign.cluster().await;
-    let server = foreign.server();
-    let (mut call, connection) = tokio::join!(foreign.call(), server.accept());
-    let mut connection = connection.unwrap();
-    let mut streams = JoinSet::new();
-    streams.spawn(connection.next().await.unwrap().echo());
-    traffic::ping(&mut call, b"alive").await.unwrap();
-    connection.freeze().await.unwrap();
-    traffic::closed(&mut call, Duration::from_secs(40))
+    let mut talk = foreign.talk().await;
+    talk.echo().await;
+    talk.ping(b"alive").await;
+    talk.connection.freeze().await.unwrap();
+    traffic::closed(&mut talk.call, Duration::from_secs(40))
         .await
         .unwrap();
 }

@@ -326,8 +326,8 @@ async fn running_out_of_descriptors_costs_no_processor_and_passes() {
     wait::until(wait::SOON, "service resumes", served).await;
 }
 
-#[tokio::test]
 // NET_RAW marks packets on Linux 5.17 and later.
+#[tokio::test]
 async fn one_of_two_network_privileges_is_enough() {
     let stage = Stage::new();
     let app = stage.web.serve(8080, Behaviour::Whoami).unwrap();

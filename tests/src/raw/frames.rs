@@ -155,6 +155,20 @@ impl FrameLog {
         self.wait_for(SOON, what, which).await
     }
 
+    /// Checks the values of the peer's SETTINGS, and by how much it widens the window of the connection.
+    ///
+    /// # Panics
+    /// When they differ, or do not come.
+    pub async fn announces(&self, settings: &[(u16, Option<u32>)], widened: u32) {
+        let frame = self.wait("SETTINGS", Frame::is_settings).await;
+        for (id, value) in settings {
+            assert_eq!(frame.setting(*id), *value, "setting {id}");
+        }
+        let of_connection = |frame: &Frame| frame.stream == 0 && frame.increment().is_some();
+        let update = self.wait("WINDOW_UPDATE", of_connection).await;
+        assert_eq!(update.increment(), Some(widened));
+    }
+
     /// As [`FrameLog::wait`], with another limit.
     ///
     /// # Panics
