@@ -119,6 +119,21 @@ impl<'a> NodeRun<'a> {
         options: &ProxyOptions,
         pods: &[&Pod],
     ) -> anyhow::Result<Self> {
+        let run = Self::connect(world, node, options).await?;
+        run.session.snapshot(pods).await?;
+        run.proxy.ready().await;
+        Ok(run)
+    }
+
+    /// Starts agent and proxy of one node; the proxy has said hello and waits for the snapshot.
+    ///
+    /// # Errors
+    /// When the proxy does not connect.
+    pub async fn connect(
+        world: &World,
+        node: &'a Node,
+        options: &ProxyOptions,
+    ) -> anyhow::Result<Self> {
         let mut agent = Agent::bind(&ProxyOptions::agent_socket(world, node))?;
         let proxy = options.start(node)?;
         let connected = tokio::time::timeout(wait::SOON, agent.accept()).await;
@@ -128,8 +143,6 @@ impl<'a> NodeRun<'a> {
                 proxy.log().tail(40)
             )
         })??;
-        session.snapshot(pods).await?;
-        proxy.ready().await;
         Ok(Self {
             agent,
             session,

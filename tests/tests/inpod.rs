@@ -15,12 +15,16 @@ use std::{
 };
 
 use testkit::{
-    Agent, Mesh, Netns, Pod, PodSpec, Proxy, ProxyOptions, Session, World,
+    Agent, Mesh, Netns, NodeRun, Pod, PodSpec, Proxy, ProxyOptions, Session, World,
     traffic::{self, Behaviour},
     wait,
     zds::{AddWorkload, DelWorkload, Request, SnapshotSent, WorkloadInfo},
 };
-use tokio::{io::AsyncWriteExt as _, net::TcpStream, time::Instant};
+use tokio::{
+    io::AsyncWriteExt as _,
+    net::{TcpListener, TcpStream},
+    time::Instant,
+};
 
 const LISTENERS: [u16; 3] = [15001, 15006, 15008];
 
@@ -28,12 +32,16 @@ const LISTENERS: [u16; 3] = [15001, 15006, 15008];
 async fn connected<'a>(world: &'a World, mesh: &Mesh) -> (Agent, Proxy<'a>, Session) {
     mesh.write(&ProxyOptions::mesh_file(world)).unwrap();
     let node = world.node(0);
-    let mut agent = Agent::bind(&ProxyOptions::agent_socket(world, node)).unwrap();
-    let proxy = ProxyOptions::new(world, node).start(node).unwrap();
-    let session = wait::soon("the proxy connects", agent.accept())
-        .await
-        .unwrap();
-    (agent, proxy, session)
+    let options = ProxyOptions::new(world, node);
+    let run = NodeRun::connect(world, node, &options).await.unwrap();
+    (run.agent, run.proxy, run.session)
+}
+
+/// As [`connected`], of a world with one captured pod.
+async fn with_one_pod(world: &World) -> (Arc<Pod>, Agent, Proxy<'_>, Session) {
+    let pod = world.node(0).pod(&PodSpec::captured("web")).unwrap();
+    let (agent, proxy, session) = connected(world, &Mesh::of(&[&pod])).await;
+    (pod, agent, proxy, session)
 }
 
 /// Whether anything accepts a connection at a loopback port of the namespace.
@@ -58,6 +66,18 @@ async fn becomes_unserved(netns: &Netns) {
     }
 }
 
+/// Waits until a metric of the pods that the proxy serves has this value.
+async fn counted(proxy: &Proxy<'_>, metric: &str, count: usize) {
+    let name = format!("workload_manager_{metric}");
+    proxy.metric(&name, &[], |now| now == count as f64).await;
+}
+
+/// Holds a port that the proxy needs in the pod.
+fn squat(pod: &Pod) -> TcpListener {
+    let any = SocketAddr::new(Ipv6Addr::UNSPECIFIED.into(), 15008);
+    traffic::listen(pod.netns(), any).unwrap()
+}
+
 async fn files_return_to(proxy: &Proxy<'_>, count: usize) {
     let back = async || (proxy.open_files().unwrap() <= count).then_some(());
     wait::until(
@@ -71,8 +91,7 @@ async fn files_return_to(proxy: &Proxy<'_>, count: usize) {
 #[tokio::test]
 async fn the_proxy_says_hello_and_a_pod_is_served_when_its_add_is_acknowledged() {
     let world = World::new(1).unwrap();
-    let pod = world.node(0).pod(&PodSpec::captured("web")).unwrap();
-    let (_agent, proxy, session) = connected(&world, &Mesh::of(&[&pod])).await;
+    let (pod, _agent, proxy, session) = with_one_pod(&world).await;
     assert_eq!(session.hello, [0x08, 0x01]);
     session.silent(Duration::from_millis(700)).await.unwrap();
     assert!(!proxy.is_ready().await, "no snapshot yet");
@@ -124,22 +143,16 @@ async fn a_recreated_sandbox_takes_the_pod_along() {
     session.add(&new).await.unwrap().unwrap();
     assert!(served(new.netns()).await);
     becomes_unserved(old.netns()).await;
-    proxy
-        .metric("workload_manager_active_proxy_count", &[], |count| {
-            count == 1.0
-        })
-        .await;
+    counted(&proxy, "active_proxy_count", 1).await;
 }
 
 #[tokio::test]
 async fn a_pod_that_cannot_be_bound_is_reported_and_tried_again() {
     let world = World::new(1).unwrap();
-    let pod = world.node(0).pod(&PodSpec::captured("web")).unwrap();
-    let (_agent, proxy, session) = connected(&world, &Mesh::of(&[&pod])).await;
+    let (pod, _agent, proxy, session) = with_one_pod(&world).await;
     session.snapshot(&[]).await.unwrap();
     proxy.ready().await;
-    let any = SocketAddr::new(Ipv6Addr::UNSPECIFIED.into(), 15008);
-    let squatter = traffic::listen(pod.netns(), any).unwrap();
+    let squatter = squat(&pod);
 
     session
         .send(Session::add_request(&pod), &[pod.netns().as_fd()])
@@ -152,11 +165,7 @@ async fn a_pod_that_cannot_be_bound_is_reported_and_tried_again() {
         String::from_utf8_lossy(&answer)
     );
     proxy.unready().await;
-    proxy
-        .metric("workload_manager_pending_proxy_count", &[], |count| {
-            count == 1.0
-        })
-        .await;
+    counted(&proxy, "pending_proxy_count", 1).await;
     assert!(
         !listens(pod.netns(), 15001).await,
         "one failure fails the whole pod"
@@ -166,11 +175,7 @@ async fn a_pod_that_cannot_be_bound_is_reported_and_tried_again() {
     let bound = async || served(pod.netns()).await.then_some(());
     wait::until(Duration::from_secs(7), "the pod is tried again", bound).await;
     proxy.ready().await;
-    proxy
-        .metric("workload_manager_pending_proxy_count", &[], |count| {
-            count == 0.0
-        })
-        .await;
+    counted(&proxy, "pending_proxy_count", 0).await;
 }
 
 #[tokio::test]
@@ -180,8 +185,7 @@ async fn a_pending_pod_can_be_deleted_or_replaced() {
     let good = world.node(0).pod(dead.spec()).unwrap();
     let (_agent, proxy, session) = connected(&world, &Mesh::of(&[&dead])).await;
     session.snapshot(&[]).await.unwrap();
-    let any = SocketAddr::new(Ipv6Addr::UNSPECIFIED.into(), 15008);
-    let squatter = traffic::listen(dead.netns(), any).unwrap();
+    let squatter = squat(&dead);
 
     session.add(&dead).await.unwrap().unwrap_err();
     proxy.unready().await;
@@ -198,47 +202,63 @@ async fn a_pending_pod_can_be_deleted_or_replaced() {
     assert!(!listens(dead.netns(), 15008).await);
 }
 
-/// Two captured pods that hold a connection each to a pod outside.
-struct Held {
+/// Two captured pods, and one outside with an application.
+struct Trio {
+    world: World,
     kept: Arc<Pod>,
-    gone: Arc<Pod>,
-    kept_stream: TcpStream,
-    gone_stream: TcpStream,
-    server: traffic::Server,
+    other: Arc<Pod>,
+    outside: Arc<Pod>,
 }
 
-impl Held {
-    async fn new(session: &Session, pods: [Arc<Pod>; 3]) -> Self {
-        let [kept, gone, outside] = pods;
-        session.snapshot(&[&kept, &gone]).await.unwrap();
-        let server = outside.serve(7000, Behaviour::Echo).unwrap();
-        let mut kept_stream = kept.connect(server.address).await.unwrap();
-        let mut gone_stream = gone.connect(server.address).await.unwrap();
-        traffic::ping(&mut kept_stream, b"one").await.unwrap();
-        traffic::ping(&mut gone_stream, b"two").await.unwrap();
+impl Trio {
+    fn new() -> Self {
+        let world = World::new(1).unwrap();
+        let pod = |spec| world.node(0).pod(&spec).unwrap();
+        let (kept, other) = (
+            pod(PodSpec::captured("kept")),
+            pod(PodSpec::captured("other")),
+        );
+        let outside = pod(PodSpec::plain("outside"));
         Self {
+            world,
             kept,
-            gone,
-            kept_stream,
-            gone_stream,
+            other,
+            outside,
+        }
+    }
+
+    async fn connected(&self) -> (Agent, Proxy<'_>, Session) {
+        connected(&self.world, &Mesh::of(&[&self.kept, &self.other])).await
+    }
+
+    /// Has both captured pods served and opens a connection of each to the application.
+    async fn hold(&self, session: &Session) -> Held {
+        session.snapshot(&[&self.kept, &self.other]).await.unwrap();
+        let server = self.outside.serve(7000, Behaviour::Echo).unwrap();
+        let mut kept = self.kept.connect(server.address).await.unwrap();
+        let mut other = self.other.connect(server.address).await.unwrap();
+        traffic::ping(&mut kept, b"one").await.unwrap();
+        traffic::ping(&mut other, b"two").await.unwrap();
+        Held {
+            kept,
+            other,
             server,
         }
     }
 }
 
+/// A connection of each captured pod.
+struct Held {
+    kept: TcpStream,
+    other: TcpStream,
+    server: traffic::Server,
+}
+
 #[tokio::test]
 async fn a_new_snapshot_ends_what_it_does_not_name_and_leaves_the_rest_alone() {
-    let world = World::new(1).unwrap();
-    let node = world.node(0);
-    let pods = [
-        PodSpec::captured("kept"),
-        PodSpec::captured("gone"),
-        PodSpec::plain("outside"),
-    ]
-    .map(|spec| node.pod(&spec).unwrap());
-    let mesh = Mesh::of(&[&pods[0], &pods[1]]);
-    let (mut agent, proxy, session) = connected(&world, &mesh).await;
-    let mut held = Held::new(&session, pods).await;
+    let trio = Trio::new();
+    let (mut agent, proxy, session) = trio.connected().await;
+    let mut held = trio.hold(&session).await;
     proxy.ready().await;
 
     drop(session);
@@ -246,94 +266,62 @@ async fn a_new_snapshot_ends_what_it_does_not_name_and_leaves_the_rest_alone() {
         .await
         .unwrap();
     proxy.unready().await;
-    traffic::ping(&mut held.gone_stream, b"still here")
-        .await
-        .unwrap();
-    session.keep(held.kept.uid()).await.unwrap().unwrap();
+    traffic::ping(&mut held.other, b"still here").await.unwrap();
+    session.keep(trio.kept.uid()).await.unwrap().unwrap();
     session.snapshot_sent().await.unwrap().unwrap();
-    traffic::closed(&mut held.gone_stream, wait::SOON)
-        .await
-        .unwrap();
-    becomes_unserved(held.gone.netns()).await;
-    traffic::ping(&mut held.kept_stream, b"survives")
-        .await
-        .unwrap();
+    traffic::closed(&mut held.other, wait::SOON).await.unwrap();
+    becomes_unserved(trio.other.netns()).await;
+    traffic::ping(&mut held.kept, b"survives").await.unwrap();
     proxy.ready().await;
 }
 
 #[tokio::test]
 async fn captured_pods_work_on_while_the_agent_is_away() {
-    let world = World::new(1).unwrap();
-    let node = world.node(0);
-    let pods = [
-        PodSpec::captured("kept"),
-        PodSpec::captured("other"),
-        PodSpec::plain("outside"),
-    ]
-    .map(|spec| node.pod(&spec).unwrap());
-    let mesh = Mesh::of(&[&pods[0], &pods[1]]);
-    let (agent, proxy, session) = connected(&world, &mesh).await;
-    let mut held = Held::new(&session, pods).await;
+    let trio = Trio::new();
+    let (agent, proxy, session) = trio.connected().await;
+    let mut held = trio.hold(&session).await;
     proxy.ready().await;
 
     drop((agent, session));
     proxy.unready().await;
-    traffic::ping(&mut held.kept_stream, b"established")
-        .await
-        .unwrap();
+    traffic::ping(&mut held.kept, b"established").await.unwrap();
     assert_eq!(
-        held.gone.ask(held.server.address, b"new").await.unwrap(),
+        trio.other.ask(held.server.address, b"new").await.unwrap(),
         b"new"
     );
 
-    let mut agent = Agent::bind(&ProxyOptions::agent_socket(&world, node)).unwrap();
+    let mut agent =
+        Agent::bind(&ProxyOptions::agent_socket(&trio.world, trio.world.node(0))).unwrap();
     let back = wait::within(
         Duration::from_secs(16),
         "the proxy finds the new socket",
         agent.accept(),
     );
     let session = back.await.unwrap();
-    session.snapshot(&[&held.kept, &held.gone]).await.unwrap();
+    session.snapshot(&[&trio.kept, &trio.other]).await.unwrap();
     proxy.ready().await;
-    traffic::ping(&mut held.kept_stream, b"survived")
-        .await
-        .unwrap();
+    traffic::ping(&mut held.kept, b"survived").await.unwrap();
 }
 
 #[tokio::test]
 async fn a_deleted_pod_loses_its_connections_at_once_and_its_namespace_is_free() {
-    let world = World::new(1).unwrap();
-    let node = world.node(0);
-    let pods = [
-        PodSpec::captured("kept"),
-        PodSpec::captured("gone"),
-        PodSpec::plain("outside"),
-    ]
-    .map(|spec| node.pod(&spec).unwrap());
-    let mesh = Mesh::of(&[&pods[0], &pods[1]]);
-    let (_agent, proxy, session) = connected(&world, &mesh).await;
-    let Held {
-        kept: _kept,
-        gone,
-        mut kept_stream,
-        mut gone_stream,
-        server,
-    } = Held::new(&session, pods).await;
+    let trio = Trio::new();
+    let (_agent, proxy, session) = trio.connected().await;
+    let mut held = trio.hold(&session).await;
 
     let asked = Instant::now();
-    session.del(gone.uid()).await.unwrap().unwrap();
-    traffic::closed(&mut gone_stream, Duration::from_secs(2))
+    session.del(trio.other.uid()).await.unwrap().unwrap();
+    traffic::closed(&mut held.other, Duration::from_secs(2))
         .await
         .unwrap();
     assert!(asked.elapsed() < Duration::from_secs(2));
-    becomes_unserved(gone.netns()).await;
-    let (device, inode) = gone.netns().id();
+    becomes_unserved(trio.other.netns()).await;
+    let (device, inode) = trio.other.netns().id();
     let free = async || (!holds_netns(proxy.pid(), device, inode)).then_some(());
     wait::until(wait::SOON, "no descriptor of the namespace is left", free).await;
-    traffic::ping(&mut kept_stream, b"the other pod lives")
+    traffic::ping(&mut held.kept, b"the other pod lives")
         .await
         .unwrap();
-    drop(server);
 }
 
 fn holds_netns(pid: u32, device: u64, inode: u64) -> bool {
@@ -387,8 +375,7 @@ fn slips(pod: &Pod) -> Vec<(&'static str, Vec<u8>, usize)> {
 #[tokio::test]
 async fn no_slip_of_the_agent_stops_the_proxy_or_leaks_a_descriptor() {
     let world = World::new(1).unwrap();
-    let pod = world.node(0).pod(&PodSpec::captured("web")).unwrap();
-    let (mut agent, proxy, mut session) = connected(&world, &Mesh::of(&[&pod])).await;
+    let (pod, mut agent, proxy, mut session) = with_one_pod(&world).await;
     session.snapshot(&[]).await.unwrap();
     proxy.ready().await;
     let files = proxy.open_files().unwrap();
@@ -452,16 +439,8 @@ async fn two_hundred_adds_back_to_back_are_answered_in_order() {
     );
     session.snapshot_sent().await.unwrap().unwrap();
     proxy.ready().await;
-    proxy
-        .metric("workload_manager_active_proxy_count", &[], |count| {
-            count == COUNT as f64
-        })
-        .await;
-    proxy
-        .metric("workload_manager_proxies_started_total", &[], |count| {
-            count == COUNT as f64
-        })
-        .await;
+    counted(&proxy, "active_proxy_count", COUNT).await;
+    counted(&proxy, "proxies_started_total", COUNT).await;
 }
 
 #[tokio::test]
