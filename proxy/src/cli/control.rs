@@ -199,9 +199,13 @@ fn headers(reader: &mut Reader<'_>, prefix: &str) -> Vec<Header> {
 }
 
 fn header(name: &str, value: &str) -> Result<Header, Reject> {
-    let accepted = "a metadata name after the prefix, visible ASCII as the value";
+    let accepted =
+        "a metadata name without the suffix -bin after the prefix, visible ASCII as the value";
     let name = HeaderName::try_from(name.to_ascii_lowercase())
         .map_err(|_| Reject::new("not a metadata name", accepted))?;
+    if name.as_str().ends_with("-bin") {
+        return Err(Reject::new("gRPC takes this for a binary value", accepted));
+    }
     Ok(Header {
         name,
         value: secret_value(value).ok_or_else(|| Reject::new("not a metadata value", accepted))?,

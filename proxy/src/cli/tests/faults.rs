@@ -33,6 +33,15 @@ fn tells_all_faults_together() {
 }
 
 #[test]
+fn refuses_headers_with_binary_values() {
+    for key in ["XDS_HEADER_X-Bin", "CA_HEADER_x-bin"] {
+        let faults = given(&[(key, "dmFsdWU")]).read().unwrap_err().to_string();
+        assert!(faults.contains(key), "{faults}");
+    }
+    given(&[("XDS_HEADER_x-bin-not", "value")]).read().unwrap();
+}
+
+#[test]
 fn abridges_long_values() {
     let long = "µ".repeat(10_000);
     let text = given(&[("INPOD_UDS", &long)])
