@@ -360,6 +360,19 @@ async fn unusable_roots_are_left_out() {
     );
 }
 
+/// Whether or not this machine trusts anybody.
+#[tokio::test]
+async fn the_system_does_not_trust_a_stranger() {
+    let server = Server::start(Authority::new().config("localhost")).await;
+    let target = target("localhost", server.address.port(), Roots::System);
+    let error = refusal(&target).await;
+    let told = told(&error);
+    match error {
+        ConnectError::NoRoots { origin, .. } => assert!(origin.contains("system"), "{told}"),
+        error => assert!(told.contains("UnknownIssuer"), "{error:?}"),
+    }
+}
+
 #[tokio::test]
 async fn the_token_file_is_read_each_time() {
     let dir = tempfile::tempdir().unwrap();
