@@ -367,9 +367,10 @@ async fn the_system_does_not_trust_a_stranger() {
     let target = target("localhost", server.address.port(), Roots::System);
     let error = refusal(&target).await;
     let told = told(&error);
-    match error {
-        ConnectError::NoRoots { origin, .. } => assert!(origin.contains("system"), "{told}"),
-        error => assert!(told.contains("UnknownIssuer"), "{error:?}"),
+    if let ConnectError::NoRoots { origin, .. } = error {
+        assert!(origin.contains("system"), "{told}");
+    } else {
+        assert!(told.contains("UnknownIssuer"), "{told}");
     }
 }
 
