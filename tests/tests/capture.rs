@@ -248,20 +248,44 @@ async fn an_ingress_pod_takes_plaintext_directly_and_hbone_through_the_proxy() {
     assert_eq!(inbound.len(), 1, "plaintext did not pass the proxy");
 }
 
+/// A captured pod with few ephemeral ports, its application, and a client outside the mesh.
+struct Narrow<'a> {
+    _cluster: Cluster<'a>,
+    _api: Arc<Pod>,
+    client: Arc<Pod>,
+    app: traffic::Server,
+}
+
+impl<'a> Narrow<'a> {
+    async fn start(world: &'a World, ports: &str) -> Self {
+        let api = world.node(0).pod(&PodSpec::captured("api")).unwrap();
+        let client = world.node(0).pod(&PodSpec::plain("client")).unwrap();
+        let cluster = Cluster::start(world, &Mesh::of(&[&api]), &[&api])
+            .await
+            .unwrap();
+        let app = api.serve(8080, Behaviour::Whoami).unwrap();
+        api.netns()
+            .sysctl("ipv4/ip_local_port_range", ports)
+            .unwrap();
+        Self {
+            _cluster: cluster,
+            _api: api,
+            client,
+            app,
+        }
+    }
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn upstream_ports_never_collide_with_captured_clients() {
     let world = World::new(1).unwrap();
-    let node = world.node(0);
-    let api = node.pod(&PodSpec::captured("api")).unwrap();
-    let client = node.pod(&PodSpec::plain("client")).unwrap();
-    let _cluster = Cluster::start(&world, &Mesh::of(&[&api]), &[&api])
-        .await
-        .unwrap();
-    let app = api.serve(8080, Behaviour::Whoami).unwrap();
-    // Few ports, so that any scheme which draws from the range of the clients meets them soon.
-    api.netns()
-        .sysctl("ipv4/ip_local_port_range", "40000 40399")
-        .unwrap();
+    // So few that any scheme which draws from the range of the clients meets them soon.
+    let Narrow {
+        _cluster,
+        _api,
+        client,
+        app,
+    } = Narrow::start(&world, "40000 40399").await;
     let mut held = Vec::new();
     for port in 40_000..40_200 {
         held.push(greeted(&client, port, app.address).await);
@@ -297,16 +321,12 @@ async fn greeted(client: &Pod, port: u16, to: SocketAddr) -> TcpStream {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn more_connections_than_ephemeral_ports_keep_the_address_of_the_client() {
     let world = World::new(1).unwrap();
-    let node = world.node(0);
-    let api = node.pod(&PodSpec::captured("api")).unwrap();
-    let client = node.pod(&PodSpec::plain("client")).unwrap();
-    let _cluster = Cluster::start(&world, &Mesh::of(&[&api]), &[&api])
-        .await
-        .unwrap();
-    let app = api.serve(8080, Behaviour::Whoami).unwrap();
-    api.netns()
-        .sysctl("ipv4/ip_local_port_range", "50000 50063")
-        .unwrap();
+    let Narrow {
+        _cluster,
+        _api,
+        client,
+        app,
+    } = Narrow::start(&world, "50000 50063").await;
     let mut held = Vec::new();
     for _ in 0..300 {
         held.push(client.connect(app.address).await.unwrap());

@@ -410,33 +410,17 @@ async fn a_revoked_stream_is_cancelled_and_its_siblings_live_on() {
     let cluster = Cluster::start(&foreign.world, &mesh, &[&foreign.api])
         .await
         .unwrap();
-    let _one = foreign.api.serve(8080, Behaviour::Echo).unwrap();
+    let talk = foreign.talk_over(cluster, Behaviour::Echo).await;
     let _two = foreign.api.serve(8081, Behaviour::Echo).unwrap();
-    let client = foreign.client().await;
-    let mut revoked = client.tunnel(&foreign.target(8080)).await.unwrap();
-    let mut sibling = client.tunnel(&foreign.target(8081)).await.unwrap();
+    let second = foreign.target(8081);
+    let mut revoked = talk.tunnel().await;
+    let mut sibling = talk.client.tunnel(&second).await.unwrap();
     revoked.ping(b"one").await.unwrap();
     sibling.ping(b"two").await.unwrap();
     mesh.policy(Policy::deny("no-8080", vec![Match::port(8080)]));
-    mesh.write(&cluster.mesh_file).unwrap();
+    mesh.write(&talk.cluster.mesh_file).unwrap();
     assert_eq!(revoked.reset().await.unwrap(), h2::Reason::CANCEL);
     sibling.ping(b"lives on").await.unwrap();
-    assert_eq!(
-        client
-            .tunnel(&foreign.target(8080))
-            .await
-            .unwrap()
-            .status
-            .as_u16(),
-        401
-    );
-    assert_eq!(
-        client
-            .tunnel(&foreign.target(8081))
-            .await
-            .unwrap()
-            .status
-            .as_u16(),
-        200
-    );
+    assert_eq!(talk.client.status(&talk.target).await.unwrap(), 401);
+    assert_eq!(talk.client.status(&second).await.unwrap(), 200);
 }

@@ -69,6 +69,14 @@ impl RawClient {
         self.tunnel_with(authority, &[]).await
     }
 
+    /// Asks for a tunnel to `authority` and lets it go; yields the status of the answer.
+    ///
+    /// # Errors
+    /// As [`RawClient::tunnel`].
+    pub async fn status(&self, authority: &str) -> anyhow::Result<u16> {
+        Ok(self.tunnel(authority).await?.status.as_u16())
+    }
+
     /// Opens a tunnel with these headers.
     ///
     /// # Errors
