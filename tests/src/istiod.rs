@@ -44,6 +44,7 @@ use anyhow::Context as _;
 use bytes::Bytes;
 use parking_lot::{Mutex, RwLock};
 use tokio::{
+    net::TcpListener,
     sync::{broadcast, watch},
     task::JoinSet,
 };
@@ -143,7 +144,8 @@ impl IstiodOptions {
         let root_file = directory.join(format!("istiod-{serial}-root.pem"));
         std::fs::write(&root_file, authority.root_pem()).context("root certificate")?;
         let tls = server_tls(&authority.issue_server(&self.names)?)?;
-        let mut istiod = Istiod {
+        let listener = traffic::listen(netns, at)?;
+        let istiod = Istiod {
             shared: Arc::new(Shared {
                 access: self.access,
                 catalogue: Mutex::default(),
@@ -160,13 +162,12 @@ impl IstiodOptions {
                 valve: Arc::<Valve>::default(),
             }),
             netns: netns.duplicate()?,
-            address: at,
-            authority,
+            address: listener.local_addr()?,
             names: self.names,
             root_file,
-            serving: JoinSet::new(),
+            serving: Mutex::default(),
         };
-        istiod.start()?;
+        istiod.serve(listener);
         Ok(istiod)
     }
 }
@@ -178,10 +179,9 @@ pub struct Istiod {
     wire: Arc<Wire>,
     netns: Netns,
     address: SocketAddr,
-    authority: Authority,
     names: Vec<String>,
     root_file: PathBuf,
-    serving: JoinSet<()>,
+    serving: Mutex<JoinSet<()>>,
 }
 
 /// What the handle and all streams share.
@@ -255,6 +255,13 @@ impl Istiod {
         self.shared.catalogue.lock().reversion();
     }
 
+    /// The version of a resource; policies have an empty one.
+    #[must_use]
+    pub fn version(&self, kind: Kind, name: &str) -> Option<String> {
+        let catalogue = self.shared.catalogue.lock();
+        catalogue.version(kind, name).map(str::to_owned)
+    }
+
     fn wake(&self) {
         self.shared.changes.send_modify(|count| *count += 1);
     }
@@ -284,33 +291,33 @@ impl Istiod {
     ///
     /// # Errors
     /// When the port is taken.
-    pub fn start(&mut self) -> anyhow::Result<()> {
-        let listener = traffic::listen(&self.netns, self.address)?;
-        self.address = listener.local_addr()?;
-        let wire = Arc::clone(&self.wire);
-        self.serving.spawn(server::serve(
-            listener,
-            wire,
-            discovery::routes(&self.shared),
-        ));
+    pub fn start(&self) -> anyhow::Result<()> {
+        self.serve(traffic::listen(&self.netns, self.address)?);
         Ok(())
     }
 
+    fn serve(&self, listener: TcpListener) {
+        let (wire, routes) = (Arc::clone(&self.wire), discovery::routes(&self.shared));
+        let mut serving = self.serving.lock();
+        serving.spawn(server::serve(listener, wire, routes));
+    }
+
     /// Closes port and connections, as a process that is killed.
-    pub async fn stop(&mut self) {
-        self.serving.shutdown().await;
+    pub async fn stop(&self) {
+        let mut serving = std::mem::take(&mut *self.serving.lock());
+        serving.shutdown().await;
     }
 
     /// Takes a new root and a new certificate, writes the root file anew, and uses them for new connections.
     ///
     /// # Errors
     /// When the file cannot be written.
-    pub fn replace_root(&mut self) -> anyhow::Result<()> {
-        self.authority = Authority::new("stand-in istiod root, the next")?;
+    pub fn replace_root(&self) -> anyhow::Result<()> {
+        let authority = Authority::new("stand-in istiod root, the next")?;
         let aside = self.root_file.with_extension("new");
-        std::fs::write(&aside, self.authority.root_pem())?;
+        std::fs::write(&aside, authority.root_pem())?;
         std::fs::rename(&aside, &self.root_file)?;
-        *self.wire.tls.write() = server_tls(&self.authority.issue_server(&self.names)?)?;
+        *self.wire.tls.write() = server_tls(&authority.issue_server(&self.names)?)?;
         Ok(())
     }
 }

@@ -1,5 +1,9 @@
 //! Small worlds that several chapters play on.
 
+mod steered;
+
+pub use steered::{Steered, vip, web_port};
+
 use std::{collections::BTreeMap, net::SocketAddr, sync::Arc};
 
 use tokio::net::TcpStream;

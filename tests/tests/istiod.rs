@@ -298,7 +298,7 @@ async fn refusals_come_in_place_of_the_first_response() {
 
 #[tokio::test]
 async fn streams_end_and_connections_break_on_demand() {
-    let mut stage = Stage::new();
+    let stage = Stage::new();
     let both = [first(Kind::Address, &[]), first(Kind::Authorization, &[])];
     for fault in ["status", "ok", "cut", "goaway", "stop"] {
         let mut client = stage.open(&both).await.unwrap();
@@ -314,7 +314,7 @@ async fn streams_end_and_connections_break_on_demand() {
         }
         let end = client.result().await;
         assert_eq!(matches!(end, Ok(None)), fault == "ok", "{fault}: {end:?}");
-        let closed = |streams: &[Stream]| (!streams.last()?.open).then_some(());
+        let closed = |streams: &[Stream]| (!streams.last()?.is_open()).then_some(());
         stage.istiod.until("the record is closed", closed).await;
     }
     assert!(stage.open(&both).await.is_err(), "it has stopped");

@@ -36,7 +36,7 @@ impl Discovery {
         self.0.streams.send_modify(|streams| {
             serial = streams.len();
             let mut stream = Stream::new(server_name, headers);
-            stream.open = admitted.is_ok();
+            stream.ended = admitted.is_err().then_some(stream.opened);
             streams.push(stream);
         });
         admitted.map(|()| serial)

@@ -2,9 +2,12 @@
 
 use bytes::Bytes;
 use prost::Message as _;
-use xds_client::proto::discovery::{DeltaDiscoveryResponse, Resource, resource::Payload};
+use xds_client::{
+    local::Document,
+    proto::discovery::{DeltaDiscoveryResponse, Resource, resource::Payload},
+};
 
-use super::Kind;
+use super::{Kind, catalogue::Catalogue};
 
 /// A response made by hand, field by field.
 #[derive(Debug, Clone)]
@@ -25,6 +28,21 @@ impl Injection {
     #[must_use]
     pub fn type_url(mut self, url: &str) -> Self {
         url.clone_into(&mut self.0.type_url);
+        self
+    }
+
+    /// Adds all resources of its kind, workloads before services.
+    ///
+    /// # Panics
+    /// After another type URL was set.
+    #[must_use]
+    pub fn content(mut self, content: impl Into<Document>) -> Self {
+        let kind = Kind::of(&self.0.type_url).expect("a type that is served");
+        let mut catalogue = Catalogue::default();
+        catalogue.apply(content.into(), true);
+        let names = catalogue.names(kind).into_iter();
+        let encoded = names.filter_map(|name| catalogue.encoded(kind, &name, false));
+        self.0.resources.extend(encoded);
         self
     }
 

@@ -66,7 +66,7 @@ impl Istiod {
         let what = format!("stream {index}");
         self.until(&what, |streams| {
             let stream = streams.get(index)?;
-            (!stream.requests.is_empty() || !stream.open).then(|| stream.clone())
+            (!stream.requests.is_empty() || !stream.is_open()).then(|| stream.clone())
         })
         .await
     }
@@ -94,7 +94,7 @@ impl Istiod {
     pub async fn status(&self, kind: Kind, status: &SyncStatus) {
         let what = format!("{kind:?} is {status:?}");
         self.until(&what, |streams| {
-            let newest = streams.last().filter(|stream| stream.open)?;
+            let newest = streams.last().filter(|stream| stream.is_open())?;
             (newest.status(kind) == *status).then_some(())
         })
         .await;
@@ -105,9 +105,17 @@ impl Istiod {
     /// # Panics
     /// When it has not after ten seconds.
     pub async fn synced(&self) {
+        self.synced_within(wait::SOON).await;
+    }
+
+    /// As [`Istiod::synced`], with another limit.
+    ///
+    /// # Panics
+    /// When the time is up.
+    pub async fn synced_within(&self, limit: Duration) {
         let target = self.shared.catalogue.lock().generation();
-        self.until("all is sent and accepted", |streams| {
-            let newest = streams.last().filter(|stream| stream.open)?;
+        self.until_within(limit, "all is sent and accepted", |streams| {
+            let newest = streams.last().filter(|stream| stream.is_open())?;
             let accepted = |kind| newest.status(kind) == SyncStatus::Synced;
             let synced = newest.generation >= target && Kind::ALL.into_iter().all(accepted);
             synced.then_some(())
@@ -137,7 +145,7 @@ impl Istiod {
             let tail: Vec<_> = stream.requests.iter().rev().take(2).collect();
             text += &format!(
                 "stream {index}: open {}, {requests} requests, {} responses, Address {addresses:?}, Authorization {policies:?}, {:?}\n  last requests {:.600}\n",
-                stream.open,
+                stream.is_open(),
                 sent.len(),
                 stream.complaints,
                 format!("{tail:?}"),

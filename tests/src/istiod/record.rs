@@ -22,10 +22,10 @@ pub struct Stream {
     pub sent: Vec<Sent>,
     /// What a real istiod would complain about in its log.
     pub complaints: Vec<String>,
-    /// Whether it still runs.
-    pub open: bool,
     /// When it was opened.
     pub opened: Instant,
+    /// When it ended.
+    pub ended: Option<Instant>,
     pub(super) progress: [Progress; 2],
     /// All changes up to this generation are sent.
     pub(super) generation: u64,
@@ -74,11 +74,17 @@ impl Stream {
             requests: Vec::new(),
             sent: Vec::new(),
             complaints: Vec::new(),
-            open: true,
             opened: Instant::now(),
+            ended: None,
             progress: Default::default(),
             generation: 0,
         }
+    }
+
+    /// Whether it still runs.
+    #[must_use]
+    pub fn is_open(&self) -> bool {
+        self.ended.is_none()
     }
 
     /// Node id of the first request.

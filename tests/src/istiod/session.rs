@@ -8,7 +8,7 @@ use std::{
 use prost::Message as _;
 use tokio::{
     sync::{broadcast, watch},
-    time::sleep,
+    time::{Instant, sleep},
 };
 use tonic::{Status, Streaming};
 use xds_client::proto::discovery::{DeltaDiscoveryRequest, DeltaDiscoveryResponse, Node, Resource};
@@ -371,7 +371,7 @@ impl Session {
 
 impl Drop for Session {
     fn drop(&mut self) {
-        self.record(|stream| stream.open = false);
+        self.record(|stream| stream.ended = Some(Instant::now()));
     }
 }
 
