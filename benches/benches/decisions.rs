@@ -11,14 +11,16 @@ use std::{hint::black_box, net::SocketAddr, sync::Arc};
 
 use criterion::{BatchSize, BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use culvert::{
-    mesh::{Mesh, Update, View, Workload},
+    mesh::{Mesh, View, Workload},
     policy::{Connection, authorize},
     route::{LoopGuard, Outbound, OutboundQuery, outbound},
 };
+use prost::Message;
 use rand::{RngExt, SeedableRng, rngs::SmallRng};
 use xds_client::{
-    local::NamedPolicy,
-    proto::{security, workload as wire},
+    Batch, Extent, Kind,
+    local::{Document, NamedPolicy},
+    proto::{discovery::Resource, security, workload as wire},
 };
 
 criterion_group!(benches, policy_match, route_lookup, state_apply);
@@ -33,10 +35,10 @@ fn policy_match(c: &mut Criterion) {
     for count in [1, 10, 100] {
         let mesh = mesh();
         let policies = (0..count).map(|index| policy(index, index + 1 == count));
-        let report = mesh.apply(Update {
+        let report = mesh.load(&Document {
             addresses: vec![address_of(pod(0))],
             policies: policies.collect(),
-            ..Update::default()
+            ..Document::default()
         });
         assert!(report.rejected.is_empty(), "{:?}", report.rejected);
         let workload = record(&mesh, 0);
@@ -63,10 +65,7 @@ fn route_lookup(c: &mut Criterion) {
     for endpoints in [1, 10, 1_000] {
         let members =
             (0..endpoints).map(|index| address_of(member(10_000 + endpoints + index, endpoints)));
-        let report = mesh.apply(Update {
-            addresses: members.chain([service(endpoints)]).collect(),
-            ..Update::default()
-        });
+        let report = mesh.apply(&batch(members.chain([service(endpoints)])));
         assert!(report.rejected.is_empty(), "{:?}", report.rejected);
     }
     let source = record(&mesh, 0);
@@ -100,9 +99,9 @@ fn state_apply(c: &mut Criterion) {
         group.throughput(Throughput::Elements(count.into()));
         group.bench_function(BenchmarkId::new("first", count), |b| {
             b.iter_batched(
-                || (mesh(), update.clone()),
-                |(mesh, update)| {
-                    mesh.apply(update);
+                mesh,
+                |mesh| {
+                    mesh.apply(&update);
                     mesh // dropped outside of the measurement
                 },
                 BatchSize::LargeInput,
@@ -116,10 +115,7 @@ fn state_apply(c: &mut Criterion) {
                 healthy = !healthy;
                 let mut changed = pod(count / 2);
                 changed.status = i32::from(!healthy);
-                mesh.apply(Update {
-                    addresses: vec![address_of(changed)],
-                    ..Update::default()
-                })
+                mesh.apply(&batch([address_of(changed)]))
             });
         });
     }
@@ -137,18 +133,28 @@ fn mesh() -> Mesh {
 /// A mesh of `count` pods in `count / 10` services.
 fn filled(count: u32) -> Mesh {
     let mesh = mesh();
-    let report = mesh.apply(whole(count));
+    let report = mesh.apply(&whole(count));
     assert!(report.rejected.is_empty(), "{:?}", report.rejected);
     mesh
 }
 
-fn whole(count: u32) -> Update {
+fn whole(count: u32) -> Batch {
     let services = (0..count / 10).map(|index| service(20_000 + index));
     let pods = (0..count).map(|index| address_of(pod(index)));
-    Update {
-        addresses: services.chain(pods).collect(),
-        ..Update::default()
-    }
+    batch(services.chain(pods))
+}
+
+/// What a control plane sends.
+fn batch(addresses: impl IntoIterator<Item = wire::Address>) -> Batch {
+    let encoded = addresses
+        .into_iter()
+        .map(|one| Resource::new("", "", &one).encode_to_vec().into());
+    Batch::new(
+        Kind::Address,
+        Extent::Changes,
+        encoded.collect(),
+        Vec::new(),
+    )
 }
 
 fn record(mesh: &Mesh, index: u32) -> Arc<Workload> {

@@ -1,16 +1,17 @@
 //! What the node knows of the mesh: workloads, services, policies, and the indexes that find them.
 //!
-//! One writer hands over resources ([`Mesh::apply`], [`Mesh::replace`]); they are converted and compared with what is
-//! held before readers are shut out, and a resource that says nothing new changes nothing. Many readers look
+//! Resources come from the control plane ([`Mesh::apply`]) or a local file ([`Mesh::load`]), one update at a time; they are
+//! converted and compared with what is held before readers are shut out, and one that says nothing new changes nothing. Many readers look
 //! things up under a short read lock ([`Mesh::read`]) and keep the `Arc` records that they need.
 //!
 //! Memory is what decides the shape of the records: what the pods of a deployment have in common is stored once, and
 //! indexes hold small numbers instead of keys.
 
 mod convert;
-mod diff;
 mod index;
+mod intake;
 mod intern;
+mod origin;
 mod policy;
 mod port;
 mod service;
@@ -34,15 +35,14 @@ pub use workload::{
 use std::{ops::Deref, sync::Arc};
 
 use cert_agent::SpiffeId;
-use parking_lot::{Mutex, RwLock};
+use parking_lot::{Mutex, RwLock, RwLockWriteGuard};
 use tokio::sync::watch;
-use xds_client::{
-    local::{Document, NamedPolicy},
-    proto::workload::Address,
-};
+use xds_client::{Batch, Extent, Kind, Versions, local::Document};
 
+use intake::{Intake, Taken};
 use intern::Pool;
-use state::{Change, Record};
+use origin::Source;
+use state::{Effects, Record, Step};
 
 /// From where the mesh is looked at.
 #[derive(Debug, Clone)]
@@ -69,32 +69,6 @@ struct Shared {
     changes: watch::Sender<u64>,
 }
 
-/// Resources to apply. Added ones go in their order, the last of one name holds; removals go after them.
-#[derive(Debug, Clone, Default)]
-pub struct Update {
-    /// Workloads and services.
-    pub addresses: Vec<Address>,
-    /// Policies under their resource names.
-    pub policies: Vec<NamedPolicy>,
-    /// Names of workloads and services that are gone: a uid, else `namespace/hostname`. Unknown ones are ignored.
-    pub removed_addresses: Vec<String>,
-    /// Names of policies that are gone. Unknown ones are ignored.
-    pub removed_policies: Vec<String>,
-    /// Names of resources that exist, but could not be read: [`Mesh::replace`] keeps what it holds under them.
-    pub unreadable: Vec<String>,
-}
-
-impl From<Document> for Update {
-    fn from(document: Document) -> Self {
-        Self {
-            addresses: document.addresses,
-            policies: document.policies,
-            unreadable: document.rejected.into_iter().map(|one| one.name).collect(),
-            ..Self::default()
-        }
-    }
-}
-
 /// What came of an update.
 #[derive(Debug, Clone, Default)]
 #[non_exhaustive]
@@ -114,20 +88,6 @@ pub struct Report {
 }
 
 impl Report {
-    fn of(changes: &[Change]) -> Self {
-        let mut report = Self::default();
-        for change in changes {
-            let (Change::Put(record) | Change::Drop(record)) = change;
-            let count = match record {
-                Record::Workload(_) => &mut report.workloads,
-                Record::Service(_) => &mut report.services,
-                Record::Policy(_) => &mut report.policies,
-            };
-            *count += 1;
-        }
-        report
-    }
-
     /// Whether anything is different now.
     #[must_use]
     pub fn is_effective(&self) -> bool {
@@ -160,62 +120,99 @@ impl Mesh {
         self.shared.changes.subscribe()
     }
 
-    /// Applies an update as one step. Updates wait for each other; readers wait only while records that
-    /// really changed are put in place.
-    pub fn apply(&self, update: Update) -> Report {
-        self.write(update, Extent::Delta)
-    }
-
-    /// Makes the state equal to `full`: what it does not name is removed, what it refuses or cannot read stays.
-    pub fn replace(&self, full: Update) -> Report {
-        self.write(full, Extent::Full)
-    }
-
-    fn write(&self, update: Update, extent: Extent) -> Report {
-        let mut pool = self.shared.pool.lock();
-        let (records, rejected) = diff::convert(update.addresses, update.policies, &mut pool);
-        let gone = diff::Gone {
-            addresses: update.removed_addresses,
-            policies: update.removed_policies,
-        };
-        // Nobody else writes while the pool is ours: what is read here is still so below.
-        let changes = {
-            let state = self.shared.state.read();
-            let mut changes = diff::additions(&state, &records);
-            let removals = diff::removals(&state, &gone, &changes);
-            if extent == Extent::Full {
-                let refused = rejected.iter().map(|one| &*one.name);
-                let unreadable = update.unreadable.iter().map(|name| &**name);
-                let unusable: Vec<_> = refused.chain(unreadable).collect();
-                changes.extend(diff::absences(&state, &records, &unusable));
+    /// Applies what the control plane told. Updates wait for each other; readers wait only while records that
+    /// really changed are put in place, and of a large batch they may see the first part before the last.
+    pub fn apply(&self, batch: &Batch) -> Report {
+        self.write(|intake| {
+            for resource in batch.resources() {
+                intake.encoded(batch.kind(), resource);
             }
-            changes.extend(removals);
-            changes
+            match batch.extent() {
+                Extent::Changes => {}
+                Extent::Everything => {
+                    intake.remove_unnamed(&[batch.kind()], Source::ControlPlane);
+                }
+            }
+            for name in batch.removed() {
+                intake.remove(batch.kind(), name);
+            }
+        })
+    }
+
+    /// Makes what a local file told equal to `document`. What it refuses or could not read stays as it was; what the control
+    /// plane told is not touched, unless the file tells it otherwise.
+    pub fn load(&self, document: &Document) -> Report {
+        self.write(|intake| {
+            for address in &document.addresses {
+                intake.address(address);
+            }
+            for policy in &document.policies {
+                intake.policy(policy);
+            }
+            for unreadable in &document.rejected {
+                intake.unreadable(unreadable);
+            }
+            intake.remove_unnamed(&Kind::ALL, Source::File);
+        })
+    }
+
+    /// Tells names and versions of what the control plane told, for as long as there is room.
+    pub fn versions(&self, kind: Kind, versions: &mut Versions) {
+        self.read().versions(kind, |name, version| {
+            if !versions.is_over() {
+                versions.add(name, version);
+            }
+        });
+    }
+
+    fn write(&self, take_in: impl FnOnce(&mut Intake<'_>)) -> Report {
+        let mut pool = self.shared.pool.lock();
+        // Nobody else writes while the pool is ours: what is read here is still so below.
+        let Taken { steps, rejected } = {
+            let state = self.shared.state.read();
+            let mut intake = Intake::new(&state, &mut pool);
+            take_in(&mut intake);
+            intake.finish()
         };
-        let mut report = Report::of(&changes);
-        let mut old = Vec::new();
-        if report.is_effective() {
-            let identities = self.shared.state.write().apply(changes, &mut old);
-            report.identities_appeared = identities.appeared;
-            report.identities_departed = identities.departed;
-            let changes = &self.shared.changes;
-            changes.send_modify(|generation| *generation += 1);
-        }
+        let mut report = self.put_in_force(steps, &mut pool);
         // What was refused may have left shared parts that nobody holds, too.
-        let released = old.len() + rejected.len();
-        drop((records, old));
-        pool.release(released);
+        pool.release(rejected.len());
         report.rejected = rejected;
         report
     }
+
+    fn put_in_force(&self, steps: Vec<Step>, pool: &mut Pool) -> Report {
+        let mut effects = Effects::default();
+        let puts = |step: &&Step| matches!(step, Step::Put(Record::Workload(_), _));
+        let mut more = steps.iter().filter(puts).count();
+        let mut steps = steps.into_iter().peekable();
+        while steps.peek().is_some() {
+            let mut state = self.shared.state.write();
+            state.reserve_for(std::mem::take(&mut more));
+            state.apply(steps.by_ref().take(STEPS_AT_ONCE), &mut effects);
+            RwLockWriteGuard::unlock_fair(state);
+            let released = effects.old.len();
+            effects.old.clear();
+            pool.release(released);
+        }
+        let [identities_appeared, identities_departed] = effects.identities(&self.read());
+        if effects.total() > 0 {
+            let changes = &self.shared.changes;
+            changes.send_modify(|generation| *generation += 1);
+        }
+        Report {
+            rejected: Vec::new(),
+            workloads: effects.workloads,
+            services: effects.services,
+            policies: effects.policies,
+            identities_appeared,
+            identities_departed,
+        }
+    }
 }
 
-/// Whether an update is all there is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Extent {
-    Delta,
-    Full,
-}
+/// How many records are put in place before readers are let in: a fraction of a millisecond.
+const STEPS_AT_ONCE: usize = 256;
 
 #[cfg(test)]
 mod tests;

@@ -7,8 +7,12 @@
 
 use std::{collections::HashMap, net::Ipv4Addr};
 
-use culvert::mesh::{Mesh, Report, Update, View};
-use xds_client::proto::workload as pb;
+use culvert::mesh::{Mesh, Report, View};
+use prost::Message;
+use xds_client::{
+    Batch, Extent, Kind,
+    proto::{discovery::Resource, workload as pb},
+};
 
 const WORKLOADS: usize = 10_000;
 /// Pods per service and deployment.
@@ -83,17 +87,32 @@ fn port(service_port: u32, target_port: u32) -> pb::Port {
     }
 }
 
-fn put(mesh: &Mesh, addresses: Vec<pb::Address>) -> Report {
-    let report = mesh.apply(Update {
-        addresses,
-        ..Update::default()
+/// What a control plane sends: version and name as istiod makes them.
+fn push(extent: Extent, addresses: impl Iterator<Item = pb::Address>) -> Batch {
+    let encoded = addresses.zip(1_u64..).map(|(address, version)| {
+        let name = match address.r#type.as_ref() {
+            Some(pb::address::Type::Workload(workload)) => workload.uid.clone(),
+            Some(pb::address::Type::Service(one)) => format!("{}/{}", one.namespace, one.hostname),
+            None => String::new(),
+        };
+        let version = version.wrapping_mul(0x9E37_79B9_7F4A_7C15);
+        let resource = Resource::new(&name, &format!("{version:016x}"), &address);
+        resource.encode_to_vec().into()
     });
+    Batch::new(Kind::Address, extent, encoded.collect(), Vec::new())
+}
+
+fn put(mesh: &Mesh, batch: &Batch) -> Report {
+    let report = mesh.apply(batch);
     assert_eq!(report.rejected, []);
     report
 }
 
-fn pods() -> Vec<pb::Address> {
-    (0..WORKLOADS).map(|number| pod(number).into()).collect()
+fn pods() -> Batch {
+    push(
+        Extent::Changes,
+        (0..WORKLOADS).map(|number| pod(number).into()),
+    )
 }
 
 /// One test, so that nothing else allocates meanwhile.
@@ -109,14 +128,19 @@ fn a_workload_costs_less_than_400_bytes_and_gives_them_back() {
         network: "network-1".into(),
         cluster_id: "cluster-east-1".into(),
     });
+    let services = (0..WORKLOADS / REPLICAS).map(|number| service(number).into());
+    let (services, pods) = (push(Extent::Changes, services), pods());
+    let message: usize = pods
+        .resources()
+        .flatten()
+        .map(|one| one.encoded_len())
+        .sum();
     let empty = sys::allocated();
-    let services: Vec<pb::Address> = (0..WORKLOADS / REPLICAS)
-        .map(|number| service(number).into())
-        .collect();
-    put(&mesh, services);
+    put(&mesh, &services);
     let with_services = sys::allocated();
-    put(&mesh, pods());
-    let full = sys::allocated();
+    sys::forget_peak();
+    put(&mesh, &pods);
+    let (full, peak) = (sys::allocated(), sys::peak());
     let per_workload = (full - with_services) / WORKLOADS;
     let with_share = (full - empty) / WORKLOADS;
     println!("{per_workload} bytes per workload; {with_share} with its share of services");
@@ -125,15 +149,26 @@ fn a_workload_costs_less_than_400_bytes_and_gives_them_back() {
         with_share < 400,
         "{with_share} bytes with its share of services"
     );
+    // The message itself was allocated before and is not counted in either.
+    println!(
+        "{} bytes at the peak of {message} bytes of message",
+        peak - empty
+    );
+    assert!(
+        peak - empty < 2 * (full - empty),
+        "{} bytes at the peak, {} in the end",
+        peak - empty,
+        full - empty
+    );
 
-    assert!(!put(&mesh, pods()).is_effective());
+    assert!(!put(&mesh, &pods).is_effective());
     let repeated = sys::allocated();
     assert!(
         repeated <= full + full / 100,
         "what is repeated takes no memory: {repeated} after {full}"
     );
 
-    mesh.replace(Update::default());
+    put(&mesh, &push(Extent::Everything, std::iter::empty()));
     let after = sys::allocated();
     let kept = after.saturating_sub(empty);
     println!("{kept} bytes kept by an empty mesh that was full");
@@ -157,7 +192,17 @@ mod sys {
         ALLOCATED.load(Ordering::Relaxed)
     }
 
+    /// The most that was allocated since [`forget_peak`].
+    pub(crate) fn peak() -> usize {
+        PEAK.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn forget_peak() {
+        PEAK.store(allocated(), Ordering::Relaxed);
+    }
+
     static ALLOCATED: AtomicUsize = AtomicUsize::new(0);
+    static PEAK: AtomicUsize = AtomicUsize::new(0);
 
     #[global_allocator]
     static ALLOCATOR: Counting = Counting;
@@ -167,7 +212,9 @@ mod sys {
     // SAFETY: every call goes to the system allocator unchanged.
     unsafe impl GlobalAlloc for Counting {
         unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-            ALLOCATED.fetch_add(class(layout.size()), Ordering::Relaxed);
+            let size = class(layout.size());
+            let before = ALLOCATED.fetch_add(size, Ordering::Relaxed);
+            PEAK.fetch_max(before + size, Ordering::Relaxed);
             // SAFETY: the caller keeps the contract of `alloc`.
             unsafe { System.alloc(layout) }
         }

@@ -2,6 +2,7 @@
 //! every kind of end. What was learnt stays in force meanwhile, without limit.
 
 mod backoff;
+mod grpc;
 mod metrics;
 
 use std::{error::Error, sync::Arc, time::Duration};
@@ -70,9 +71,9 @@ pub enum OpenError {
 #[expect(missing_debug_implementations, reason = "its parts are trait objects")]
 pub struct Client {
     node: Node,
-    mode: Mode,
     connector: Arc<dyn Connect>,
     sink: Arc<dyn Sink>,
+    mode: Mode,
     demand: Demand,
     metrics: Metrics,
     synced: watch::Sender<bool>,
@@ -83,33 +84,37 @@ pub struct Client {
 }
 
 impl Client {
-    /// A client that is not connected yet.
+    /// A client that will follow everything, and is not connected yet.
     #[must_use]
     pub fn new(
         node: Node,
-        mode: Mode,
         connector: Arc<dyn Connect>,
         sink: Arc<dyn Sink>,
         metrics: Metrics,
     ) -> Self {
         Self {
             node,
-            mode,
             connector,
             sink,
+            mode: Mode::Everything,
             demand: Demand::default(),
             metrics,
             synced: watch::Sender::new(false),
-            // In on-demand mode the first response about workloads says nothing.
-            answered: [mode == Mode::OnDemand, false],
+            answered: [false; 2],
             versions_refused: false,
         }
     }
 
-    /// Asks for single resources, in on-demand mode.
+    /// Follows only the workloads and services of this node, and those that are asked for through `demand`.
     #[must_use]
-    pub fn demand(&self) -> Demand {
-        self.demand.clone()
+    pub fn on_demand(self, demand: Demand) -> Self {
+        Self {
+            mode: Mode::OnDemand,
+            demand,
+            // The first response about workloads says nothing then.
+            answered: [true, false],
+            ..self
+        }
     }
 
     /// Becomes true when the first response of each kind is in force, whether or not all of it could be used, and stays so.

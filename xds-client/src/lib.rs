@@ -6,7 +6,8 @@
 //!
 //! ```
 //! use std::sync::Arc;
-//! use xds_client::{Batch, Client, Connect, Kind, Metrics, Mode, NodeFacts, Rejected, Sink, Versions};
+//! use xds_client::{Batch, Client, Kind, Metrics, NodeFacts, Rejected, Sink, Versions};
+//! use xds_client::transport::Target;
 //!
 //! struct Printer;
 //!
@@ -20,10 +21,10 @@
 //!     }
 //! }
 //!
-//! async fn follow(connector: Arc<dyn Connect>) {
+//! async fn follow(istiod: Target) {
 //!     let node = NodeFacts::default().to_node();
 //!     let metrics = Metrics::register(&mut prometheus_client::registry::Registry::default());
-//!     let client = Client::new(node, Mode::Everything, connector, Arc::new(Printer), metrics);
+//!     let client = Client::new(node, Arc::new(istiod), Arc::new(Printer), metrics);
 //!     client.run(tokio_util::sync::CancellationToken::new()).await;
 //! }
 //! ```

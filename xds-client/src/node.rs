@@ -8,7 +8,6 @@ use crate::proto::discovery::Node;
 
 /// The facts that a node proxy tells about itself.
 #[derive(Debug, Clone, Default)]
-#[non_exhaustive]
 pub struct NodeFacts {
     /// Name of the pod that the proxy runs in.
     pub pod_name: String,

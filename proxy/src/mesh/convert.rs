@@ -68,6 +68,12 @@ pub enum Invalid {
     /// A string match without a kind that this version knows.
     #[error("{0}: a string match without a known kind")]
     StringMatch(&'static str),
+    /// A resource without content.
+    #[error("no content")]
+    NoContent,
+    /// Not the message that it should be.
+    #[error("not readable: {0}")]
+    Undecodable(#[from] prost::DecodeError),
     /// A text beyond all reason.
     #[error("{0} is too long")]
     TooLong(&'static str),
@@ -96,19 +102,16 @@ pub(super) struct Converter<'a> {
 
 impl Converter<'_> {
     /// Converts a workload or service.
-    pub(super) fn address(&mut self, address: &pb::Address) -> Result<Record, Rejection> {
-        let (name, result) = match &address.r#type {
-            Some(pb::address::Type::Workload(workload)) => (
-                workload.uid.clone(),
-                self.workload(workload).map(Arc::new).map(Record::Workload),
-            ),
-            Some(pb::address::Type::Service(service)) => (
-                format!("{}/{}", service.namespace, service.hostname),
-                self.service(service).map(Arc::new).map(Record::Service),
-            ),
-            None => (String::new(), Err(Invalid::UnknownKind)),
-        };
-        result.map_err(|reason| Rejection { name, reason })
+    pub(super) fn address(&mut self, address: &pb::Address) -> Result<Record, Invalid> {
+        match &address.r#type {
+            Some(pb::address::Type::Workload(workload)) => {
+                self.workload(workload).map(Arc::new).map(Record::Workload)
+            }
+            Some(pb::address::Type::Service(service)) => {
+                self.service(service).map(Arc::new).map(Record::Service)
+            }
+            None => Err(Invalid::UnknownKind),
+        }
     }
 
     fn gateway(

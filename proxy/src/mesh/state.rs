@@ -13,10 +13,12 @@ use hashbrown::HashMap;
 use super::{
     Policy, PortMap, Service, View, Workload,
     index::{Index, Slab},
+    origin::Origin,
 };
 use crate::config::WorkloadRef;
 use services::{Entry, PrefixLengths};
-pub(super) use write::{Change, Record};
+use workloads::Held;
+pub(super) use write::{Effects, Record, Step};
 
 type Map<K, V> = HashMap<K, V, RandomState>;
 
@@ -28,7 +30,7 @@ type Map<K, V> = HashMap<K, V, RandomState>;
 #[derive(Debug)]
 pub struct State {
     view: View,
-    workloads: Slab<Arc<Workload>>,
+    workloads: Slab<Held>,
     by_uid: Index,
     by_address: Index,
     by_hostname: Index,
@@ -40,7 +42,7 @@ pub struct State {
     by_vip: Index,
     by_cidr: Index,
     prefix_lengths: PrefixLengths,
-    policies: Map<Arc<str>, Arc<Policy>>,
+    policies: Map<Arc<str>, (Arc<Policy>, Origin)>,
     /// Policies of scope namespace by namespace, sorted by key.
     namespace_policies: Map<Arc<str>, Vec<Arc<Policy>>>,
     /// Policies of scope global, sorted by key.
@@ -119,7 +121,7 @@ impl State {
     /// The workload with this uid.
     #[must_use]
     pub fn workload(&self, uid: &str) -> Option<&Arc<Workload>> {
-        self.workloads.get(self.workload_id(uid)?)
+        self.workload_of(self.workload_id(uid)?)
     }
 
     /// The workload that owns an address. Among several: pods before other things, then those that speak HBONE, then the
@@ -158,7 +160,7 @@ impl State {
             .find(hostname)
             .filter_map(|id| self.services.get(id));
         found
-            .filter_map(|entry| entry.record.as_ref())
+            .filter_map(Entry::service)
             .find(|service| &*service.hostname == hostname && &*service.namespace == namespace)
     }
 
@@ -227,8 +229,8 @@ impl State {
         let named = named
             .iter()
             .filter_map(move |key| match self.policies.get(key) {
-                Some(policy) if applies_anyway(policy) => None,
-                Some(policy) => Some(Applicable::Policy(policy)),
+                Some((policy, _)) if applies_anyway(policy) => None,
+                Some((policy, _)) => Some(Applicable::Policy(policy)),
                 None => Some(Applicable::Missing(key)),
             });
         scoped.map(Applicable::Policy).chain(named)
@@ -237,24 +239,22 @@ impl State {
     /// The policy with this key.
     #[must_use]
     pub fn policy(&self, key: &str) -> Option<&Arc<Policy>> {
-        self.policies.get(key)
+        self.policies.get(key).map(|(policy, _)| policy)
     }
 
     /// All workloads, in no particular order.
     pub fn workloads(&self) -> impl Iterator<Item = &Arc<Workload>> {
-        self.workloads.iter()
+        self.workloads.iter().map(|held| &held.record)
     }
 
     /// All services, in no particular order.
     pub fn services(&self) -> impl Iterator<Item = &Arc<Service>> {
-        self.services
-            .iter()
-            .filter_map(|entry| entry.record.as_ref())
+        self.services.iter().filter_map(Entry::service)
     }
 
     /// All policies, in no particular order.
     pub fn policies(&self) -> impl Iterator<Item = &Arc<Policy>> {
-        self.policies.values()
+        self.policies.values().map(|(policy, _)| policy)
     }
 
     /// Keys of services that workloads name and that are not known, with the endpoints that wait for them.

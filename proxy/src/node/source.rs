@@ -6,11 +6,7 @@ use tokio_util::sync::CancellationToken;
 use xds_client::local::{self, Document, LocalFile};
 
 use super::StartError;
-use crate::{
-    config::MeshSource,
-    flow::Shared,
-    mesh::{Report, Update},
-};
+use crate::{config::MeshSource, flow::Shared, mesh::Report};
 
 /// A local description that is in force, and followed if it is a file.
 pub(super) struct MeshFile {
@@ -72,7 +68,7 @@ fn put_in_force(shared: &Shared, document: Document) {
     for rejected in &document.rejected {
         tracing::warn!(name = %rejected.name, reason = %rejected.reason, "a record of the mesh file is not usable");
     }
-    let report = shared.mesh.replace(Update::from(document));
+    let report = shared.mesh.load(&document);
     for rejection in &report.rejected {
         tracing::warn!(name = %rejection.name, reason = %rejection.reason, "a resource of the mesh file is refused");
     }

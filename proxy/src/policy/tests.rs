@@ -2,12 +2,12 @@ use std::sync::Arc;
 
 use proptest::prelude::*;
 use xds_client::{
-    local::NamedPolicy,
+    local::{Document, NamedPolicy},
     proto::{security as wire, workload},
 };
 
 use super::{Connection, Verdict, authorize};
-use crate::mesh::{Mesh, Update, View, Workload};
+use crate::mesh::{Mesh, View, Workload};
 
 /// A mesh with one workload, `default/web` at 10.0.0.2, which names the policies in `named`.
 struct World {
@@ -34,7 +34,7 @@ impl World {
             name: format!("{}/{}", policy.namespace, policy.name),
             policy,
         };
-        let report = mesh.apply(Update {
+        let report = mesh.load(&Document {
             addresses: vec![workload::Address {
                 r#type: Some(workload::address::Type::Workload(web)),
             }],

@@ -3,11 +3,15 @@
 
 use std::{net::IpAddr, sync::Arc};
 
+use prost::Message;
 use rand::{SeedableRng, rngs::SmallRng};
-use xds_client::proto::workload as wire;
+use xds_client::{
+    Batch, Extent, Kind,
+    proto::{discovery::Resource, workload as wire},
+};
 
 use super::{LoopGuard, Outbound, OutboundQuery, Via, outbound};
-use crate::mesh::{Mesh, Update, View, Workload};
+use crate::mesh::{Mesh, View, Workload};
 
 /// A mesh, seen from the pod `client` (10.0.0.1, namespace `default`) on network `net`.
 pub(super) struct World {
@@ -45,10 +49,14 @@ impl World {
         let addresses = services
             .chain(workloads)
             .map(|kind| wire::Address { r#type: Some(kind) });
-        let report = self.mesh.apply(Update {
-            addresses: addresses.collect(),
-            ..Default::default()
-        });
+        let encoded = addresses.map(|one| Resource::new("", "", &one).encode_to_vec().into());
+        let batch = Batch::new(
+            Kind::Address,
+            Extent::Changes,
+            encoded.collect(),
+            Vec::new(),
+        );
+        let report = self.mesh.apply(&batch);
         assert!(report.rejected.is_empty(), "{report:?}");
     }
 

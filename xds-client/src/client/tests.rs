@@ -96,7 +96,7 @@ fn start(mode: Mode) -> Bench {
         attempts,
         sink,
         synced: client.synced(),
-        demand: client.demand(),
+        demand,
         registry,
         running: {
             let run = client.run(stop.clone());

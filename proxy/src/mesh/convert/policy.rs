@@ -3,33 +3,25 @@
 use std::sync::Arc;
 
 use ipnet::IpNet;
-use xds_client::{local::NamedPolicy, proto::security as pb};
+use xds_client::proto::security as pb;
 
-use super::{Converter, Invalid, Rejection, known, port, range};
+use super::{Converter, Invalid, known, port, range};
 use crate::mesh::{
     Action, Clause, Condition, Match, Policy, PolicyScope, Rule, ServiceAccount, StringMatch,
     state::Record,
 };
 
 impl Converter<'_> {
-    /// Converts a policy.
-    pub(in crate::mesh) fn named_policy(
+    /// Converts a policy; workloads refer to it by `key`.
+    pub(in crate::mesh) fn policy(
         &mut self,
-        given: &NamedPolicy,
-    ) -> Result<Record, Rejection> {
-        let policy = self.policy(given).map(Arc::new);
-        policy.map(Record::Policy).map_err(|reason| Rejection {
-            name: given.name.clone(),
-            reason,
-        })
-    }
-
-    fn policy(&mut self, given: &NamedPolicy) -> Result<Policy, Invalid> {
-        let NamedPolicy { name: key, policy } = given;
+        key: &str,
+        policy: &pb::Authorization,
+    ) -> Result<Record, Invalid> {
         if key.is_empty() {
             return Err(Invalid::Empty("name"));
         }
-        Ok(Policy {
+        let policy = Policy {
             key: self.pool.string(key),
             name: self.pool.string(&policy.name),
             namespace: self.pool.string(&policy.namespace),
@@ -44,7 +36,8 @@ impl Converter<'_> {
             },
             dry_run: policy.dry_run,
             rules: all(&policy.rules, rule)?,
-        })
+        };
+        Ok(Record::Policy(Arc::new(policy)))
     }
 }
 

@@ -55,7 +55,7 @@ fn authorization(
     };
     edit(&mut given.policy);
     let mut pool = Pool::default();
-    let converted = Converter { pool: &mut pool }.named_policy(&given);
+    let converted = Converter { pool: &mut pool }.policy(&given.name, &given.policy);
     let record = converted.map_err(|rejection| rejection.to_string())?;
     match record {
         Record::Policy(policy) => Ok(policy),

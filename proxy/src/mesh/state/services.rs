@@ -5,7 +5,7 @@ use std::{cmp::Reverse, collections::BTreeMap, net::IpAddr, sync::Arc};
 use ipnet::IpNet;
 
 use super::{Endpoint, State};
-use crate::mesh::Service;
+use crate::mesh::{Service, origin::Origin};
 
 /// What is known under a service key.
 #[derive(Debug)]
@@ -13,9 +13,15 @@ pub(super) struct Entry {
     /// `namespace/hostname`.
     pub(super) key: Arc<str>,
     /// Absent while only workloads have named it.
-    pub(super) record: Option<Arc<Service>>,
+    pub(super) record: Option<(Arc<Service>, Origin)>,
     /// Ids of the workloads that name it, sorted.
     pub(super) endpoints: Vec<u32>,
+}
+
+impl Entry {
+    pub(super) fn service(&self) -> Option<&Arc<Service>> {
+        self.record.as_ref().map(|(service, _)| service)
+    }
 }
 
 impl State {
@@ -27,7 +33,7 @@ impl State {
     }
 
     pub(super) fn service_by_key(&self, key: &str) -> Option<&Arc<Service>> {
-        self.services.get(self.service_id(key)?)?.record.as_ref()
+        self.services.get(self.service_id(key)?)?.service()
     }
 
     pub(super) fn service_at_vip(
@@ -71,7 +77,7 @@ impl State {
         matches: impl Fn(&Service) -> Option<M>,
     ) -> Option<&Arc<Service>> {
         candidates
-            .filter_map(|id| self.services.get(id)?.record.as_ref())
+            .filter_map(|id| self.services.get(id)?.service())
             .filter(|service| service.visible_to(client_namespace))
             .filter_map(|service| {
                 let own = client_namespace == Some(&*service.namespace);
@@ -92,7 +98,7 @@ impl State {
         entry: &'a Entry,
     ) -> impl Iterator<Item = Endpoint<'a>> {
         entry.endpoints.iter().filter_map(|id| {
-            let workload = self.workloads.get(*id)?;
+            let workload = self.workload_of(*id)?;
             let link = workload
                 .links()
                 .iter()
@@ -105,9 +111,15 @@ impl State {
     }
 
     /// Inserts or replaces a service; returns the one replaced.
-    pub(super) fn put_service(&mut self, new: &Arc<Service>) -> Option<Arc<Service>> {
+    pub(super) fn put_service(
+        &mut self,
+        new: &Arc<Service>,
+        origin: Origin,
+    ) -> Option<Arc<Service>> {
         let id = self.entry(&new.key);
-        let old = self.services.get_mut(id)?.record.replace(Arc::clone(new));
+        let record = &mut self.services.get_mut(id)?.record;
+        let old = record.replace((Arc::clone(new), origin));
+        let old = old.map(|(old, _)| old);
         self.index_service(id, old.as_deref(), Some(new));
         old
     }
@@ -115,7 +127,7 @@ impl State {
     /// The endpoints stay: workloads declare them, and go on to do so when the service returns.
     pub(super) fn drop_service(&mut self, key: &str) -> Option<Arc<Service>> {
         let id = self.service_id(key)?;
-        let old = self.services.get_mut(id)?.record.take()?;
+        let (old, _) = self.services.get_mut(id)?.record.take()?;
         self.index_service(id, Some(&old), None);
         self.drop_if_unused(id);
         Some(old)

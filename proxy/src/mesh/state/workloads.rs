@@ -3,12 +3,23 @@
 use std::{net::IpAddr, sync::Arc};
 
 use super::State;
-use crate::mesh::Workload;
+use crate::mesh::{Workload, origin::Origin};
+
+/// A workload and where it came from.
+#[derive(Debug)]
+pub(super) struct Held {
+    pub(super) record: Arc<Workload>,
+    pub(super) origin: Origin,
+}
 
 impl State {
+    pub(super) fn workload_of(&self, id: u32) -> Option<&Arc<Workload>> {
+        self.workloads.get(id).map(|held| &held.record)
+    }
+
     pub(super) fn workload_id(&self, uid: &str) -> Option<u32> {
         self.by_uid.find(uid).find(|id| {
-            let workload = self.workloads.get(*id);
+            let workload = self.workload_of(*id);
             workload.is_some_and(|workload| workload.uid() == uid)
         })
     }
@@ -21,7 +32,7 @@ impl State {
     ) -> Option<&Arc<Workload>> {
         let mut best: Option<(&Arc<Workload>, u32)> = None;
         for id in candidates {
-            let Some(workload) = self.workloads.get(id).filter(|found| matches(found)) else {
+            let Some(workload) = self.workload_of(id).filter(|found| matches(found)) else {
                 continue;
             };
             let precedence = |workload: &Workload, id| (workload.rank(), self.workloads.since(id));
@@ -34,14 +45,20 @@ impl State {
     }
 
     /// Inserts or replaces a workload; returns the one replaced.
-    pub(super) fn put_workload(&mut self, new: &Arc<Workload>) -> Option<Arc<Workload>> {
+    pub(super) fn put_workload(
+        &mut self,
+        new: &Arc<Workload>,
+        origin: Origin,
+    ) -> Option<Arc<Workload>> {
+        let record = Arc::clone(new);
+        let held = Held { record, origin };
         let Some(id) = self.workload_id(new.uid()) else {
-            let id = self.workloads.insert(Arc::clone(new));
+            let id = self.workloads.insert(held);
             self.by_uid.insert(new.uid(), id);
             self.index_workload(id, None, Some(new));
             return None;
         };
-        let old = std::mem::replace(self.workloads.get_mut(id)?, Arc::clone(new));
+        let Held { record: old, .. } = std::mem::replace(self.workloads.get_mut(id)?, held);
         self.index_workload(id, Some(&old), Some(new));
         Some(old)
     }
@@ -49,7 +66,7 @@ impl State {
     pub(super) fn drop_workload(&mut self, uid: &str) -> Option<Arc<Workload>> {
         let id = self.workload_id(uid)?;
         self.by_uid.remove(uid, id);
-        let old = self.workloads.remove(id)?;
+        let Held { record: old, .. } = self.workloads.remove(id)?;
         self.index_workload(id, Some(&old), None);
         Some(old)
     }

@@ -1,10 +1,69 @@
 //! Resources for tests.
 
-use std::net::IpAddr;
+use std::{
+    hash::{DefaultHasher, Hash, Hasher},
+    net::IpAddr,
+};
 
-use xds_client::proto::{security, workload as pb};
+use bytes::Bytes;
+use prost::Message;
+use xds_client::{
+    Batch, Extent, Kind,
+    local::NamedPolicy,
+    proto::{discovery::Resource, security, workload as pb},
+};
 
-use crate::mesh::{Mesh, NamedPolicy, Report, Update, View};
+use crate::mesh::{Mesh, Report, View};
+
+/// Resources and removals of both kinds, as a control plane tells them in two responses.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Update {
+    pub(super) addresses: Vec<pb::Address>,
+    pub(super) policies: Vec<NamedPolicy>,
+    pub(super) removed_addresses: Vec<String>,
+    pub(super) removed_policies: Vec<String>,
+}
+
+/// Applies an update; all counts of the report are sums.
+pub(super) fn apply(mesh: &Mesh, extent: Extent, update: Update) -> Report {
+    let policies = update.policies.iter();
+    let policies = policies
+        .map(|one| encoded(&one.name, "", &one.policy))
+        .collect();
+    let policies = Batch::new(
+        Kind::Authorization,
+        extent,
+        policies,
+        update.removed_policies,
+    );
+    let mut report = mesh.apply(&addresses(
+        extent,
+        update.addresses,
+        update.removed_addresses,
+    ));
+    let more = mesh.apply(&policies);
+    report.rejected.extend(more.rejected);
+    report.policies = more.policies;
+    report
+}
+
+fn addresses(extent: Extent, told: Vec<pb::Address>, removed: Vec<String>) -> Batch {
+    let told = told.iter().map(|address| {
+        let name = match address.r#type.as_ref() {
+            Some(pb::address::Type::Workload(workload)) => workload.uid.clone(),
+            Some(pb::address::Type::Service(one)) => format!("{}/{}", one.namespace, one.hostname),
+            None => String::new(),
+        };
+        let mut hasher = DefaultHasher::new();
+        format!("{address:?}").hash(&mut hasher);
+        encoded(&name, &format!("{:016x}", hasher.finish()), address)
+    });
+    Batch::new(Kind::Address, extent, told.collect(), removed)
+}
+
+fn encoded(name: &str, version: &str, content: &impl Message) -> Bytes {
+    Resource::new(name, version, content).encode_to_vec().into()
+}
 
 pub(super) fn mesh() -> Mesh {
     Mesh::new(View {
@@ -78,17 +137,19 @@ pub(super) fn policy(key: &str, scope: security::Scope) -> NamedPolicy {
 }
 
 pub(super) fn put(mesh: &Mesh, addresses: impl IntoIterator<Item = pb::Address>) -> Report {
-    mesh.apply(Update {
+    let update = Update {
         addresses: addresses.into_iter().collect(),
         ..Update::default()
-    })
+    };
+    apply(mesh, Extent::Changes, update)
 }
 
 pub(super) fn remove(mesh: &Mesh, name: &str) -> Report {
-    mesh.apply(Update {
+    let update = Update {
         removed_addresses: vec![name.into()],
         ..Update::default()
-    })
+    };
+    apply(mesh, Extent::Changes, update)
 }
 
 pub(super) fn port_list(ports: &[(u32, u32)]) -> Vec<pb::Port> {

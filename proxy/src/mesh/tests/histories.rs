@@ -3,7 +3,10 @@
 use std::{collections::BTreeMap, fmt::Debug, net::IpAddr, sync::Arc};
 
 use proptest::{collection::vec, prelude::*, sample::select};
-use xds_client::proto::{security, workload as pb};
+use xds_client::{
+    local::NamedPolicy,
+    proto::{security, workload as pb},
+};
 
 use super::{super::*, fixture::*, key, uid};
 use crate::config::WorkloadRef;
@@ -32,7 +35,7 @@ enum Step {
     RemovePolicy(String),
 }
 
-type Batch = (Extent, Vec<Step>);
+type Push = (Extent, Vec<Step>);
 
 fn services() -> impl Strategy<Value = pb::Service> {
     let address = (
@@ -126,12 +129,12 @@ fn steps() -> impl Strategy<Value = Step> {
     ]
 }
 
-fn histories() -> impl Strategy<Value = Vec<Batch>> {
-    let extent = prop_oneof![9 => Just(Extent::Delta), 1 => Just(Extent::Full)];
+fn histories() -> impl Strategy<Value = Vec<Push>> {
+    let extent = prop_oneof![9 => Just(Extent::Changes), 1 => Just(Extent::Everything)];
     let batch = (extent, vec(steps(), 0..8)).prop_map(|(extent, mut steps)| {
         let is_removal =
             |step: &Step| matches!(step, Step::RemoveAddress(_) | Step::RemovePolicy(_));
-        steps.retain(|step| extent == Extent::Delta || !is_removal(step));
+        steps.retain(|step| extent == Extent::Changes || !is_removal(step));
         (extent, steps)
     });
     vec(batch, 0..12)
@@ -168,8 +171,8 @@ fn is_valid(workload: &pb::Workload) -> bool {
 }
 
 impl Model {
-    fn run(&mut self, (extent, steps): &Batch) {
-        if *extent == Extent::Full {
+    fn run(&mut self, (extent, steps): &Push) {
+        if *extent == Extent::Everything {
             let named = |uid: &str| {
                 steps
                     .iter()
@@ -189,14 +192,12 @@ impl Model {
             };
             self.policies.retain(|key, _| named(key));
         }
-        for (index, step) in steps.iter().enumerate() {
+        for step in steps {
             match step {
                 Step::Workload(new) if is_valid(new) => {
-                    let later = |s: &Step| matches!(s, Step::Workload(w) if w.uid == new.uid && is_valid(w));
                     let held = self.workloads.iter_mut().find(|held| held.uid == new.uid);
                     match held {
                         Some(held) => held.clone_from(new),
-                        None if steps[index + 1..].iter().any(later) => {}
                         None => self.workloads.push((**new).clone()),
                     }
                 }
@@ -520,21 +521,19 @@ proptest! {
             let before = Answers::of(&mesh.read());
             let generation = *mesh.changes().borrow();
             let (extent, steps) = batch;
-            let report = match extent {
-                Extent::Delta => mesh.apply(update(steps)),
-                Extent::Full => mesh.replace(update(steps)),
-            };
+            let report = apply(&mesh, extent, update(steps));
             let after = Answers::of(&mesh.read());
             prop_assert!(report.is_effective() || before == after);
             prop_assert_eq!(*mesh.changes().borrow() > generation, report.is_effective());
             prop_assert_eq!(after, model.answers());
         }
         let loaded = super::fixture::mesh();
-        loaded.apply(model.everything());
+        apply(&loaded, Extent::Changes, model.everything());
         prop_assert_eq!(Answers::of(&loaded.read()), model.answers());
         prop_assert_eq!(loaded.read().counts(), mesh.read().counts());
-        prop_assert!(!mesh.replace(model.everything()).is_effective(), "it is all there");
-        mesh.replace(Update::default());
+        let again = apply(&mesh, Extent::Everything, model.everything());
+        prop_assert!(!again.is_effective(), "it is all there");
+        apply(&mesh, Extent::Everything, Update::default());
         prop_assert_eq!(mesh.read().counts(), Counts::default());
         prop_assert!(mesh.read().is_bare(), "an index kept an entry: {:?}", *mesh.read());
         prop_assert_eq!(mesh.shared.pool.lock().held_after_sweep(), 0);
