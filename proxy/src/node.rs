@@ -4,8 +4,10 @@
 //! data workers; mesh state, certificates, the CNI agent and metrics on one control thread.
 
 mod available;
+mod control_plane;
 mod error;
 mod launch;
+mod mesh_metrics;
 mod parts;
 mod source;
 mod tasks;
@@ -72,13 +74,19 @@ async fn serve(config: &Config, log: &LogGuard, data: &Handle) -> Result<(), Sta
     let shared = Arc::new(parts::shared(config, &mut registry)?);
     start.certificates(&shared);
     start.trimming(&shared);
-    start.mesh(&shared).await?;
-    state_known.ready();
-    start.capture(&shared, captured, &mut registry)?;
+    let known = start.mesh(&shared, &mut registry).await?;
+    let pods = captured.map(|task| (task, PodMetrics::register(&mut registry)));
     start.stats(registry)?;
     wired.ready();
 
-    start.wait_and_stop(&mut signals).await
+    // Nothing is captured before the node knows the mesh: traffic would be taken for what it is not.
+    if start.reaches(known, &mut signals).await? {
+        state_known.ready();
+        start.capture(&shared, pods)?;
+        start.runs(&mut signals).await?;
+    }
+    start.stop(&mut signals).await;
+    Ok(())
 }
 
 /// The proxy as it starts, runs and stops.
@@ -131,26 +139,42 @@ impl<'a> Start<'a> {
         self.here(CERTIFICATES, async move { agent.run(stop).await });
     }
 
-    async fn mesh(&mut self, shared: &Arc<Shared>) -> Result<(), StartError> {
-        if let Some(local) = &self.config.control.local {
+    /// Starts the sources of mesh state. What it returns ends once there is enough of it to begin with.
+    async fn mesh(
+        &mut self,
+        shared: &Arc<Shared>,
+        registry: &mut Registry,
+    ) -> Result<impl Future<Output = ()> + use<>, StartError> {
+        mesh_metrics::register(&shared.mesh, registry);
+        let control = &self.config.control;
+        if let Some(local) = &control.local {
             let file = MeshFile::load(local, shared).await?;
             let following = file.follow(self.background.clone());
             self.here(MESH_FILE, following);
         }
-        Ok(())
+        let synced = control.xds.as_ref().map(|address| {
+            let client = control_plane::client(self.config, address, shared, registry);
+            let synced = client.synced();
+            self.here(CONTROL_PLANE, client.run(self.background.clone()));
+            synced
+        });
+        Ok(async move {
+            if let Some(mut synced) = synced {
+                // The client outlives whoever waits here.
+                let _synced = synced.wait_for(|synced| *synced).await;
+            }
+        })
     }
 
     /// Serves the pods of this node, or the one workload of dedicated mode, and the proxy's own pod.
     fn capture(
         &mut self,
         shared: &Arc<Shared>,
-        captured: Option<ReadinessTask>,
-        registry: &mut Registry,
+        pods: Option<(ReadinessTask, PodMetrics)>,
     ) -> Result<(), StartError> {
         let config = self.config;
-        match (&config.capture.mode, captured) {
-            (ProxyMode::Shared, Some(captured)) => {
-                let metrics = PodMetrics::register(registry);
+        match (&config.capture.mode, pods) {
+            (ProxyMode::Shared, Some((captured, metrics))) => {
                 let launcher = Arc::new(Launcher::new(Arc::clone(shared)));
                 let pods = Pods::new(self.pod_settings(), launcher, metrics, captured);
                 let following = pods.run(self.stop.clone());
@@ -196,13 +220,29 @@ impl<'a> Start<'a> {
             .map_err(|source| StartError::Bind { port, source })
     }
 
-    /// Waits for a signal, or for a task that must not end; then stops everything in order.
-    async fn wait_and_stop(mut self, signals: &mut Signals) -> Result<(), StartError> {
-        let deadline = self.config.drain.deadline;
-        let ended = tokio::select! {
+    /// Waits until `known` ends. `false` if a signal came first.
+    async fn reaches(
+        &mut self,
+        known: impl Future<Output = ()>,
+        signals: &mut Signals,
+    ) -> Result<bool, StartError> {
+        tokio::select! {
+            () = known => Ok(true),
+            ended = self.runs(signals) => ended.map(|()| false),
+        }
+    }
+
+    /// Waits for a signal, or for a task that must not end.
+    async fn runs(&mut self, signals: &mut Signals) -> Result<(), StartError> {
+        tokio::select! {
             () = signals.asked() => Ok(()),
             name = self.tasks.next_ended() => Err(StartError::Ended(name)),
-        };
+        }
+    }
+
+    /// Stops everything in order.
+    async fn stop(mut self, signals: &mut Signals) {
+        let deadline = self.config.drain.deadline;
         tracing::info!(
             ?deadline,
             "stopping: nothing new is accepted, open connections may finish"
@@ -210,7 +250,7 @@ impl<'a> Start<'a> {
         self.stop.accept.cancel();
         let serving = self
             .tasks
-            .finished_but(&[CERTIFICATES, MESH_FILE, TRIMMING]);
+            .finished_but(&[CERTIFICATES, CONTROL_PLANE, MESH_FILE, TRIMMING]);
         tokio::select! {
             _ = timeout(deadline + LAST_WORK, serving) => {}
             () = signals.interrupted_again() => {}
@@ -219,7 +259,6 @@ impl<'a> Start<'a> {
         self.background.cancel();
         let _ = timeout(LAST_WORK, self.tasks.finished_but(&[])).await;
         self.tasks.abort().await;
-        ended
     }
 }
 
@@ -261,6 +300,7 @@ impl Signals {
 }
 
 const CERTIFICATES: &str = "certificates";
+const CONTROL_PLANE: &str = "control plane";
 const MESH_FILE: &str = "mesh file";
 const TRIMMING: &str = "buffers";
 /// How often unused buffers are let go.

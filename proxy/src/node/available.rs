@@ -9,9 +9,6 @@ use crate::config::{CertificateSource, ControlPlane};
 /// [`StartError::NotAvailable`] names each missing part and the variables that do without it.
 pub fn check_available(control: &ControlPlane) -> Result<(), StartError> {
     let mut missing = Vec::new();
-    if control.xds.is_some() {
-        missing.push(NO_XDS);
-    }
     if let CertificateSource::Istio(_) = control.certificates {
         missing.push(NO_CA);
     }
@@ -22,8 +19,6 @@ pub fn check_available(control: &ControlPlane) -> Result<(), StartError> {
     }
 }
 
-const NO_XDS: &str = "mesh state from a control plane (xDS) is not available in this version; \
-     set XDS_ADDRESS= (empty) and LOCAL_XDS_PATH=<file> to take it from a file";
 const NO_CA: &str = "certificates from istiod are not available in this version; \
      set FAKE_CA=true to sign them in this process (for tests and demonstrations: give several \
      nodes the same FAKE_CA_ROOT_CERT and FAKE_CA_ROOT_KEY)";
@@ -60,32 +55,17 @@ mod tests {
     const IN_PROCESS: CertificateSource = CertificateSource::InProcess { root: None };
 
     #[test]
-    fn names_every_missing_part_and_the_way_around() {
+    fn names_what_is_missing_and_the_way_around() {
         let both = control(Some(address()), CertificateSource::Istio(address()));
         let text = check_available(&both).unwrap_err().to_string();
-        for part in [
-            "xDS",
-            "XDS_ADDRESS=",
-            "LOCAL_XDS_PATH",
-            "istiod",
-            "FAKE_CA=true",
-        ] {
+        for part in ["istiod", "FAKE_CA=true"] {
             assert!(text.contains(part), "{part} in {text}");
         }
     }
 
     #[test]
-    fn names_no_part_that_is_there() {
-        let only_xds = control(Some(address()), IN_PROCESS);
-        let text = check_available(&only_xds).unwrap_err().to_string();
-        assert!(
-            text.contains("XDS_ADDRESS") && !text.contains("FAKE_CA"),
-            "{text}"
-        );
-    }
-
-    #[test]
-    fn is_content_with_a_file_and_the_own_ca() {
+    fn is_content_with_the_own_ca() {
         check_available(&control(None, IN_PROCESS)).unwrap();
+        check_available(&control(Some(address()), IN_PROCESS)).unwrap();
     }
 }

@@ -72,18 +72,17 @@ fn put_in_force(shared: &Shared, document: Document) {
     for rejection in &report.rejected {
         tracing::warn!(name = %rejection.name, reason = %rejection.reason, "a resource of the mesh file is refused");
     }
-    let Report {
-        workloads,
-        services,
-        policies,
-        ..
-    } = report;
     tracing::info!(
-        workloads,
-        services,
-        policies,
+        workloads = report.workloads,
+        services = report.services,
+        policies = report.policies,
         "mesh file loaded: changed resources"
     );
+    follow_identities(shared, &report);
+}
+
+/// Asks for the certificates that this node needs now, and lets go of those that it needs no longer.
+pub(super) fn follow_identities(shared: &Shared, report: &Report) {
     for identity in &report.identities_appeared {
         shared.agent.prefetch(identity);
     }
