@@ -51,7 +51,9 @@ impl TlsOptions {
         }
     }
 
-    fn tls12_enabled(&self) -> bool {
+    /// Whether TLS 1.2 is spoken, too: never beside a demand for post-quantum groups, which it does not have.
+    #[must_use]
+    pub fn tls12_enabled(&self) -> bool {
         self.tls12 && !self.pqc_only
     }
 }

@@ -80,13 +80,17 @@ async fn serve(config: &Config, log: &LogGuard, data: &Handle) -> Result<(), Sta
     wired.ready();
 
     // Nothing is captured before the node knows the mesh: traffic would be taken for what it is not.
-    if start.reaches(known, &mut signals).await? {
-        state_known.ready();
-        start.capture(&shared, pods)?;
-        start.runs(&mut signals).await?;
-    }
+    let ended = async {
+        if start.reaches(known, &mut signals).await? {
+            state_known.ready();
+            start.capture(&shared, pods)?;
+            start.runs(&mut signals).await?;
+        }
+        Ok(())
+    };
+    let ended = ended.await;
     start.stop(&mut signals).await;
-    Ok(())
+    ended
 }
 
 /// The proxy as it starts, runs and stops.

@@ -8,7 +8,7 @@ use xds_client::{
     transport::{Roots, Target, TlsVersions, Token},
 };
 
-use super::source;
+use super::{parts, source};
 use crate::{
     config::{Address, AuthToken, Config, Identity, RootSource},
     flow::Shared,
@@ -58,7 +58,9 @@ fn target(config: &Config, address: &Address) -> Target {
             .headers
             .append(header.name.clone(), header.value.clone());
     }
-    if config.tls.tls12 {
+    let tls = parts::tls_options(config);
+    target.crypto = tls.provider();
+    if tls.tls12_enabled() {
         target.versions = TlsVersions::From12;
     }
     target

@@ -52,14 +52,19 @@ fn agent(config: &Config) -> Result<Agent, StartError> {
         "FAKE_CA is on: certificates are signed inside this process, and whoever can read the \
          root's key can become any workload; for tests and demonstrations only"
     );
+    let mut options = AgentOptions::default();
+    options.tls = tls_options(config);
+    let ca = ca.with_lifetime(config.control.secret_ttl);
+    Ok(Agent::new(Arc::new(CsrSource::new(ca)), options))
+}
+
+/// How TLS is spoken, with peers and with the control plane.
+pub(super) fn tls_options(config: &Config) -> TlsOptions {
     let mut tls = TlsOptions::default();
     tls.tls12 = config.tls.tls12;
     tls.pqc_only = config.tls.pqc == PqcPolicy::Required;
     tls.trust_domains = Arc::clone(&config.tls.trust_domains);
-    let mut options = AgentOptions::default();
-    options.tls = tls;
-    let ca = ca.with_lifetime(config.control.secret_ttl);
-    Ok(Agent::new(Arc::new(CsrSource::new(ca)), options))
+    tls
 }
 
 fn read(path: &Path) -> Result<String, StartError> {

@@ -28,7 +28,7 @@ impl MeshFile {
                 (Some(file), document)
             }
         };
-        put_in_force(shared, document);
+        put_in_force(shared, &document);
         Ok(Self {
             file,
             shared: Arc::clone(shared),
@@ -45,7 +45,7 @@ impl MeshFile {
             };
             loop {
                 match file.changed().await {
-                    Ok(document) => put_in_force(&shared, document),
+                    Ok(document) => put_in_force(&shared, &document),
                     Err(error) => {
                         let error = &error as &dyn std::error::Error;
                         tracing::error!(
@@ -64,11 +64,11 @@ impl MeshFile {
 }
 
 /// Makes the mesh what `document` says, and asks for the certificates it needs.
-fn put_in_force(shared: &Shared, document: Document) {
+fn put_in_force(shared: &Shared, document: &Document) {
     for rejected in &document.rejected {
         tracing::warn!(name = %rejected.name, reason = %rejected.reason, "a record of the mesh file is not usable");
     }
-    let report = shared.mesh.load(&document);
+    let report = shared.mesh.load(document);
     for rejection in &report.rejected {
         tracing::warn!(name = %rejection.name, reason = %rejection.reason, "a resource of the mesh file is refused");
     }

@@ -84,13 +84,12 @@ fn start(mode: Mode) -> Bench {
     let mut registry = Registry::default();
     let metrics = Metrics::register(&mut registry);
     let script = Arc::new(Script(attempts_tx));
-    let client = Client::new(
-        Node::default(),
-        mode,
-        script,
-        Arc::clone(&sink) as _,
-        metrics,
-    );
+    let demand = Demand::default();
+    let client = Client::new(Node::default(), script, Arc::clone(&sink) as _, metrics);
+    let client = match mode {
+        Mode::Everything => client,
+        Mode::OnDemand => client.on_demand(demand.clone()),
+    };
     let stop = CancellationToken::new();
     Bench {
         attempts,

@@ -38,7 +38,7 @@ pub(super) fn apply(mesh: &Mesh, extent: Extent, update: Update) -> Report {
     );
     let mut report = mesh.apply(&addresses(
         extent,
-        update.addresses,
+        &update.addresses,
         update.removed_addresses,
     ));
     let more = mesh.apply(&policies);
@@ -47,7 +47,7 @@ pub(super) fn apply(mesh: &Mesh, extent: Extent, update: Update) -> Report {
     report
 }
 
-fn addresses(extent: Extent, told: Vec<pb::Address>, removed: Vec<String>) -> Batch {
+fn addresses(extent: Extent, told: &[pb::Address], removed: Vec<String>) -> Batch {
     let told = told.iter().map(|address| {
         let name = match address.r#type.as_ref() {
             Some(pb::address::Type::Workload(workload)) => workload.uid.clone(),
