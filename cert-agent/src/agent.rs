@@ -3,7 +3,7 @@
 pub(crate) mod entry;
 pub(crate) mod snapshot;
 
-use std::{collections::HashMap, error::Error, fmt, sync::Arc, time::Duration};
+use std::{collections::HashMap, fmt, sync::Arc, time::Duration};
 
 use parking_lot::RwLock;
 use tokio::{
@@ -13,7 +13,10 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
-use crate::{Clock, ObtainError, SanRule, Source, SpiffeId, Svid, TlsOptions, svid::TlsContext};
+use crate::{
+    Clock, ObtainError, SanRule, Source, SpiffeId, Svid, TlsOptions, error_text::chain_text,
+    svid::TlsContext,
+};
 use entry::{Entry, Jitter, Now};
 use snapshot::IdentityStatus;
 
@@ -348,18 +351,6 @@ pub enum SvidError {
     /// The last workload of the identity has left.
     #[error("no certificate for {0}: the identity is no longer needed")]
     Forgotten(SpiffeId),
-}
-
-/// An error and its causes as one line.
-fn chain_text(error: &dyn Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        text.push_str(": ");
-        text.push_str(&error.to_string());
-        cause = error.source();
-    }
-    text
 }
 
 /// How often the wall clock is looked at, at least.

@@ -36,8 +36,10 @@
 mod agent;
 mod check;
 mod clock;
+mod error_text;
 mod id;
 mod in_process;
+pub mod istio;
 mod key;
 mod source;
 mod svid;
