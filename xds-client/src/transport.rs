@@ -16,7 +16,9 @@ pub use error::{ConnectError, Step, TokenError};
 use std::{fmt, path::PathBuf, sync::Arc, time::Duration};
 
 use http::{HeaderMap, HeaderValue, Uri, header::AUTHORIZATION};
+use parking_lot::Mutex;
 use rustls::{
+    RootCertStore,
     crypto::{CryptoProvider, aws_lc_rs},
     pki_types::ServerName,
 };
@@ -49,7 +51,12 @@ pub struct Target {
     pub versions: TlsVersions,
     /// Cipher suites and groups; default all that aws-lc-rs has.
     pub crypto: Arc<CryptoProvider>,
+    /// How often HTTP/2 pings go out while a request is open; default 30 s, `None` for never. istiod ends connections that
+    /// are pinged more often than every 15 s, istio-csr those more often than every 5 min.
+    pub ping_interval: Option<Duration>,
     watch: FileWatch,
+    /// The last usable content of a file of trust roots.
+    usable: Mutex<Option<RootCertStore>>,
 }
 
 /// Where the trust roots of a server come from.
@@ -98,16 +105,20 @@ impl Target {
             headers: HeaderMap::new(),
             versions: TlsVersions::default(),
             crypto: Arc::new(aws_lc_rs::default_provider()),
+            ping_interval: Some(PING_INTERVAL),
             watch: FileWatch::default(),
+            usable: Mutex::default(),
         }
     }
 
     /// Makes a new connection: TCP within 5 s, and within 10 s in all the name lookup, TLS and the first word of the server
     /// in HTTP/2. The server is never asked to trust a certificate of ours.
     ///
-    /// The channel stands for this one connection: once that ended, each request fails. HTTP/2 pings go
-    /// out every 30 s while a request is open, and end the connection if they are not answered within 10 s. Dropping
-    /// the channel and its requests closes the connection.
+    /// The channel stands for this one connection: once that ended, each request fails. HTTP/2 pings go out while a request
+    /// is open, and end the connection if they are not answered within 10 s. Dropping the channel and its requests closes
+    /// the connection.
+    ///
+    /// A file of trust roots that has become unusable does not take effect: the roots that it held before stay in force.
     ///
     /// # Errors
     /// [`ConnectError`], which names the server.
@@ -154,6 +165,17 @@ impl Target {
         }
     }
 
+    /// Whether [`Target::connect`] would find the trust roots that it found last, or failed to find.
+    ///
+    /// # Cancel safety
+    /// Nothing is lost.
+    pub async fn is_current(&self) -> bool {
+        match &self.roots {
+            Roots::File(path) => self.watch.is_told(path).await,
+            Roots::System | Roots::Pem(_) => true,
+        }
+    }
+
     /// [`Target::connect`] over any transport that `dial` gives.
     async fn connect_over<S>(
         &self,
@@ -167,15 +189,36 @@ impl Target {
             end: Instant::now() + CONNECT_LIMIT,
         };
         // First, so that a later change of the roots is seen as one, whatever fails next.
-        let roots = self.roots.load(&self.watch);
-        let roots = limits.step(Step::Roots, roots).await?;
+        let roots = limits.step(Step::Roots, self.load_roots()).await?;
         let name = self.server_name()?;
         let tls = tls::client_config(self, roots)?;
         let stream = limits.step(Step::Tcp, dial).await?;
         let stream = tls::handshake(self, tls, name, stream);
         let stream = limits.step(Step::Tls, stream).await?;
-        let channel = channel::over(stream, &self.uri);
+        let channel = channel::over(stream, self);
         limits.step(Step::Http2, channel).await
+    }
+
+    /// The roots as they are now, or those of an earlier moment if a file cannot be used any longer.
+    async fn load_roots(&self) -> Result<RootCertStore, ConnectError> {
+        let loaded = self.roots.load(&self.watch).await;
+        let mut usable = self.usable.lock();
+        match (loaded, &*usable) {
+            (Err(error), Some(before)) => {
+                tracing::warn!(
+                    error = &error as &dyn std::error::Error,
+                    "the trust roots of the control plane are not usable any longer; those of before stay in force"
+                );
+                Ok(before.clone())
+            }
+            (Ok(roots), _) => {
+                if let Roots::File(_) = self.roots {
+                    *usable = Some(roots.clone());
+                }
+                Ok(roots)
+            }
+            (Err(error), None) => Err(error),
+        }
     }
 
     fn server_name(&self) -> Result<ServerName<'static>, ConnectError> {
@@ -268,5 +311,7 @@ impl Limits<'_> {
 
 /// For everything from the roots to the first frame of the server.
 const CONNECT_LIMIT: Duration = Duration::from_secs(10);
+/// Twice what istiod allows.
+const PING_INTERVAL: Duration = Duration::from_secs(30);
 const LOOK_INTERVAL: Duration = Duration::from_secs(1);
 const CLUSTER_ID: &str = "clusterid";

@@ -77,6 +77,15 @@ impl FileWatch {
         }
     }
 
+    /// Whether the file is what was told last.
+    ///
+    /// # Cancel safety
+    /// Nothing is lost.
+    pub(crate) async fn is_told(&self, path: &Path) -> bool {
+        let look = Look::at(path).await;
+        Some(look.outcome()) == self.0.lock().told
+    }
+
     /// Takes what was found as told, and hands out the content.
     pub(crate) fn tell(&self, look: Look) -> io::Result<Vec<u8>> {
         *self.0.lock() = Seen {

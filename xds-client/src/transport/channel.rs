@@ -18,7 +18,7 @@ use tokio::{
 use tonic::transport::{Channel, Endpoint};
 use tower::{ServiceExt as _, service_fn};
 
-use super::ConnectError;
+use super::{ConnectError, Target};
 
 /// Looks up the host and connects to the first of its addresses that answers; IPv4 and IPv6 race.
 pub(super) async fn dial(uri: &Uri) -> Result<TcpStream, ConnectError> {
@@ -39,7 +39,7 @@ pub(super) async fn dial(uri: &Uri) -> Result<TcpStream, ConnectError> {
 }
 
 /// Starts HTTP/2 and waits for the server to speak: `hyper` by itself calls a connection ready that nobody answers.
-pub(super) async fn over<S>(stream: S, uri: &Uri) -> Result<Channel, ConnectError>
+pub(super) async fn over<S>(stream: S, target: &Target) -> Result<Channel, ConnectError>
 where
     S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
 {
@@ -54,10 +54,15 @@ where
         let ended = || io::Error::new(io::ErrorKind::NotConnected, "the connection has ended");
         ready(only.take().ok_or_else(ended))
     });
-    let channel = Endpoint::from(uri.clone())
-        .http2_keep_alive_interval(PING_INTERVAL)
+    let uri = &target.uri;
+    let mut endpoint = Endpoint::from(uri.clone())
         .keep_alive_timeout(PING_LIMIT)
-        .keep_alive_while_idle(false)
+        // istiod takes offence at any ping of a connection without a request.
+        .keep_alive_while_idle(false);
+    if let Some(interval) = target.ping_interval {
+        endpoint = endpoint.http2_keep_alive_interval(interval);
+    }
+    let channel = endpoint
         .connect_with_connector(once)
         .await
         .map_err(|source| ConnectError::Http2 {
@@ -129,6 +134,4 @@ const TCP_LIMIT: Duration = Duration::from_secs(5);
 const KEEPALIVE_IDLE: Duration = Duration::from_secs(300);
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(75);
 const KEEPALIVE_PROBES: u32 = 9;
-/// istiod takes offence at less than 15 s, and at any ping of a connection without a request.
-const PING_INTERVAL: Duration = Duration::from_secs(30);
 const PING_LIMIT: Duration = Duration::from_secs(10);

@@ -301,6 +301,31 @@ async fn a_root_file_may_be_missing_and_appear() {
     target.connect().await.unwrap();
 }
 
+#[tokio::test]
+async fn roots_outlive_a_file_that_becomes_unusable() {
+    let (authority, next) = (Authority::new(), Authority::new());
+    let server = Server::start(authority.config("localhost")).await;
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("root-cert.pem");
+    authority.write(&path);
+    let roots = Roots::File(path.clone());
+    let target = target("localhost", server.address.port(), roots);
+    assert!(!target.is_current().await, "nothing was read yet");
+    target.connect().await.unwrap();
+    assert!(target.is_current().await);
+
+    std::fs::write(&path, "garbage").unwrap();
+    assert!(!target.is_current().await);
+    target.connect().await.unwrap();
+    std::fs::remove_file(&path).unwrap();
+    target.connect().await.unwrap();
+    assert!(target.is_current().await, "what is known to be missing");
+
+    next.write(&path);
+    let error = refusal(&target).await;
+    assert!(matches!(error, ConnectError::Handshake { .. }), "{error:?}");
+}
+
 #[tokio::test(start_paused = true)]
 async fn only_a_change_of_the_roots_is_told() {
     let dir = tempfile::tempdir().unwrap();

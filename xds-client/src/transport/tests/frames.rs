@@ -61,14 +61,7 @@ async fn a_peer_that_leaves_after_tls_is_told() {
 #[tokio::test(start_paused = true)]
 async fn pings_only_while_a_request_is_open_and_wants_them_answered() {
     let (target, config) = world();
-    let mut session = None;
-    let greet = async |pipe: DuplexStream| {
-        let session = session.insert(accept(config, pipe).await);
-        session.write_all(EMPTY_SETTINGS).await.unwrap();
-        session.read_exact(&mut [0; PREFACE.len()]).await.unwrap();
-    };
-    let channel = through_pipe(&target, greet).await.0.unwrap();
-    let mut session = session.unwrap();
+    let (channel, mut session) = greeted(&target, config).await;
     let idle = async {
         loop {
             assert_ne!(read_frame(&mut session).await.unwrap().0, PING);
@@ -92,6 +85,35 @@ async fn pings_only_while_a_request_is_open_and_wants_them_answered() {
     outcome.unwrap_err();
     assert_eq!((second - first).as_secs(), 30);
     assert_eq!((failed - second).as_secs(), 10);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_target_may_want_no_pings() {
+    let (mut target, config) = world();
+    target.ping_interval = None;
+    let (channel, mut session) = greeted(&target, config).await;
+    let listen = async {
+        loop {
+            assert_ne!(read_frame(&mut session).await.unwrap().0, PING);
+        }
+    };
+    let hour = Duration::from_secs(3600);
+    tokio::select! {
+        _ = request(&target, channel) => panic!("nobody answers"),
+        outcome = timeout(hour, listen) => assert!(outcome.is_err()),
+    }
+}
+
+/// A connection past its greeting, and the server's side of it.
+async fn greeted(target: &Target, config: ServerConfig) -> (Channel, TlsStream<DuplexStream>) {
+    let mut session = None;
+    let greet = async |pipe: DuplexStream| {
+        let session = session.insert(accept(config, pipe).await);
+        session.write_all(EMPTY_SETTINGS).await.unwrap();
+        session.read_exact(&mut [0; PREFACE.len()]).await.unwrap();
+    };
+    let channel = through_pipe(target, greet).await.0.unwrap();
+    (channel, session.unwrap())
 }
 
 async fn next_ping(session: &mut TlsStream<DuplexStream>) -> Vec<u8> {
