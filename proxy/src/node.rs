@@ -3,13 +3,14 @@
 //! Two runtimes keep bytes and control apart: flows, listeners in pods and readiness run on the
 //! data workers; mesh state, certificates, the CNI agent and metrics on one control thread.
 
-mod available;
+mod certificates;
 mod control_plane;
 mod error;
 mod launch;
 mod mesh_metrics;
 mod parts;
 mod source;
+mod target;
 mod tasks;
 
 use std::{sync::Arc, time::Duration};
@@ -31,7 +32,6 @@ use crate::{
     pods::{self, Pods},
     telemetry::{PodMetrics, Readiness, ReadinessTask, logging::LogGuard, register_process},
 };
-pub use available::check_available;
 pub use error::StartError;
 use launch::Launcher;
 use source::MeshFile;
@@ -42,7 +42,6 @@ use tasks::Tasks;
 /// # Errors
 /// [`StartError`] if it cannot start, or if a part that everything depends on ended by itself.
 pub fn run(config: &Config, log: &LogGuard) -> Result<(), StartError> {
-    check_available(&config.control)?;
     if config.capture.enabled && config.capture.mode == ProxyMode::Shared {
         listen::check_privileges(config.sockets.mark)?;
     }

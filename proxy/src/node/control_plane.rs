@@ -3,14 +3,11 @@
 use std::sync::Arc;
 
 use prometheus_client::registry::Registry;
-use xds_client::{
-    Batch, Client, Kind, Metrics, NodeFacts, Rejected, Sink, Versions,
-    transport::{Roots, Target, TlsVersions, Token},
-};
+use xds_client::{Batch, Client, Kind, Metrics, NodeFacts, Rejected, Sink, Versions};
 
-use super::{parts, source};
+use super::{source, target::target};
 use crate::{
-    config::{Address, AuthToken, Config, Identity, RootSource},
+    config::{Address, Config, Identity},
     flow::Shared,
 };
 
@@ -36,34 +33,6 @@ fn facts(identity: &Identity) -> NodeFacts {
         metadata: identity.metadata.clone(),
         json_metadata: identity.json_metadata.clone(),
     }
-}
-
-fn target(config: &Config, address: &Address) -> Target {
-    let roots = match &address.roots {
-        RootSource::File(path) => Roots::File(path.clone()),
-        RootSource::System => Roots::System,
-        RootSource::Pem(text) => Roots::Pem(text.clone()),
-    };
-    let cluster = config.identity.cluster_id.as_ref();
-    let mut target = Target::new(address.uri.clone(), roots, cluster);
-    target
-        .alternative_host
-        .clone_from(&address.alternative_host);
-    target.token = config.control.token.as_ref().map(|token| match token {
-        AuthToken::File(path) => Token::File(path.clone()),
-        AuthToken::Literal(text) => Token::Literal(text.clone()),
-    });
-    for header in &address.headers {
-        target
-            .headers
-            .append(header.name.clone(), header.value.clone());
-    }
-    let tls = parts::tls_options(config);
-    target.crypto = tls.provider();
-    if tls.tls12_enabled() {
-        target.versions = TlsVersions::From12;
-    }
-    target
 }
 
 /// Puts what istiod tells into the mesh, and asks for the certificates that come with it.

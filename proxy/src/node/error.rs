@@ -11,9 +11,6 @@ use crate::listen::{BindError, PrivilegeError};
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum StartError {
-    /// The configuration asks for parts that this version does not have.
-    #[error("{}", .0.join("\n"))]
-    NotAvailable(Vec<&'static str>),
     /// A capability is missing.
     #[error(transparent)]
     Privilege(#[from] PrivilegeError),

@@ -1,0 +1,97 @@
+//! Where certificates come from, as configured, and the agent that keeps them.
+
+use std::{fs, path::Path, sync::Arc};
+
+use cert_agent::{
+    Agent, AgentOptions, BoxFuture, CsrSource, InProcessCa, SanRule, Source, TlsOptions,
+    istio::{Caller, Connect, ConnectError, IstioCa, IstioOptions},
+};
+use tonic::{metadata::MetadataMap, transport::Channel};
+use xds_client::transport::Target;
+
+use super::{StartError, target};
+use crate::config::{Address, CertificateSource, Config, PqcPolicy, ProxyMode};
+
+/// The agent that gets certificates from the configured source; nothing is fetched before it runs.
+pub(super) fn agent(config: &Config) -> Result<Agent, StartError> {
+    let mut options = AgentOptions::default();
+    options.tls = tls_options(config);
+    let source: Arc<dyn Source> = match &config.control.certificates {
+        CertificateSource::InProcess { root } => {
+            Arc::new(CsrSource::new(in_process(config, root.as_ref())?))
+        }
+        CertificateSource::Istio(address) => {
+            if let ProxyMode::Dedicated(_) = config.capture.mode {
+                options.san_rule = SanRule::Any;
+            }
+            Arc::new(CsrSource::new(istio(config, address)))
+        }
+    };
+    Ok(Agent::new(source, options))
+}
+
+fn in_process<P: AsRef<Path>>(
+    config: &Config,
+    root: Option<&(P, P)>,
+) -> Result<InProcessCa, StartError> {
+    let ca = match root {
+        None => InProcessCa::random(),
+        Some((certificate, key)) => {
+            InProcessCa::from_pem(&read(certificate.as_ref())?, &read(key.as_ref())?)
+        }
+    };
+    let ca = ca.map_err(StartError::Ca)?;
+    tracing::warn!(
+        "FAKE_CA is on: certificates are signed inside this process, and whoever can read the \
+         root's key can become any workload; for tests and demonstrations only"
+    );
+    Ok(ca.with_lifetime(config.control.secret_ttl))
+}
+
+/// istiod or istio-csr. A proxy of one workload asks for whatever its own token stands for, a proxy of a node for the
+/// workloads that run there.
+fn istio(config: &Config, address: &Address) -> IstioCa<Authority> {
+    let mut options = IstioOptions::default();
+    options.lifetime = config.control.secret_ttl;
+    options.caller = match config.capture.mode {
+        ProxyMode::Shared => Caller::Impersonates,
+        ProxyMode::Dedicated(_) => Caller::Itself,
+    };
+    let mut target = target::target(config, address);
+    // Within the deadline of a request, istio-csr allows none.
+    target.ping_interval = None;
+    IstioCa::new(Authority(target), options)
+}
+
+/// The certificate authority, as a server of the control plane.
+struct Authority(Target);
+
+impl Connect for Authority {
+    fn connect(&self) -> BoxFuture<'_, Result<Channel, ConnectError>> {
+        Box::pin(async { Ok(self.0.connect().await?) })
+    }
+
+    fn metadata(&self) -> BoxFuture<'_, Result<MetadataMap, ConnectError>> {
+        Box::pin(async { Ok(self.0.metadata().await?) })
+    }
+
+    fn is_current(&self) -> BoxFuture<'_, bool> {
+        Box::pin(self.0.is_current())
+    }
+}
+
+/// How TLS is spoken, with peers and with the control plane.
+pub(super) fn tls_options(config: &Config) -> TlsOptions {
+    let mut tls = TlsOptions::default();
+    tls.tls12 = config.tls.tls12;
+    tls.pqc_only = config.tls.pqc == PqcPolicy::Required;
+    tls.trust_domains = Arc::clone(&config.tls.trust_domains);
+    tls
+}
+
+fn read(path: &Path) -> Result<String, StartError> {
+    fs::read_to_string(path).map_err(|source| StartError::Read {
+        path: path.to_owned(),
+        source,
+    })
+}
