@@ -161,7 +161,7 @@ async fn thirty_thousand_connections_of_one_client_keep_its_address() {
         .mesh()
         .write(&ProxyOptions::mesh_file(world))
         .unwrap();
-    let options = ProxyOptions::new(world, node).env("RUST_LOG", "warn,access=off");
+    let options = ProxyOptions::new(world, node).env("RUST_LOG", "warn");
     let proxies = proxies_for(count);
     let beside: Vec<Netns> = (1..proxies)
         .map(|_| node.second_proxy_netns().unwrap())

@@ -160,6 +160,7 @@ impl Attempt<'_> {
                     return Ok(Upstream { stream, port });
                 }
                 Err(error) if error.raw_os_error() == Some(libc::EADDRNOTAVAIL) => {
+                    lease.refused();
                     refusal = Some(error);
                 }
                 Err(error) => return Err(self.refused(error)),
@@ -245,7 +246,8 @@ async fn finish(socket: Socket, to: SocketAddr) -> io::Result<TcpStream> {
 
 /// Sockets spent on one connection before it is given up; the later ones look below 10240.
 const MAX_ROUNDS: u32 = 16;
-/// Ports come up again oldest first: when a few are still remembered, the next ones are too.
+/// Ports of the preferred range tried, at places far from each other: when these are all
+/// remembered, most of the range is.
 const PREFERRED_ROUNDS: u32 = 4;
 /// Ports tried per socket while listeners hold them.
 const MAX_BINDS: u32 = 64;

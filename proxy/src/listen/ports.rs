@@ -57,8 +57,8 @@ struct Tuple {
     to_port: u16,
 }
 
-/// Walks a range of ports round and round. A port comes up again only after all others, which
-/// gives the kernel the longest time to forget its last connection (`TIME_WAIT`).
+/// Walks a range of ports round and round. Unless it leaps, a port comes up again only after all
+/// others, which gives the kernel the longest time to forget its last connection (`TIME_WAIT`).
 #[derive(Debug)]
 struct Cursor {
     first: u16,
@@ -113,6 +113,12 @@ impl PortLease {
     pub fn port(&self) -> u16 {
         self.tuple.client_port
     }
+
+    /// Gives back a tuple that the kernel refused, and lets the walk go on elsewhere: whoever holds
+    /// it, another proxy or a connection just closed, typically holds the next ones too.
+    pub(super) fn refused(self) {
+        self.ports.0.lock().leap_from(self.tuple.client_port);
+    }
 }
 
 impl Drop for PortLease {
@@ -146,6 +152,14 @@ impl Tuples {
         }
     }
 
+    fn leap_from(&mut self, port: u16) {
+        if port < PREFERRED_FIRST {
+            self.extension.leap();
+        } else {
+            self.preferred.leap();
+        }
+    }
+
     /// Gives memory back after a burst.
     fn shrink(&mut self) {
         let used = self.taken.len();
@@ -175,6 +189,10 @@ impl Cursor {
             count,
             next: rand::random_range(0..count),
         }
+    }
+
+    fn leap(&mut self) {
+        self.next = rand::random_range(0..self.count);
     }
 
     fn step(&mut self) -> u16 {

@@ -151,6 +151,43 @@ async fn a_tuple_the_kernel_still_remembers_is_passed_over() {
 }
 
 #[tokio::test]
+async fn a_block_of_another_proxy_is_leapt_over() {
+    let pod = pod();
+    let app = app(&pod, "10.78.0.9:80");
+    let ip = IpAddr::from([192, 0, 2, 7]);
+    let to = app.local_addr().unwrap();
+    let (old_proxy, ports) = (SourcePorts::new(), SourcePorts::new());
+    let from_old = LocalAddress::Client {
+        ip,
+        ports: &old_proxy,
+    };
+    let (mut held, mut taken) = (Vec::new(), Vec::new());
+    for (first, last, wanted) in [
+        (10240, 32767, Range::Preferred),
+        (1024, 10239, Range::Extension),
+    ] {
+        let block = held.len();
+        for _ in 0..MAX_ROUNDS {
+            held.push(connect(&pod, &sockets(), to, from_old).await.unwrap());
+        }
+        // Make the walk of our own come to the block next.
+        let start = held[block].port.as_ref().unwrap().port();
+        assert!((first..=last).contains(&start));
+        let before = if start == first { last } else { start - 1 };
+        while ports.take(ip, to, wanted).unwrap().port() != before {}
+        // Nothing else is left to the other proxy in this range.
+        let rest = std::iter::from_fn(|| {
+            let lease = old_proxy.take(ip, to, Range::Preferred)?;
+            (lease.port() >= first).then_some(lease)
+        });
+        taken.extend(rest);
+    }
+    let from = LocalAddress::Client { ip, ports: &ports };
+    let ours = connect(&pod, &sockets(), to, from).await.unwrap();
+    assert_eq!(range(ours.port.as_ref().unwrap().port()), "preferred");
+}
+
+#[tokio::test]
 async fn never_falls_back_to_the_pods_address_when_ports_run_out() {
     let pod = pod();
     let app = app(&pod, "10.78.0.9:80");
