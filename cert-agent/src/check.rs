@@ -158,7 +158,7 @@ fn check_path(
 
 /// Issuer equals subject: such a certificate tells a peer nothing, and Envoy has refused chains
 /// with one. What does not parse is left for the peer to judge.
-fn is_self_signed(certificate: &CertificateDer<'_>) -> bool {
+pub(crate) fn is_self_signed(certificate: &CertificateDer<'_>) -> bool {
     X509Certificate::from_der(certificate)
         .is_ok_and(|(_, parsed)| parsed.issuer().as_raw() == parsed.subject().as_raw())
 }

@@ -41,6 +41,7 @@ mod id;
 mod in_process;
 pub mod istio;
 mod key;
+pub mod openbao;
 mod source;
 mod svid;
 mod tls;

@@ -1,0 +1,164 @@
+//! What an operator tells about an OpenBao server.
+
+use std::{fmt, path::PathBuf, time::Duration};
+
+use http::{HeaderValue, Uri, uri::PathAndQuery};
+
+use crate::TlsOptions;
+
+/// Where certificates come from and how this process proves who it is.
+///
+/// [`Settings::new`] fills in what is usual; set the other fields before [`Authority::new`](super::Authority::new).
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub struct Settings {
+    /// `https://host:port`; a path is ignored. The host is what TLS asks for and what the certificate must show.
+    pub address: Uri,
+    /// Who may have signed the certificate of the server.
+    pub roots: Roots,
+    /// The namespace, such as `platform/mesh`; default none.
+    pub namespace: Option<String>,
+    /// Path of the PKI engine; default `pki`.
+    pub mount: String,
+    /// The role of the engine that signs.
+    pub role: String,
+    /// Further PKI engines whose self-signed issuers are trusted and whose revocation lists are read: the one with the
+    /// root, if `mount` holds an intermediate. Default none.
+    pub root_mounts: Vec<String>,
+    /// How a token is got.
+    pub login: Login,
+    /// How long certificates are asked to live; default 24 h.
+    pub ttl: Duration,
+    /// How often issuers and revocation lists are read; default 5 min.
+    pub poll_interval: Duration,
+    /// Versions, suites and groups of the connection.
+    pub tls: TlsOptions,
+}
+
+impl Settings {
+    /// The role `role` of the engine at `pki` of the server at `address`.
+    #[must_use]
+    pub fn new(address: Uri, roots: Roots, role: impl Into<String>, login: Login) -> Self {
+        Self {
+            address,
+            roots,
+            namespace: None,
+            mount: "pki".to_owned(),
+            role: role.into(),
+            root_mounts: Vec::new(),
+            login,
+            ttl: Duration::from_secs(24 * 60 * 60),
+            poll_interval: Duration::from_secs(5 * 60),
+            tls: TlsOptions::default(),
+        }
+    }
+
+    /// Holds everything that becomes part of a request against the rules for it.
+    pub(super) fn check(&self) -> Result<(), SettingsError> {
+        let https = self.address.scheme_str() == Some("https");
+        if !https || self.address.host().is_none_or(str::is_empty) {
+            return Err(SettingsError::Address(self.address.clone()));
+        }
+        let login = match &self.login {
+            Login::Kubernetes { mount, .. }
+            | Login::Jwt { mount, .. }
+            | Login::AppRole { mount, .. } => Some(mount),
+            Login::TokenFile(_) => None,
+        };
+        let paths = [&self.mount, &self.role];
+        for path in paths.into_iter().chain(&self.root_mounts).chain(login) {
+            if !is_path(path) {
+                return Err(SettingsError::Path(path.clone()));
+            }
+        }
+        match &self.namespace {
+            Some(namespace) if !is_path(namespace) || HeaderValue::from_str(namespace).is_err() => {
+                Err(SettingsError::Path(namespace.clone()))
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+/// Whether `text` may be put into a path as it is: segments of letters, digits, `.`, `-` and `_` with single slashes
+/// between them, none of them `.` or `..`.
+#[must_use]
+pub fn is_path(text: &str) -> bool {
+    let allowed = |byte: u8| byte.is_ascii_alphanumeric() || b".-_".contains(&byte);
+    let segment = |text: &str| {
+        !matches!(text, "" | "." | "..") && text.len() <= 255 && text.bytes().all(allowed)
+    };
+    text.split('/').all(segment) && PathAndQuery::try_from(format!("/v1/{text}")).is_ok()
+}
+
+/// How a token is got. Files are read each time, and need not be there from the start.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Login {
+    /// The `kubernetes` method: OpenBao has the API server review the token of a service account.
+    Kubernetes {
+        /// Path of the method below `auth/`, usually `kubernetes`.
+        mount: String,
+        /// Role of the method.
+        role: String,
+        /// The service-account token, whose audience the role names.
+        jwt: PathBuf,
+    },
+    /// The `jwt` method: OpenBao verifies the token by itself.
+    Jwt {
+        /// Path of the method below `auth/`, usually `jwt`.
+        mount: String,
+        /// Role of the method; `None` leaves it to the method's default.
+        role: Option<String>,
+        /// The token.
+        jwt: PathBuf,
+    },
+    /// The `approle` method.
+    AppRole {
+        /// Path of the method below `auth/`, usually `approle`.
+        mount: String,
+        /// The role id.
+        role_id: PathBuf,
+        /// The secret id, unless the role does without.
+        secret_id: Option<PathBuf>,
+    },
+    /// A token that somebody else, such as an OpenBao agent, keeps alive in a file. Read again when it is refused.
+    TokenFile(PathBuf),
+}
+
+/// Where the trust roots of the server come from.
+#[derive(Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Roots {
+    /// A PEM file, read for each connection; it need not be there from the start. If it becomes unusable, what was read
+    /// last stays in force.
+    File(PathBuf),
+    /// The trust store of the operating system.
+    System,
+    /// PEM text.
+    Pem(String),
+}
+
+impl fmt::Debug for Roots {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::File(path) => f.debug_tuple("File").field(path).finish(),
+            Self::System => f.write_str("System"),
+            Self::Pem(text) => write!(f, "Pem({} bytes)", text.len()),
+        }
+    }
+}
+
+/// Why settings cannot be used.
+#[derive(Debug, Clone, thiserror::Error)]
+#[non_exhaustive]
+pub enum SettingsError {
+    /// Tokens are sent over TLS only.
+    #[error("{0} is not an https address")]
+    Address(Uri),
+    /// A mount, role or namespace cannot be part of a path.
+    #[error(
+        "{0:?} cannot be part of a path: letters, digits, '.', '-', '_' and single slashes can"
+    )]
+    Path(String),
+}
