@@ -30,6 +30,7 @@ test: ## Unit, property and end-to-end tests
 	else \
 	  set -x; cargo test --workspace --lib --bins --tests; \
 	fi
+	TESTKIT_MESH=istiod cargo test -p tests --test routing --test policy --test app_tunnel
 
 lint: ## Formatting, clippy, documentation, dependencies; warnings are errors
 	@.ci/need $(BUILD)

@@ -6,7 +6,7 @@ use anyhow::Context;
 
 use crate::{
     agent::{Agent, Session},
-    istiod::Istiod,
+    istiod::{self, Istiod},
     mesh::Mesh,
     proxy::{Proxy, ProxyOptions},
     wait,
@@ -20,6 +20,8 @@ pub struct Cluster<'a> {
     pub nodes: Vec<NodeRun<'a>>,
     /// The file that proxies without a control plane read.
     pub mesh_file: PathBuf,
+    /// What serves the file, if proxies do not read it themselves.
+    pub istiod: Option<Istiod>,
 }
 
 /// What runs on one node.
@@ -44,6 +46,8 @@ impl<'a> Cluster<'a> {
 
     /// As [`Cluster::start`], with further variables for all proxies.
     ///
+    /// With `TESTKIT_MESH=istiod` in the environment the proxies do not read the file: a stand-in istiod does, and they follow it.
+    ///
     /// # Errors
     /// As [`Cluster::start`].
     pub async fn start_with(
@@ -52,13 +56,28 @@ impl<'a> Cluster<'a> {
         pods: &[&Arc<Pod>],
         env: &BTreeMap<&str, &str>,
     ) -> anyhow::Result<Self> {
-        mesh.write(&ProxyOptions::mesh_file(world))?;
+        let file = ProxyOptions::mesh_file(world);
+        mesh.write(&file)?;
+        let istiod = if mesh_from_istiod() {
+            let at = ([10, 20, 0, 1], istiod::PORT).into();
+            let first = world.node(0).netns();
+            let istiod = Istiod::options().start_at(first, at, world.directory())?;
+            istiod.follow(&file).await?;
+            Some(istiod)
+        } else {
+            None
+        };
         let options = |node: &Node| {
             let plain = ProxyOptions::new(world, node);
+            let source = istiod
+                .iter()
+                .fold(plain, |options, istiod| options.follow(istiod));
             env.iter()
-                .fold(plain, |options, (key, value)| options.env(key, value))
+                .fold(source, |options, (key, value)| options.env(key, value))
         };
-        Self::run(world, options, pods).await
+        let mut cluster = Self::run(world, options, pods).await?;
+        cluster.istiod = istiod;
+        Ok(cluster)
     }
 
     /// Starts all proxies as followers of a control plane, and hands them the captured pods of their nodes.
@@ -98,7 +117,11 @@ impl<'a> Cluster<'a> {
             );
         }
         let mesh_file = ProxyOptions::mesh_file(world);
-        Ok(Self { nodes, mesh_file })
+        Ok(Self {
+            nodes,
+            mesh_file,
+            istiod: None,
+        })
     }
 
     /// The proxy of a node.
@@ -149,6 +172,14 @@ impl<'a> NodeRun<'a> {
             proxy,
         })
     }
+}
+
+#[expect(
+    clippy::disallowed_methods,
+    reason = "test runs are steered by the environment"
+)]
+fn mesh_from_istiod() -> bool {
+    std::env::var("TESTKIT_MESH").is_ok_and(|source| source == "istiod")
 }
 
 fn captured<'p>(pods: &[&'p Arc<Pod>], node: &Node) -> Vec<&'p Pod> {

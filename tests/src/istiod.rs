@@ -49,7 +49,10 @@ use tokio::{
     task::JoinSet,
 };
 use tonic::Status;
-use xds_client::{local::Document, proto::discovery::DeltaDiscoveryResponse};
+use xds_client::{
+    local::{Document, LocalFile},
+    proto::discovery::DeltaDiscoveryResponse,
+};
 
 use crate::{
     ca::Authority,
@@ -196,6 +199,25 @@ struct Shared {
     commands: broadcast::Sender<Command>,
 }
 
+impl Shared {
+    fn set(&self, document: Document) {
+        self.catalogue.lock().apply(document, true);
+        self.wake();
+    }
+
+    fn set_readable(&self, document: Document) {
+        let rejected = Vec::new();
+        self.set(Document {
+            rejected,
+            ..document
+        });
+    }
+
+    fn wake(&self) {
+        self.changes.send_modify(|count| *count += 1);
+    }
+}
+
 #[derive(Debug, Default)]
 struct Faults {
     refusal: Option<Status>,
@@ -223,8 +245,26 @@ impl Istiod {
     /// # Panics
     /// When the mesh cannot be expressed in protobuf.
     pub fn set(&self, content: impl Into<Document>) {
-        self.shared.catalogue.lock().apply(content.into(), true);
-        self.wake();
+        self.shared.set(content.into());
+    }
+
+    /// Serves what a mesh file says, now and whenever it says something new, so that any scenario that writes such a file can run
+    /// from a control plane. What cannot be read is not served.
+    ///
+    /// # Errors
+    /// When the file cannot be used at all.
+    pub async fn follow(&self, file: &Path) -> anyhow::Result<()> {
+        let mut file = LocalFile::with_interval(file, Duration::from_millis(20));
+        let shared = Arc::clone(&self.shared);
+        shared.set_readable(file.load().await?);
+        self.serving.lock().spawn(async move {
+            loop {
+                if let Ok(document) = file.changed().await {
+                    shared.set_readable(document);
+                }
+            }
+        });
+        Ok(())
     }
 
     /// Adds and replaces resources, and pushes them.
@@ -233,7 +273,7 @@ impl Istiod {
     /// As [`Istiod::set`].
     pub fn put(&self, content: impl Into<Document>) {
         self.shared.catalogue.lock().apply(content.into(), false);
-        self.wake();
+        self.shared.wake();
     }
 
     /// Serves any bytes as the content of a resource.
@@ -241,13 +281,13 @@ impl Istiod {
         let mut catalogue = self.shared.catalogue.lock();
         catalogue.put_raw(kind, name, content.into());
         drop(catalogue);
-        self.wake();
+        self.shared.wake();
     }
 
     /// Removes resources, and pushes that.
     pub fn remove(&self, kind: Kind, names: &[&str]) {
         self.shared.catalogue.lock().remove(kind, names);
-        self.wake();
+        self.shared.wake();
     }
 
     /// Serves the same under other versions from the next stream on, as another replica of istiod may.
@@ -260,10 +300,6 @@ impl Istiod {
     pub fn version(&self, kind: Kind, name: &str) -> Option<String> {
         let catalogue = self.shared.catalogue.lock();
         catalogue.version(kind, name).map(str::to_owned)
-    }
-
-    fn wake(&self) {
-        self.shared.changes.send_modify(|count| *count += 1);
     }
 }
 
@@ -354,7 +390,7 @@ impl Istiod {
     /// Holds back all responses of these kinds; what is no longer among them goes out.
     pub fn hold(&self, kinds: &[Kind]) {
         kinds.clone_into(&mut self.shared.faults.lock().held);
-        self.wake();
+        self.shared.wake();
     }
 
     /// Stops reading and writing on all connections, or goes on. Stopping both is how a network that lost its way looks.

@@ -64,6 +64,23 @@ fn first_sent(stream: &Stream, kind: Kind) -> &testkit::istiod::Sent {
     sent.find(|sent| sent.type_url == kind.url()).unwrap()
 }
 
+/// A proxy that tells how many resources each response has changed.
+async fn start_telling(stage: &Steered) -> NodeRun<'_> {
+    let filter = "info,access=debug,culvert::node=debug";
+    let options = stage.options().env("RUST_LOG", filter);
+    stage.start_with(&options).await.unwrap()
+}
+
+/// How many workloads, services and policies the next response of a type changes, in the order of the log from `mark` on.
+async fn changed(run: &NodeRun<'_>, mark: usize, kind: Kind) -> [String; 3] {
+    let kind = format!("{kind:?}");
+    let told = |line: &testkit::Line| {
+        line.message.starts_with("the control plane told") && line.field("kind") == kind
+    };
+    let line = run.proxy.log().wait_from(mark, "what changed", told).await;
+    ["workloads", "services", "policies"].map(|field| line.field(field).to_owned())
+}
+
 /// The certificate that `api` shows.
 async fn certificate(stage: &Steered) -> Vec<u8> {
     let authority = stage.world.authority();
@@ -125,13 +142,18 @@ async fn what_is_held_is_claimed_and_what_is_gone_goes() {
 #[tokio::test]
 async fn an_empty_reconnect_response_is_accepted_and_changes_nothing() {
     let stage = Steered::new().unwrap();
-    let _run = stage.start().await.unwrap();
+    let run = start_telling(&stage).await;
     let _app = stage.api.serve(8080, Behaviour::Echo).unwrap();
     let mut survivor = open(&stage).await;
     stage.istiod.synced().await;
+    assert_eq!(changed(&run, 0, Kind::Address).await, ["3", "1", "0"]);
+    let mark = run.proxy.log().mark();
     stage.istiod.cut();
     stage.istiod.stream(1).await;
     stage.istiod.synced().await;
+    for kind in Kind::ALL {
+        assert_eq!(changed(&run, mark, kind).await, ["0"; 3], "{kind:?}");
+    }
     let stream = stage.istiod.newest();
     let sent = first_sent(&stream, Kind::Address);
     assert!(
@@ -146,14 +168,16 @@ async fn an_empty_reconnect_response_is_accepted_and_changes_nothing() {
 #[tokio::test]
 async fn the_same_content_under_other_versions_changes_nothing() {
     let stage = Steered::new().unwrap();
-    let _run = stage.start().await.unwrap();
+    let run = start_telling(&stage).await;
     let _app = stage.api.serve(8080, Behaviour::Echo).unwrap();
     let mut survivor = open(&stage).await;
     let before = certificate(&stage).await;
+    let mark = run.proxy.log().mark();
     stage.istiod.reversion();
     stage.istiod.cut();
     stage.istiod.stream(1).await;
     stage.istiod.synced().await;
+    assert_eq!(changed(&run, mark, Kind::Address).await, ["0"; 3]);
     let sent = stage.istiod.newest();
     assert_eq!(first_sent(&sent, Kind::Address).resources.len(), 4);
     traffic::ping(&mut survivor, b"untouched").await.unwrap();

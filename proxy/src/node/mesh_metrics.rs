@@ -30,7 +30,7 @@ impl Collector for Held {
         } = self.0.read().counts();
         let mut family = encoder.encode_descriptor(
             "istio_mesh_resources",
-            "Resources of the mesh that are in force (unstable)",
+            "Resources of the mesh that are in force (unstable).",
             None,
             MetricType::Gauge,
         )?;

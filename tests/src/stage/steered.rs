@@ -58,7 +58,7 @@ impl Steered {
         Ok(stage)
     }
 
-    /// The three pods, and service `api` at [`Steered::vip`] 1, port 80, which is port 8080 of the pod.
+    /// The three pods, and service `api` at [`vip`] 1, port 80, which is port 8080 of the pod.
     #[must_use]
     pub fn mesh(&self) -> Mesh {
         let mut mesh = Mesh::of(&[&self.web, &self.api, &self.db]);
