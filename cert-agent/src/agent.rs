@@ -14,8 +14,8 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    Clock, ObtainError, SanRule, Source, SpiffeId, Svid, TlsOptions, error_text::chain_text,
-    svid::TlsContext,
+    Clock, ObtainError, SanRule, Source, SpiffeId, Svid, TlsOptions, TrustBundle,
+    error_text::chain_text, svid::TlsContext,
 };
 use entry::{Entry, Jitter, Now};
 use snapshot::IdentityStatus;
@@ -32,6 +32,8 @@ pub struct Agent(Arc<Inner>);
 pub struct AgentOptions {
     /// The TLS of the configurations.
     pub tls: TlsOptions,
+    /// Roots that peers may have besides those that came with a certificate.
+    pub trust: TrustBundle,
     /// Which name a certificate must carry.
     pub san_rule: SanRule,
     /// How long a connection waits for a certificate. Default 10 s.
@@ -50,6 +52,7 @@ impl Default for AgentOptions {
     fn default() -> Self {
         Self {
             tls: TlsOptions::default(),
+            trust: TrustBundle::default(),
             san_rule: SanRule::Requested,
             wait: Duration::from_secs(10),
             fetch_deadline: Duration::from_secs(90),
@@ -75,11 +78,18 @@ impl Agent {
     pub fn new(source: Arc<dyn Source>, options: AgentOptions) -> Self {
         Self(Arc::new(Inner {
             source,
-            context: TlsContext::new(options.tls.clone(), options.san_rule),
+            context: TlsContext::new(options.tls.clone(), options.san_rule)
+                .trusting(options.trust.clone()),
             options,
             entries: RwLock::default(),
             bell: Notify::new(),
         }))
+    }
+
+    /// Roots that peers may have besides those that came with a certificate.
+    #[must_use]
+    pub fn trust(&self) -> &TrustBundle {
+        &self.0.options.trust
     }
 
     /// The certificate of `id` if one is held and may be presented now.

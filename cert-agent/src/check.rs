@@ -34,7 +34,6 @@ pub(crate) struct Accepted {
     pub(crate) not_after: SystemTime,
     /// Leaf and intermediates, without self-signed certificates.
     pub(crate) presented: Vec<CertificateDer<'static>>,
-    pub(crate) anchors: RootCertStore,
 }
 
 /// Checks everything but the key: names, validity at `now`, and the chain for both roles.
@@ -73,7 +72,6 @@ pub(crate) fn check_chain(
         not_before,
         not_after,
         presented,
-        anchors,
     })
 }
 

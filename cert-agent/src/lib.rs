@@ -34,9 +34,13 @@
 #![forbid(unsafe_code)]
 
 mod agent;
+mod anchors;
+mod bundle;
+mod chain;
 mod check;
 mod clock;
 mod error_text;
+mod file;
 mod id;
 mod in_process;
 pub mod istio;
@@ -54,6 +58,7 @@ pub use agent::{
     Agent, AgentOptions, SvidError,
     snapshot::{CertificateState, HeldCertificate, IdentityStatus},
 };
+pub use bundle::{BundleError, RootSourceStatus, TrustBundle};
 pub use check::{Rejection, SanRule};
 pub use clock::Clock;
 pub use id::{SpiffeId, SpiffeIdError};

@@ -1,32 +1,30 @@
 //! A certificate in use: the identity document of a workload and its TLS configurations.
 
+mod configs;
+
 use std::{
     fmt,
     sync::Arc,
     time::{Duration, SystemTime},
 };
 
-use parking_lot::Mutex;
-use rustls::{
-    ClientConfig, RootCertStore, ServerConfig,
-    client::Resumption,
-    compress::CompressionCache,
-    crypto::CryptoProvider,
-    pki_types::CertificateDer,
-    server::{NoServerSessionStorage, WebPkiClientVerifier},
-    sign::{CertifiedKey, SingleCertAndKey},
-};
+use parking_lot::{Mutex, MutexGuard};
+use rustls::{ClientConfig, ServerConfig, pki_types::CertificateDer, sign::CertifiedKey};
 
 use crate::{
-    KeyedChain, SpiffeId, TlsOptions,
-    check::{Accepted, Rejection, SanRule, check_chain},
-    verify::{ClientVerifier, ServerVerifier},
+    KeyedChain, SpiffeId,
+    anchors::Roots,
+    bundle::IdentityTrust,
+    check::{Accepted, Rejection, check_chain},
 };
+use configs::Configs;
+pub(crate) use configs::TlsContext;
 
-/// An identity with its certificate, key and trust anchors. Immutable; a renewal makes a new one.
+/// An identity with its certificate and key. Immutable; a renewal makes a new one. Whom it trusts follows the
+/// [`TrustBundle`](crate::TrustBundle) of its agent.
 ///
-/// Both TLS configurations are made once. Neither side resumes sessions, so that every connection
-/// is verified against the certificates and roots of its own time, and no ticket is stored.
+/// TLS configurations are made once for each set of trust anchors. Neither side resumes sessions, so that every
+/// connection is verified against the certificates and roots of its own time, and no ticket is stored.
 pub struct Svid {
     id: SpiffeId,
     not_before: SystemTime,
@@ -34,34 +32,9 @@ pub struct Svid {
     /// The chain on the wire.
     certified: Arc<CertifiedKey>,
     /// The trust anchors as the authority gave them.
-    roots: Vec<CertificateDer<'static>>,
-    anchors: Arc<RootCertStore>,
-    server: Arc<ServerConfig>,
-    /// A client configuration that trusts nobody: the pattern for those that expect someone.
-    client: ClientConfig,
-    /// Most recently used first.
-    clients: Mutex<Vec<CachedClient>>,
-}
-
-/// A client configuration and whom it expects.
-type CachedClient = (Arc<[SpiffeId]>, Arc<ClientConfig>);
-
-/// What all certificates of one agent have in common.
-#[derive(Debug, Clone)]
-pub(crate) struct TlsContext {
-    pub(crate) options: TlsOptions,
-    pub(crate) provider: Arc<CryptoProvider>,
-    pub(crate) san_rule: SanRule,
-}
-
-impl TlsContext {
-    pub(crate) fn new(options: TlsOptions, san_rule: SanRule) -> Self {
-        Self {
-            provider: options.provider(),
-            options,
-            san_rule,
-        }
-    }
+    roots: Roots,
+    trust: Arc<IdentityTrust>,
+    tls: Mutex<Configs>,
 }
 
 impl Svid {
@@ -83,7 +56,6 @@ impl Svid {
             not_before,
             not_after,
             presented,
-            anchors,
         } = accepted;
         let signing = provider
             .key_provider
@@ -91,17 +63,17 @@ impl Svid {
             .map_err(Rejection::Key)?;
         let certified = Arc::new(CertifiedKey::new(presented, signing));
         certified.keys_match().map_err(Rejection::Key)?;
-        let anchors = Arc::new(anchors);
+        // Now that nothing can be wrong with it any more.
+        let trust = context.trust.answered(requested, &roots);
+        let configs = Configs::new(&id, &certified, trust.anchors(), context);
         Ok(Self {
-            server: Arc::new(server_config(&id, &certified, &anchors, context)?),
-            client: client_config(&certified, &anchors, context)?,
-            clients: Mutex::default(),
+            tls: Mutex::new(configs.map_err(Rejection::Tls)?),
+            roots: context.trust.list(&roots),
+            trust,
             id,
             not_before,
             not_after,
             certified,
-            roots,
-            anchors,
         })
     }
 
@@ -136,7 +108,7 @@ impl Svid {
         &self.certified.cert
     }
 
-    /// The trust anchors for peers.
+    /// The trust anchors that came with the certificate. Peers may have others besides.
     #[must_use]
     pub fn roots(&self) -> &[CertificateDer<'static>] {
         &self.roots
@@ -144,47 +116,29 @@ impl Svid {
 
     /// For accepting peers: a client certificate of an accepted trust domain is required, ALPN
     /// `h2` is agreed on if the client offers protocols, any server name is ignored.
+    ///
+    /// Ask for each handshake: the trust anchors are those of this moment.
     #[must_use]
     pub fn server_config(&self) -> Arc<ServerConfig> {
-        Arc::clone(&self.server)
+        self.tls().server()
     }
 
     /// For dialling a peer that must be one of `expected`; an empty set refuses everybody. Offers
     /// ALPN `h2` and sends no server name, whatever name the connection is given.
     ///
-    /// The last few configurations are kept; passing the same `Arc` again finds them fastest.
+    /// Ask for each handshake: the trust anchors are those of this moment. The last few configurations are kept;
+    /// passing the same `Arc` again finds them fastest.
     #[must_use]
     pub fn client_config(&self, expected: &Arc<[SpiffeId]>) -> Arc<ClientConfig> {
-        let mut cached = self.clients.lock();
-        let hit = cached
-            .iter()
-            .position(|(set, _)| Arc::ptr_eq(set, expected) || set == expected);
-        if let Some(position) = hit {
-            if let Some(upto) = cached.get_mut(..=position) {
-                upto.rotate_right(1);
-            }
-        } else {
-            cached.truncate(CACHED_CLIENT_CONFIGS - 1);
-            let config = Arc::new(self.expecting(expected));
-            cached.insert(0, (Arc::clone(expected), config));
-        }
-        cached.first().map_or_else(
-            || Arc::new(self.expecting(expected)),
-            |(_, config)| Arc::clone(config),
-        )
+        self.tls().client(expected)
     }
 
-    fn expecting(&self, expected: &Arc<[SpiffeId]>) -> ClientConfig {
-        let mut config = self.client.clone();
-        let verifier = ServerVerifier {
-            roots: Arc::clone(&self.anchors),
-            algorithms: config.crypto_provider().signature_verification_algorithms,
-            expected: Arc::clone(expected),
-        };
-        config
-            .dangerous()
-            .set_certificate_verifier(Arc::new(verifier));
-        config
+    /// The configurations for the trust anchors of this moment.
+    fn tls(&self) -> MutexGuard<'_, Configs> {
+        let anchors = self.trust.anchors();
+        let mut tls = self.tls.lock();
+        tls.trust(anchors);
+        tls
     }
 
     /// How long the certificate remains valid, from `now`.
@@ -202,70 +156,6 @@ impl fmt::Debug for Svid {
             .finish_non_exhaustive()
     }
 }
-
-fn server_config(
-    id: &SpiffeId,
-    certified: &Arc<CertifiedKey>,
-    anchors: &Arc<RootCertStore>,
-    context: &TlsContext,
-) -> Result<ServerConfig, Rejection> {
-    let own = std::iter::once(Arc::from(id.trust_domain()));
-    let verifier = ClientVerifier {
-        chain: WebPkiClientVerifier::builder_with_provider(
-            Arc::clone(anchors),
-            Arc::clone(&context.provider),
-        )
-        .build()
-        .map_err(|error| Rejection::Tls(rustls::Error::General(error.to_string())))?,
-        algorithms: context.provider.signature_verification_algorithms,
-        trust_domains: own
-            .chain(context.options.trust_domains.iter().cloned())
-            .collect(),
-    };
-    let mut config = ServerConfig::builder_with_provider(Arc::clone(&context.provider))
-        .with_protocol_versions(context.options.versions())
-        .map_err(Rejection::Tls)?
-        .with_client_cert_verifier(Arc::new(verifier))
-        .with_cert_resolver(Arc::new(SingleCertAndKey::from(Arc::clone(certified))));
-    config.alpn_protocols = vec![ALPN.to_vec()];
-    config.send_tls13_tickets = 0;
-    // Lets the caller protect records by itself after the handshake.
-    config.enable_secret_extraction = true;
-    config.session_storage = Arc::new(NoServerSessionStorage {});
-    config.cert_compression_cache = Arc::new(CompressionCache::Disabled);
-    Ok(config)
-}
-
-fn client_config(
-    certified: &Arc<CertifiedKey>,
-    anchors: &Arc<RootCertStore>,
-    context: &TlsContext,
-) -> Result<ClientConfig, Rejection> {
-    let nobody = ServerVerifier {
-        roots: Arc::clone(anchors),
-        algorithms: context.provider.signature_verification_algorithms,
-        expected: Arc::default(),
-    };
-    let mut config = ClientConfig::builder_with_provider(Arc::clone(&context.provider))
-        .with_protocol_versions(context.options.versions())
-        .map_err(Rejection::Tls)?
-        .dangerous()
-        .with_custom_certificate_verifier(Arc::new(nobody))
-        .with_client_cert_resolver(Arc::new(SingleCertAndKey::from(Arc::clone(certified))));
-    config.alpn_protocols = vec![ALPN.to_vec()];
-    config.enable_sni = false;
-    config.resumption = Resumption::disabled();
-    // As for servers.
-    config.enable_secret_extraction = true;
-    config.cert_compression_cache = Arc::new(CompressionCache::Disabled);
-    Ok(config)
-}
-
-/// HBONE is HTTP/2.
-const ALPN: &[u8] = b"h2";
-/// Enough for the destinations that one workload talks to at a time; making one more costs a
-/// microsecond.
-const CACHED_CLIENT_CONFIGS: usize = 32;
 
 #[cfg(test)]
 mod tests;

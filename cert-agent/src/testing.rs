@@ -101,8 +101,15 @@ fn ca_params(name: &str) -> CertificateParams {
 }
 
 pub(crate) fn accept(id: &str, chain: KeyedChain, options: &TlsOptions) -> Svid {
-    let context = TlsContext::new(options.clone(), SanRule::Requested);
-    Svid::accept(&id.parse().unwrap(), chain, &context, SystemTime::now()).unwrap()
+    accept_in(
+        &TlsContext::new(options.clone(), SanRule::Requested),
+        id,
+        chain,
+    )
+}
+
+pub(crate) fn accept_in(context: &TlsContext, id: &str, chain: KeyedChain) -> Svid {
+    Svid::accept(&id.parse().unwrap(), chain, context, SystemTime::now()).unwrap()
 }
 
 type Io = tokio::io::DuplexStream;

@@ -26,7 +26,7 @@ pub struct TlsOptions {
 
 impl TlsOptions {
     /// The cryptography for these options: AES-256-GCM before AES-128-GCM, never `ChaCha20`; groups
-    /// X25519, P-256, P-384, X25519MLKEM768. Connections to the control plane use it as well.
+    /// X25519MLKEM768, X25519, P-256, P-384. Connections to the control plane use it as well.
     #[must_use]
     pub fn provider(&self) -> Arc<CryptoProvider> {
         let mut suites = TLS13_SUITES.to_vec();
@@ -70,11 +70,13 @@ static TLS12_SUITES: &[SupportedCipherSuite] = &[
     cipher_suite::TLS_ECDHE_RSA_WITH_AES_256_GCM_SHA384,
     cipher_suite::TLS_ECDHE_RSA_WITH_AES_128_GCM_SHA256,
 ];
+/// The hybrid goes first: what is recorded today stays secret from a quantum computer. Its key share comes with one for
+/// X25519, so that a peer without it needs no second round trip.
 static GROUPS: &[&dyn SupportedKxGroup] = &[
+    kx_group::X25519MLKEM768,
     kx_group::X25519,
     kx_group::SECP256R1,
     kx_group::SECP384R1,
-    kx_group::X25519MLKEM768,
 ];
 static PQC_GROUPS: &[&dyn SupportedKxGroup] = &[kx_group::X25519MLKEM768];
 

@@ -3,20 +3,18 @@
 use std::{fmt, sync::Arc};
 
 use rustls::{
-    DigitallySignedStruct, DistinguishedName, Error, OtherError, RootCertStore, SignatureScheme,
-    client::{
-        danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
-        verify_server_cert_signed_by_trust_anchor,
-    },
+    CertificateError, DigitallySignedStruct, DistinguishedName, Error, OtherError, SignatureScheme,
+    client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
     crypto::{WebPkiSupportedAlgorithms, verify_tls12_signature, verify_tls13_signature},
     pki_types::{CertificateDer, ServerName, UnixTime},
-    server::{
-        ParsedCertificate,
-        danger::{ClientCertVerified, ClientCertVerifier},
-    },
+    server::danger::{ClientCertVerified, ClientCertVerifier},
 };
 
-use crate::SpiffeId;
+use crate::{
+    SpiffeId,
+    anchors::Anchors,
+    chain::{self, Chain, Side, Terms},
+};
 
 /// The identity of a peer: the first URI name of its leaf that has the Istio form.
 ///
@@ -78,10 +76,6 @@ impl IdentityError {
             None
         }
     }
-
-    fn into_tls(self) -> Error {
-        Error::Other(OtherError(Arc::new(self)))
-    }
 }
 
 impl fmt::Display for IdentityError {
@@ -128,6 +122,90 @@ impl<T: fmt::Display> fmt::Display for List<'_, T> {
     }
 }
 
+/// Verifies the peers of one identity: a chain to its trust anchors, then who the peer is. No host name.
+#[derive(Debug)]
+pub(crate) struct PeerVerifier {
+    pub(crate) anchors: Arc<Anchors>,
+    pub(crate) algorithms: WebPkiSupportedAlgorithms,
+    pub(crate) whom: Whom,
+}
+
+/// Who a peer may be.
+#[derive(Debug, Clone)]
+pub(crate) enum Whom {
+    /// A client of one of these trust domains.
+    Clients(Arc<[Arc<str>]>),
+    /// A server that is one of these.
+    Servers(Arc<[SpiffeId]>),
+}
+
+impl PeerVerifier {
+    fn verify(
+        &self,
+        leaf: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        now: UnixTime,
+    ) -> Result<(), Error> {
+        let chain = Chain {
+            leaf,
+            intermediates,
+        };
+        if chain.is_too_long() {
+            return Err(CertificateError::Other(OtherError(Arc::new(ChainTooLong))).into());
+        }
+        let terms = Terms {
+            anchors: &self.anchors.store.roots,
+            algorithms: self.algorithms,
+            side: self.whom.side(),
+            now,
+        };
+        chain.verify(&terms, None).map_err(chain::to_tls)?;
+        self.whom
+            .admits(identities(leaf))
+            .map_err(|error| Error::Other(OtherError(Arc::new(error))))
+    }
+}
+
+impl Whom {
+    pub(crate) fn side(&self) -> Side {
+        match self {
+            Self::Clients(_) => Side::Server,
+            Self::Servers(_) => Side::Client,
+        }
+    }
+
+    fn admits(&self, presented: Vec<SpiffeId>) -> Result<(), IdentityError> {
+        match self {
+            Self::Clients(accepted) => {
+                let ours = |id: &SpiffeId| accepted.iter().any(|td| **td == *id.trust_domain());
+                if presented.iter().any(ours) {
+                    return Ok(());
+                }
+                let accepted = Arc::clone(accepted);
+                Err(IdentityError::TrustDomain {
+                    accepted,
+                    presented,
+                })
+            }
+            Self::Servers(expected) => {
+                if presented.iter().any(|id| expected.contains(id)) {
+                    return Ok(());
+                }
+                let expected = Arc::clone(expected);
+                Err(IdentityError::Unexpected {
+                    expected,
+                    presented,
+                })
+            }
+        }
+    }
+}
+
+/// A peer presents more certificates than can be of use.
+#[derive(Debug, thiserror::Error)]
+#[error("the certificate chain is too long")]
+struct ChainTooLong;
+
 /// What the two traits of rustls ask for alike: whether the peer holds the key of its certificate.
 macro_rules! verifies_signatures {
     () => {
@@ -155,17 +233,9 @@ macro_rules! verifies_signatures {
     };
 }
 
-/// Verifies clients: chain to our roots, then the trust-domain rule.
-#[derive(Debug)]
-pub(crate) struct ClientVerifier {
-    pub(crate) chain: Arc<dyn ClientCertVerifier>,
-    pub(crate) algorithms: WebPkiSupportedAlgorithms,
-    pub(crate) trust_domains: Arc<[Arc<str>]>,
-}
-
-impl ClientCertVerifier for ClientVerifier {
+impl ClientCertVerifier for PeerVerifier {
     fn root_hint_subjects(&self) -> &[DistinguishedName] {
-        self.chain.root_hint_subjects()
+        &self.anchors.hints
     }
 
     fn verify_client_cert(
@@ -174,38 +244,14 @@ impl ClientCertVerifier for ClientVerifier {
         intermediates: &[CertificateDer<'_>],
         now: UnixTime,
     ) -> Result<ClientCertVerified, Error> {
-        let verified = self
-            .chain
-            .verify_client_cert(end_entity, intermediates, now)?;
-        let presented = identities(end_entity);
-        let ours = |id: &SpiffeId| {
-            self.trust_domains
-                .iter()
-                .any(|td| **td == *id.trust_domain())
-        };
-        if presented.iter().any(ours) {
-            return Ok(verified);
-        }
-        let accepted = Arc::clone(&self.trust_domains);
-        Err(IdentityError::TrustDomain {
-            accepted,
-            presented,
-        }
-        .into_tls())
+        self.verify(end_entity, intermediates, now)
+            .map(|()| ClientCertVerified::assertion())
     }
 
     verifies_signatures!();
 }
 
-/// Verifies servers: chain to our roots, then one of the expected identities. No host name.
-#[derive(Debug)]
-pub(crate) struct ServerVerifier {
-    pub(crate) roots: Arc<RootCertStore>,
-    pub(crate) algorithms: WebPkiSupportedAlgorithms,
-    pub(crate) expected: Arc<[SpiffeId]>,
-}
-
-impl ServerCertVerifier for ServerVerifier {
+impl ServerCertVerifier for PeerVerifier {
     fn verify_server_cert(
         &self,
         end_entity: &CertificateDer<'_>,
@@ -214,23 +260,8 @@ impl ServerCertVerifier for ServerVerifier {
         _ocsp_response: &[u8],
         now: UnixTime,
     ) -> Result<ServerCertVerified, Error> {
-        verify_server_cert_signed_by_trust_anchor(
-            &ParsedCertificate::try_from(end_entity)?,
-            &self.roots,
-            intermediates,
-            now,
-            self.algorithms.all,
-        )?;
-        let presented = identities(end_entity);
-        if presented.iter().any(|id| self.expected.contains(id)) {
-            return Ok(ServerCertVerified::assertion());
-        }
-        let expected = Arc::clone(&self.expected);
-        Err(IdentityError::Unexpected {
-            expected,
-            presented,
-        }
-        .into_tls())
+        self.verify(end_entity, intermediates, now)
+            .map(|()| ServerCertVerified::assertion())
     }
 
     verifies_signatures!();

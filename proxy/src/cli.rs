@@ -19,6 +19,7 @@ mod reader;
 mod runtime;
 #[cfg(test)]
 mod tests;
+mod trust;
 mod value;
 
 pub use command::{Command, UsageError, command, command_list};
@@ -51,7 +52,7 @@ pub fn configuration(environment: &Environment<'_>, arguments: &str) -> Result<C
     let config = Config {
         sockets: data::sockets(&mut reader, &capture.mode),
         tunnel: data::tunnel(&mut reader),
-        tls: data::tls(&mut reader),
+        tls: trust::tls(&mut reader, &control.certificates),
         inbound: data::inbound(&mut reader),
         ports: runtime::ports(&proxy),
         runtime: runtime::threads(&mut reader, &proxy, arguments),

@@ -12,6 +12,7 @@ mod parts;
 mod source;
 mod target;
 mod tasks;
+mod trust;
 
 use std::{sync::Arc, time::Duration};
 
@@ -72,6 +73,7 @@ async fn serve(config: &Config, log: &LogGuard, data: &Handle) -> Result<(), Sta
     log.register(&mut registry);
     let shared = Arc::new(parts::shared(config, &mut registry)?);
     start.certificates(&shared);
+    start.trust(&shared, &mut registry);
     start.trimming(&shared);
     let known = start.mesh(&shared, &mut registry).await?;
     let pods = captured.map(|task| (task, PodMetrics::register(&mut registry)));
@@ -140,6 +142,19 @@ impl<'a> Start<'a> {
     fn certificates(&mut self, shared: &Shared) {
         let (agent, stop) = (shared.agent.clone(), self.background.clone());
         self.here(CERTIFICATES, async move { agent.run(stop).await });
+    }
+
+    /// Follows the roots that peers may have besides those that come with certificates.
+    fn trust(&mut self, shared: &Shared, registry: &mut Registry) {
+        let trust = shared.agent.trust().clone();
+        trust::register(&trust, registry);
+        if let Some(path) = self.config.tls.trust_file.clone() {
+            let stop = self.background.clone();
+            self.here(TRUST, async move {
+                let following = trust.follow_file(trust::ROOT_FILE, path);
+                stop.run_until_cancelled(following).await;
+            });
+        }
     }
 
     /// Starts the sources of mesh state. What it returns ends once there is enough of it to begin with.
@@ -251,9 +266,9 @@ impl<'a> Start<'a> {
             "stopping: nothing new is accepted, open connections may finish"
         );
         self.stop.accept.cancel();
-        let serving = self
-            .tasks
-            .finished_but(&[CERTIFICATES, CONTROL_PLANE, MESH_FILE, TRIMMING]);
+        let serving =
+            self.tasks
+                .finished_but(&[CERTIFICATES, CONTROL_PLANE, MESH_FILE, TRIMMING, TRUST]);
         tokio::select! {
             _ = timeout(deadline + LAST_WORK, serving) => {}
             () = signals.interrupted_again() => {}
@@ -306,6 +321,7 @@ const CERTIFICATES: &str = "certificates";
 const CONTROL_PLANE: &str = "control plane";
 const MESH_FILE: &str = "mesh file";
 const TRIMMING: &str = "buffers";
+const TRUST: &str = "trust anchors";
 /// How often unused buffers are let go.
 const TRIM_INTERVAL: Duration = Duration::from_secs(5);
 /// What may still run when everything was told to end.

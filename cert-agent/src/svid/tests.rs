@@ -4,16 +4,22 @@ use std::io;
 
 use rustls::{
     CipherSuite, HandshakeKind, NamedGroup, ProtocolVersion,
-    client::ResolvesClientCert,
-    crypto::aws_lc_rs::{self, kx_group},
+    client::{ResolvesClientCert, Resumption},
+    crypto::{
+        CryptoProvider,
+        aws_lc_rs::{self, kx_group},
+    },
     server::Acceptor,
+    sign::SingleCertAndKey,
     version::TLS12,
 };
 
 use super::*;
 use crate::{
-    IdentityError, peer_id,
+    IdentityError, TlsOptions, peer_id,
+    svid::configs::CACHED_CLIENT_CONFIGS,
     testing::{Authority, Sides, accept, handshake},
+    verify::{PeerVerifier, Whom},
 };
 
 const WEB: &str = "spiffe://td/ns/shop/sa/web";
@@ -57,10 +63,10 @@ fn foreign_client(svid: &Svid, provider: CryptoProvider, tls12: bool) -> Arc<Cli
         .with_protocol_versions(versions)
         .unwrap()
         .dangerous()
-        .with_custom_certificate_verifier(Arc::new(ServerVerifier {
-            roots: Arc::clone(&svid.anchors),
+        .with_custom_certificate_verifier(Arc::new(PeerVerifier {
+            anchors: svid.trust.anchors(),
             algorithms: aws_lc_rs::default_provider().signature_verification_algorithms,
-            expected: set(&[DB]),
+            whom: Whom::Servers(set(&[DB])),
         }))
         .with_client_cert_resolver(Arc::new(SingleCertAndKey::from(Arc::clone(
             &svid.certified,
@@ -86,7 +92,7 @@ async fn both_sides_learn_the_peer() {
     let suite = client.negotiated_cipher_suite().unwrap().suite();
     assert_eq!(suite, CipherSuite::TLS13_AES_256_GCM_SHA384);
     let group = client.negotiated_key_exchange_group().unwrap().name();
-    assert_eq!(group, NamedGroup::X25519);
+    assert_eq!(group, NamedGroup::X25519MLKEM768);
     assert_eq!(server.server_name(), None);
 }
 
@@ -331,12 +337,12 @@ fn client_configs_are_kept_and_bounded() {
         assert!(Arc::ptr_eq(&config, &web.client_config(&first)), "in use");
         let _ = web.client_config(&set(&[&format!("spiffe://td/ns/n/sa/a{n}")]));
     }
-    assert_eq!(web.clients.lock().len(), CACHED_CLIENT_CONFIGS);
+    assert_eq!(web.tls().cached_clients(), CACHED_CLIENT_CONFIGS);
     for n in 0..CACHED_CLIENT_CONFIGS {
         let _ = web.client_config(&set(&[&format!("spiffe://td/ns/n/sa/b{n}")]));
     }
     assert!(!Arc::ptr_eq(&config, &web.client_config(&first)), "evicted");
-    assert_eq!(web.clients.lock().len(), CACHED_CLIENT_CONFIGS);
+    assert_eq!(web.tls().cached_clients(), CACHED_CLIENT_CONFIGS);
 }
 
 #[test]

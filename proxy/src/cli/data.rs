@@ -1,16 +1,15 @@
 //! The sections of the data plane: capture, sockets, HBONE, TLS, inbound.
 
-use std::{collections::BTreeMap, net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
+use std::{collections::BTreeMap, net::SocketAddr, path::PathBuf, time::Duration};
 
 use super::{
     fault::Given,
-    identity::trust_domain,
     reader::Reader,
     value::{self, Reject},
 };
 use crate::config::{
-    Capture, DnsCapture, Inbound, Keepalive, OriginalSource, PqcPolicy, ProxyMode, Sockets, Tls,
-    Tunnel, WorkloadRef,
+    Capture, DnsCapture, Inbound, Keepalive, OriginalSource, ProxyMode, Sockets, Tunnel,
+    WorkloadRef,
 };
 
 /// `metadata` is the merged node metadata, two keys of which act here.
@@ -184,34 +183,6 @@ pub(super) fn tunnel(reader: &mut Reader<'_>) -> Tunnel {
         ping_interval: Duration::from_secs(10),
         ping_timeout: Duration::from_secs(20),
     }
-}
-
-pub(super) fn tls(reader: &mut Reader<'_>) -> Tls {
-    let pqc = if reader.literal("COMPLIANCE_POLICY", "pqc") {
-        PqcPolicy::Required
-    } else {
-        PqcPolicy::Default
-    };
-    Tls {
-        tls12: reader.literal("TLS12_ENABLED", "true"),
-        pqc,
-        trust_domains: trust_domains(reader),
-    }
-}
-
-fn trust_domains(reader: &mut Reader<'_>) -> Arc<[Arc<str>]> {
-    let key = "TRUST_DOMAINS";
-    let mut domains = Vec::new();
-    for domain in reader.text(key).unwrap_or_default().split(',') {
-        let domain = domain.trim();
-        if !domain.is_empty() {
-            let given = Given::Value(domain.to_owned());
-            domains.extend(reader.keep(key, given, trust_domain(domain)));
-        }
-    }
-    domains.sort();
-    domains.dedup();
-    domains.into()
 }
 
 pub(super) fn inbound(reader: &mut Reader<'_>) -> Inbound {

@@ -194,6 +194,12 @@ pub struct Tls {
     pub pqc: PqcPolicy,
     /// `TRUST_DOMAINS`: trust domains whose peers are accepted besides those of the own one.
     pub trust_domains: Arc<[Arc<str>]>,
+    /// `TRUST_BUNDLE_PATH`: a PEM file of roots that peers may have besides those that came with a certificate.
+    /// Default: the file of `CA_ROOT_CA`, unless certificates are signed in this process.
+    pub trust_file: Option<PathBuf>,
+    /// `TRUST_BUNDLE_GRACE`, default 1 h: for how long a root is trusted that is named no longer.
+    #[serde(serialize_with = "show::duration")]
+    pub trust_grace: Duration,
 }
 
 /// Which key exchanges are offered.

@@ -4,6 +4,7 @@ use std::{fs, path::Path, sync::Arc};
 
 use cert_agent::{
     Agent, AgentOptions, BoxFuture, CsrSource, InProcessCa, SanRule, Source, TlsOptions,
+    TrustBundle,
     istio::{Caller, Connect, ConnectError, IstioCa, IstioOptions},
 };
 use tonic::{metadata::MetadataMap, transport::Channel};
@@ -16,6 +17,7 @@ use crate::config::{Address, CertificateSource, Config, PqcPolicy, ProxyMode};
 pub(super) fn agent(config: &Config) -> Result<Agent, StartError> {
     let mut options = AgentOptions::default();
     options.tls = tls_options(config);
+    options.trust = TrustBundle::new(config.tls.trust_grace);
     let source: Arc<dyn Source> = match &config.control.certificates {
         CertificateSource::InProcess { root } => {
             Arc::new(CsrSource::new(in_process(config, root.as_ref())?))

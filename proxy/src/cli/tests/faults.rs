@@ -95,6 +95,8 @@ const KEYS: &[&str] = &[
     "SERVICE_ACCOUNT",
     "TRUST_DOMAIN",
     "TRUST_DOMAINS",
+    "TRUST_BUNDLE_PATH",
+    "TRUST_BUNDLE_GRACE",
     "INSTANCE_IP",
     "NETWORK",
     "ISTIO_META_CLUSTER_ID",

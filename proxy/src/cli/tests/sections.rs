@@ -1,6 +1,6 @@
 //! The table of each section: one setting in, one field out.
 
-use std::time::Duration;
+use std::{path::Path, time::Duration};
 
 use proptest::prelude::*;
 
@@ -287,6 +287,36 @@ fn sockets() {
         Some(Duration::from_secs(32_767 + 127))
     );
     assert_eq!(of(&[("PACKET_MARK", "4294967295")]).mark, Some(u32::MAX));
+}
+
+type Variables<'a> = &'a [(&'a str, &'a str)];
+
+#[test]
+fn trust_bundle() {
+    let default = "/var/run/secrets/istio/root-cert.pem";
+    let table: &[(Variables<'_>, Option<&str>)] = &[
+        (&[], Some(default)),
+        (&[("CA_ROOT_CA", "/a.pem")], Some("/a.pem")),
+        (&[("CA_ROOT_CA", "SYSTEM")], None),
+        (&[("TRUST_BUNDLE_PATH", "NONE")], None),
+        (&[("TRUST_BUNDLE_PATH", "b.pem")], Some("b.pem")),
+        (&[("FAKE_CA", "true")], None),
+        (
+            &[("FAKE_CA", "true"), ("TRUST_BUNDLE_PATH", "b.pem")],
+            Some("b.pem"),
+        ),
+    ];
+    for (variables, file) in table {
+        let tls = given(variables).config().tls;
+        assert_eq!(
+            tls.trust_file.as_deref(),
+            file.map(Path::new),
+            "{variables:?}"
+        );
+        assert_eq!(tls.trust_grace, Duration::from_hours(1));
+    }
+    let tls = given(&[("TRUST_BUNDLE_GRACE", "0s")]).config().tls;
+    assert!(tls.trust_grace.is_zero());
 }
 
 #[test]
