@@ -56,7 +56,7 @@ mod testing;
 
 pub use agent::{
     Agent, AgentOptions, SvidError,
-    snapshot::{CertificateState, HeldCertificate, IdentityStatus},
+    snapshot::{CertificateState, HeldCertificate, IdentityStatus, Stage},
 };
 pub use bundle::{BundleError, RootSourceStatus, TrustBundle};
 pub use check::{Rejection, SanRule};

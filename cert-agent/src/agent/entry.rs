@@ -14,11 +14,12 @@ use tokio::{
     time::Instant,
 };
 
-use super::snapshot::CertificateState;
+use super::snapshot::{CertificateState, Overview, Stage};
 use crate::{Retry, Svid};
 
-/// This moment on both clocks: retries follow the monotonic one, renewals the wall clock, which
-/// certificates are judged by.
+/// This moment on both clocks: retries follow the monotonic one, validity the wall clock, and
+/// renewals whichever is ahead, so that neither a step of the wall clock nor a suspended machine
+/// delays them.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Now {
     pub(crate) mono: Instant,
@@ -28,7 +29,7 @@ pub(crate) struct Now {
 /// One identity.
 #[derive(Debug)]
 pub(crate) struct Entry {
-    svid: Option<Arc<Svid>>,
+    held: Option<Held>,
     phase: Phase,
     keep: Keep,
     failing: Option<Failing>,
@@ -36,8 +37,17 @@ pub(crate) struct Entry {
     earliest: Instant,
     /// Whether anybody took or asked for the certificate since the last attempt ended.
     used: AtomicBool,
+    /// The source had something newer while an attempt was running.
+    outdated: bool,
     /// Rung at the end of each attempt; dropped with the entry.
     outcomes: watch::Sender<()>,
+}
+
+/// A certificate and when it came.
+#[derive(Debug)]
+struct Held {
+    svid: Arc<Svid>,
+    since: SystemTime,
 }
 
 /// What happens next.
@@ -45,10 +55,34 @@ pub(crate) struct Entry {
 enum Phase {
     /// An attempt is to be made.
     Due { urgency: Urgency, at: Instant },
-    /// A certificate is held; time of its renewal.
-    Held { renew_at: SystemTime },
+    /// A certificate is held until its renewal.
+    Held(Renewal),
     /// An attempt is running.
-    Running(AbortHandle),
+    Running { task: AbortHandle, urgency: Urgency },
+    /// An attempt was given up, but its task has not ended yet; no other may start before.
+    Ending { task: Id, urgency: Urgency },
+}
+
+/// When to renew: at the first of these.
+#[derive(Debug, Clone, Copy)]
+struct Renewal {
+    mono: Instant,
+    wall: SystemTime,
+}
+
+impl Renewal {
+    fn after(pause: Duration, now: Now) -> Self {
+        Self {
+            mono: now.mono + pause,
+            wall: now.wall + pause,
+        }
+    }
+
+    /// The same moment on the monotonic clock, as things look now.
+    fn at(self, now: Now) -> Instant {
+        let left = self.wall.duration_since(now.wall).unwrap_or_default();
+        self.mono.min(now.mono + left)
+    }
 }
 
 /// Whose turn it is; the first goes first.
@@ -82,7 +116,7 @@ struct Failing {
 impl Entry {
     pub(crate) fn new(now: Instant) -> Self {
         Self {
-            svid: None,
+            held: None,
             phase: Phase::Due {
                 urgency: Urgency::WarmUp,
                 at: now,
@@ -91,13 +125,14 @@ impl Entry {
             failing: None,
             earliest: now,
             used: AtomicBool::new(false),
+            outdated: false,
             outcomes: watch::Sender::new(()),
         }
     }
 
     /// The certificate for a handshake, unless it has expired.
     pub(crate) fn usable(&self, wall: SystemTime) -> Option<Arc<Svid>> {
-        let svid = self.svid.as_ref().filter(|svid| svid.is_valid_at(wall))?;
+        let svid = self.valid(wall)?;
         if !self.used.load(Ordering::Relaxed) {
             self.used.store(true, Ordering::Relaxed);
         }
@@ -105,25 +140,50 @@ impl Entry {
     }
 
     pub(crate) fn is_valid(&self, wall: SystemTime) -> bool {
-        self.svid
-            .as_ref()
-            .is_some_and(|svid| svid.is_valid_at(wall))
+        self.valid(wall).is_some()
     }
 
-    /// The certificate as it is, for dumps.
-    pub(crate) fn held(&self) -> Option<Arc<Svid>> {
-        self.svid.clone()
+    fn valid(&self, wall: SystemTime) -> Option<&Arc<Svid>> {
+        let svid = &self.held.as_ref()?.svid;
+        svid.is_valid_at(wall).then_some(svid)
+    }
+
+    /// The entry as it is, for people to look at.
+    pub(crate) fn overview(&self, wall: SystemTime) -> Overview {
+        Overview {
+            state: self.state(wall),
+            stage: self.stage(wall),
+            svid: self.held.as_ref().map(|held| Arc::clone(&held.svid)),
+            obtained_at: self.held.as_ref().map(|held| held.since),
+            last_failure: self.failure(),
+        }
     }
 
     pub(crate) fn state(&self, wall: SystemTime) -> CertificateState {
         if self.is_valid(wall) {
             CertificateState::Available
+        } else if matches!(self.keep, Keep::Until(_)) {
+            CertificateState::Unavailable("the identity is no longer needed".into())
         } else if let Some(failing) = &self.failing {
             CertificateState::Unavailable(Arc::clone(&failing.reason))
-        } else if self.svid.is_some() {
+        } else if self.held.is_some() {
             CertificateState::Unavailable("certificate expired".into())
         } else {
             CertificateState::Initializing
+        }
+    }
+
+    fn stage(&self, wall: SystemTime) -> Stage {
+        if matches!(self.keep, Keep::Until(_)) {
+            return Stage::Forgotten;
+        }
+        match (&self.held, &self.phase) {
+            (Some(_), Phase::Held(_)) if self.is_valid(wall) => Stage::Held,
+            (Some(_), _) if self.is_valid(wall) => Stage::Renewing,
+            (Some(_), _) => Stage::Expired,
+            (None, _) if self.failing.is_some() => Stage::Failing,
+            (None, Phase::Running { .. }) => Stage::Fetching,
+            (None, Phase::Due { .. } | Phase::Ending { .. } | Phase::Held(_)) => Stage::Queued,
         }
     }
 
@@ -132,29 +192,28 @@ impl Entry {
         Some(Arc::clone(&failing.reason))
     }
 
-    /// The failure, if it has lasted for `patience` or will not go away by itself.
-    pub(crate) fn hopeless(&self, now: Instant, patience: Duration) -> Option<Arc<str>> {
+    /// The failure, if it has lasted for `patience`, will not go away by itself, or cannot be
+    /// made good before `deadline`.
+    pub(crate) fn hopeless(
+        &self,
+        now: Instant,
+        patience: Duration,
+        deadline: Instant,
+    ) -> Option<Arc<str>> {
         let failing = self.failing.as_ref()?;
         let lasting = now.duration_since(failing.since) >= patience;
-        (lasting || failing.retry == Retry::Slowly).then(|| Arc::clone(&failing.reason))
+        let hopeless = lasting || failing.retry == Retry::Slowly || self.earliest >= deadline;
+        hopeless.then(|| Arc::clone(&failing.reason))
     }
 
     /// A connection waits for the certificate: the next attempt is urgent.
     pub(crate) fn demand(&mut self, now: Now) -> watch::Receiver<()> {
         self.used.store(true, Ordering::Relaxed);
-        let valid = self.is_valid(now.wall);
-        if matches!(self.keep, Keep::Until(_)) && !valid {
-            self.keep = Keep::OnDemand;
-        }
-        let soonest = self.earliest.max(now.mono);
-        let at = match self.phase {
-            Phase::Due { at, .. } => Some(at.min(soonest)),
-            Phase::Held { .. } if !valid => Some(soonest),
-            Phase::Held { .. } | Phase::Running(_) => None,
-        };
-        if let Some(at) = at {
-            let urgency = Urgency::RealTime;
-            self.phase = Phase::Due { urgency, at };
+        if !self.is_valid(now.wall) {
+            if matches!(self.keep, Keep::Until(_)) {
+                self.keep = Keep::OnDemand;
+            }
+            self.hurry(Urgency::RealTime, now);
         }
         self.outcomes.subscribe()
     }
@@ -162,51 +221,102 @@ impl Entry {
     /// A workload of the identity is here.
     pub(crate) fn want(&mut self, now: Now) {
         self.keep = Keep::Wanted;
-        if let (Phase::Held { .. }, false) = (&self.phase, self.is_valid(now.wall)) {
-            self.phase = Phase::Due {
-                urgency: Urgency::WarmUp,
-                at: self.earliest.max(now.mono),
-            };
+        if matches!(self.phase, Phase::Held(_)) && !self.is_valid(now.wall) {
+            self.hurry(Urgency::WarmUp, now);
+        }
+    }
+
+    /// Has the next attempt made as soon as allowed, with at least `wanted`; one that runs already
+    /// counts as that urgent from now on.
+    fn hurry(&mut self, wanted: Urgency, now: Now) {
+        let soonest = self.earliest.max(now.mono);
+        match &mut self.phase {
+            Phase::Due { urgency, at } => {
+                *urgency = wanted.min(*urgency);
+                *at = soonest.min(*at);
+            }
+            Phase::Running { urgency, .. } | Phase::Ending { urgency, .. } => {
+                *urgency = wanted.min(*urgency);
+            }
+            Phase::Held(_) => {
+                let (urgency, at) = (wanted, soonest);
+                self.phase = Phase::Due { urgency, at };
+            }
         }
     }
 
     /// The source has a newer certificate.
     pub(crate) fn refresh(&mut self, now: Now) {
-        if let Phase::Held { renew_at } = &mut self.phase {
-            *renew_at = now.wall;
+        match &mut self.phase {
+            Phase::Held(renewal) => *renewal = Renewal::after(Duration::ZERO, now),
+            // It may have been asked before the newer one was there.
+            Phase::Running { .. } => self.outdated = true,
+            Phase::Due { .. } | Phase::Ending { .. } => {}
         }
     }
 
-    /// The last workload of the identity has left.
+    /// The last workload of the identity has left. Who waits for a first certificate learns it.
     pub(crate) fn forget(&mut self, now: Now, grace: Duration) {
-        self.abandon_fetch(now);
-        self.keep = Keep::Until(now.mono + grace);
+        self.give_up(now);
+        self.failing = None;
+        if !matches!(self.keep, Keep::Until(_)) {
+            self.keep = Keep::Until(now.mono + grace);
+        }
+        if !self.is_valid(now.wall) {
+            self.outcomes = watch::Sender::new(());
+        }
     }
 
-    /// A running attempt is given up, to be made again.
-    pub(crate) fn abandon_fetch(&mut self, now: Now) {
-        if let Phase::Running(task) = &self.phase {
+    /// Gives up a running attempt, to be made again after a pause.
+    fn give_up(&mut self, now: Now) {
+        if let Phase::Running { task, urgency } = &self.phase {
             task.abort();
-            self.phase = Phase::Due {
-                urgency: Urgency::Background,
-                at: now.mono,
+            self.phase = Phase::Ending {
+                task: task.id(),
+                urgency: *urgency,
             };
+            self.earliest = now.mono + MIN_SPACING;
+        }
+    }
+
+    /// Whatever ran has ended with those who ran it.
+    pub(crate) fn restart(&mut self, now: Now) {
+        self.give_up(now);
+        if let Phase::Ending { task, .. } = self.phase {
+            self.reap(task);
+        }
+    }
+
+    /// The task of an attempt that was given up has ended. `false` if it is not ours.
+    pub(crate) fn reap(&mut self, ended: Id) -> bool {
+        match self.phase {
+            Phase::Ending { task, urgency } if task == ended => {
+                let at = self.earliest;
+                self.phase = Phase::Due { urgency, at };
+                true
+            }
+            Phase::Ending { .. } | Phase::Running { .. } | Phase::Due { .. } | Phase::Held(_) => {
+                false
+            }
         }
     }
 
     /// Whether the entry can be dropped: its grace is over, or nobody has used it for long.
     pub(crate) fn is_over(&self, now: Now) -> bool {
+        if matches!(self.phase, Phase::Ending { .. }) || now.mono < self.earliest {
+            return false;
+        }
         match self.keep {
             Keep::Wanted => false,
             Keep::Until(end) => now.mono >= end,
             Keep::OnDemand => {
-                let stale = match &self.phase {
-                    Phase::Held { renew_at } => now.wall >= *renew_at,
+                let stale = match self.phase {
+                    Phase::Held(renewal) => renewal.at(now) <= now.mono,
                     Phase::Due { .. } => {
                         let failing = self.failing.as_ref();
                         failing.is_some_and(|failing| failing.attempts >= UNUSED_ATTEMPTS)
                     }
-                    Phase::Running(_) => false,
+                    Phase::Running { .. } | Phase::Ending { .. } => false,
                 };
                 stale && !self.used.load(Ordering::Relaxed)
             }
@@ -215,51 +325,53 @@ impl Entry {
 
     /// The entry's place in the queue, if an attempt is due.
     pub(crate) fn due(&self, now: Now) -> Option<(Urgency, Instant)> {
+        self.next_attempt(now).filter(|(_, at)| *at <= now.mono)
+    }
+
+    /// When the entry next needs attention by itself.
+    pub(crate) fn wake_at(&self, now: Now) -> Option<Instant> {
+        if let Keep::Until(end) = self.keep {
+            return Some(end.max(self.earliest));
+        }
+        self.next_attempt(now).map(|(_, at)| at)
+    }
+
+    fn next_attempt(&self, now: Now) -> Option<(Urgency, Instant)> {
         if matches!(self.keep, Keep::Until(_)) {
             return None;
         }
-        match self.phase {
-            Phase::Due { urgency, at } => (at <= now.mono).then_some((urgency, at)),
-            Phase::Held { renew_at } => {
-                let overdue = now.wall.duration_since(renew_at).ok()?;
-                // A process younger than that has no earlier moment to name.
-                let at = now.mono.checked_sub(overdue).unwrap_or(now.mono);
-                Some((Urgency::Background, at))
-            }
-            Phase::Running(_) => None,
-        }
-    }
-
-    /// When the entry next needs attention.
-    pub(crate) fn wake_at(&self, now: Now) -> Option<Instant> {
-        if let Keep::Until(end) = self.keep {
-            return Some(end);
-        }
-        match self.phase {
-            Phase::Due { at, .. } => Some(at),
-            Phase::Held { renew_at } => {
-                let left = renew_at.duration_since(now.wall).unwrap_or_default();
-                now.mono.checked_add(left)
-            }
-            Phase::Running(_) => None,
-        }
-    }
-
-    pub(crate) fn started(&mut self, task: AbortHandle) {
-        self.phase = Phase::Running(task);
-    }
-
-    pub(crate) fn runs(&self, task: Id) -> bool {
-        matches!(&self.phase, Phase::Running(running) if running.id() == task)
-    }
-
-    /// Stores a certificate; its renewal is due after half of what remains of its life.
-    pub(crate) fn succeeded(&mut self, svid: Arc<Svid>, now: Now, jitter: Jitter) {
-        let half = svid.remaining(now.wall).mul_f64(0.5 * jitter.renewal);
-        self.phase = Phase::Held {
-            renew_at: now.wall + half.max(MIN_SPACING),
+        let (urgency, at) = match self.phase {
+            Phase::Due { urgency, at } => (urgency, at),
+            Phase::Held(renewal) => (Urgency::Background, renewal.at(now)),
+            Phase::Running { .. } | Phase::Ending { .. } => return None,
         };
-        self.svid = Some(svid);
+        Some((urgency, at.max(self.earliest)))
+    }
+
+    pub(crate) fn started(&mut self, task: AbortHandle, urgency: Urgency) {
+        self.outdated = false;
+        self.phase = Phase::Running { task, urgency };
+    }
+
+    pub(crate) fn runs(&self, id: Id) -> bool {
+        matches!(&self.phase, Phase::Running { task, .. } if task.id() == id)
+    }
+
+    /// Whether an attempt is running that no connection waits for.
+    pub(crate) fn runs_unhurried(&self) -> bool {
+        matches!(&self.phase, Phase::Running { urgency, .. } if *urgency != Urgency::RealTime)
+    }
+
+    /// Stores a certificate. Its renewal is due after a part of what remains of its life: counted
+    /// from now, because half the life of a backdated one may be over already.
+    pub(crate) fn succeeded(&mut self, svid: Arc<Svid>, now: Now, jitter: Jitter) {
+        let mut pause = svid.remaining(now.wall).mul_f64(jitter.renewal);
+        if self.outdated {
+            pause = Duration::ZERO;
+        }
+        self.phase = Phase::Held(Renewal::after(pause.max(MIN_SPACING), now));
+        let since = now.wall;
+        self.held = Some(Held { svid, since });
         self.failing = None;
         self.ended(now.mono + MIN_SPACING);
     }
@@ -270,12 +382,12 @@ impl Entry {
         let (since, attempts) =
             before.map_or((now.mono, 0), |failing| (failing.since, failing.attempts));
         let mut pause = back_off(attempts).mul_f64(jitter.back_off);
-        if let Some(svid) = self.svid.as_ref().filter(|svid| svid.is_valid_at(now.wall)) {
-            pause = pause.min(svid.remaining(now.wall).max(MIN_SPACING));
+        if let Some(svid) = self.valid(now.wall) {
+            pause = pause.min(svid.remaining(now.wall));
         }
         let spacing = match retry {
             Retry::Soon => MIN_SPACING,
-            Retry::After(wait) => wait.clamp(MIN_SPACING, MAX_BACK_OFF),
+            Retry::After(wait) => wait.clamp(MIN_SPACING, MAX_HINT),
             Retry::Slowly => SLOW_SPACING,
         };
         self.phase = Phase::Due {
@@ -301,16 +413,22 @@ impl Entry {
 /// Random factors, so that what was fetched together is not renewed together.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Jitter {
-    /// 0.9 to 1.1.
-    pub(crate) renewal: f64,
+    /// The part of a certificate's remaining life after which it is renewed.
+    renewal: f64,
     /// 0.8 to 1.2.
-    pub(crate) back_off: f64,
+    back_off: f64,
 }
 
 impl Jitter {
-    pub(crate) fn random() -> Self {
+    /// Renewal within `window`; what is no part of a life counts as half of it.
+    pub(crate) fn random((from, to): (f64, f64)) -> Self {
+        let renewal = from + (to - from) * rand::random::<f64>();
         Self {
-            renewal: 0.9 + 0.2 * rand::random::<f64>(),
+            renewal: if (0.0..=1.0).contains(&renewal) {
+                renewal
+            } else {
+                0.5
+            },
             back_off: 0.8 + 0.4 * rand::random::<f64>(),
         }
     }
@@ -328,5 +446,7 @@ const MIN_SPACING: Duration = Duration::from_secs(1);
 /// The same after a failure that needs somebody's hand.
 const SLOW_SPACING: Duration = Duration::from_secs(5);
 const MAX_BACK_OFF: Duration = Duration::from_secs(150);
+/// How long a source may have us wait: a slip of its must not take an identity out for a day.
+const MAX_HINT: Duration = Duration::from_secs(600);
 /// After so many failures in a row, an identity that nobody asked for again is dropped.
 const UNUSED_ATTEMPTS: u32 = 8;

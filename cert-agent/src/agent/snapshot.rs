@@ -14,6 +14,12 @@ pub struct IdentityStatus {
     pub identity: SpiffeId,
     /// Whether a certificate can be presented.
     pub state: CertificateState,
+    /// What is happening to it.
+    pub stage: Stage,
+    /// When the certificate was obtained.
+    pub obtained_at: Option<SystemTime>,
+    /// Why the last attempt failed, also while an earlier certificate is still valid.
+    pub last_failure: Option<Arc<str>>,
     /// Leaf first, then intermediates; kept even when expired.
     pub chain: Vec<HeldCertificate>,
     /// The trust anchors.
@@ -40,6 +46,58 @@ impl fmt::Display for CertificateState {
             Self::Unavailable(reason) => write!(f, "Unavailable: {reason}"),
         }
     }
+}
+
+/// Where an identity is in its life. `Display` gives the label of the metrics.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Stage {
+    /// The first fetch waits for its turn.
+    Queued,
+    /// The first fetch is running.
+    Fetching,
+    /// A valid certificate is held and not due for renewal.
+    Held,
+    /// A valid certificate is held, and its successor is queued, being fetched or tried again.
+    Renewing,
+    /// There has been no certificate yet, and the last attempt failed.
+    Failing,
+    /// The certificate has expired, and no successor was obtained.
+    Expired,
+    /// The last workload has left; the entry goes when the grace is over.
+    Forgotten,
+}
+
+impl Stage {
+    /// The label of the metrics.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Queued => "queued",
+            Self::Fetching => "fetching",
+            Self::Held => "held",
+            Self::Renewing => "renewing",
+            Self::Failing => "failing",
+            Self::Expired => "expired",
+            Self::Forgotten => "forgotten",
+        }
+    }
+}
+
+impl fmt::Display for Stage {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+/// One identity before its certificates are taken apart.
+#[derive(Debug)]
+pub(crate) struct Overview {
+    pub(crate) state: CertificateState,
+    pub(crate) stage: Stage,
+    pub(crate) svid: Option<Arc<Svid>>,
+    pub(crate) obtained_at: Option<SystemTime>,
+    pub(crate) last_failure: Option<Arc<str>>,
 }
 
 /// One certificate, taken apart.
@@ -73,24 +131,24 @@ impl HeldCertificate {
     }
 }
 
-pub(super) fn describe(
-    mut held: Vec<(SpiffeId, CertificateState, Option<Arc<Svid>>)>,
-) -> Vec<IdentityStatus> {
-    held.sort_unstable_by(|(one, ..), (other, ..)| one.cmp(other));
-    held.into_iter()
-        .map(|(identity, state, svid)| {
-            let list = |ders: &[CertificateDer<'_>]| {
-                ders.iter().filter_map(HeldCertificate::new).collect()
+/// Takes everything apart, leaf first, sorted by identity.
+pub(super) fn describe(overviews: Vec<(SpiffeId, Overview)>) -> Vec<IdentityStatus> {
+    overviews
+        .into_iter()
+        .map(|(identity, overview)| {
+            let list = |ders: Option<&[CertificateDer<'_>]>| {
+                let ders = ders.into_iter().flatten();
+                ders.filter_map(HeldCertificate::new).collect()
             };
+            let svid = overview.svid.as_ref();
             IdentityStatus {
                 identity,
-                state,
-                chain: svid
-                    .as_ref()
-                    .map_or_else(Vec::new, |svid| list(svid.chain())),
-                roots: svid
-                    .as_ref()
-                    .map_or_else(Vec::new, |svid| list(svid.roots())),
+                chain: list(svid.map(|svid| svid.chain())),
+                roots: list(svid.map(|svid| svid.roots())),
+                state: overview.state,
+                stage: overview.stage,
+                obtained_at: overview.obtained_at,
+                last_failure: overview.last_failure,
             }
         })
         .collect()

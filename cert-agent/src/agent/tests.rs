@@ -1,13 +1,25 @@
-//! The agent under a paused clock, with a source that does as it is told.
+//! The agent under a paused clock, with an authority that does as it is told.
 
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+mod fetching;
+mod forgetting;
+mod histories;
+mod outages;
+mod renewal;
+mod visibility;
+
+use std::{
+    collections::{HashMap, HashSet, VecDeque},
+    sync::atomic::{AtomicBool, AtomicI64, Ordering},
+    time::SystemTime,
+};
 
 use parking_lot::Mutex;
 use tokio::time::sleep;
 
 use super::*;
 use crate::{
-    BoxFuture, CertificateState, CsrSource, InProcessCa, KeyedChain, Retry,
+    BoxFuture, CertificateState, CsrSource, InProcessCa, KeyedChain, ObtainError, Retry, RootPair,
+    Stage,
     testing::{HOUR, id, paused_clock},
 };
 
@@ -15,439 +27,252 @@ const WEB: &str = "spiffe://td/ns/shop/sa/web";
 const DB: &str = "spiffe://td/ns/shop/sa/db";
 const SECOND: Duration = Duration::from_secs(1);
 
-/// A working CA behind switches.
-struct Source {
-    ca: CsrSource<InProcessCa>,
-    latency: Mutex<Duration>,
-    /// The next calls fail with these.
-    failures: Mutex<Vec<Retry>>,
-    down: AtomicBool,
-    /// When and for whom it was called.
-    calls: Mutex<Vec<(Instant, SpiffeId)>>,
-    in_flight: AtomicUsize,
-    most_in_flight: AtomicUsize,
-    released: Mutex<Vec<SpiffeId>>,
+/// What the authority does with one call.
+#[derive(Debug, Clone, Copy)]
+enum Answer {
+    /// Signs for this long.
+    Certificate(Duration),
+    /// Signs for somebody else.
+    ForSomebodyElse,
+    Refusal(Retry),
+    /// Never answers.
+    Silence,
+    /// Comes down.
+    Panic,
 }
 
-impl Source {
+/// An authority and its log.
+struct Authority {
+    root: RootPair,
+    /// Its clock is right, whatever ours says.
+    clock: Clock,
+    lifetime: Duration,
+    latency: Mutex<Duration>,
+    down: AtomicBool,
+    /// For the next calls; then it is up or down.
+    answers: Mutex<VecDeque<Answer>>,
+    /// Calls for these get no answer.
+    mute: Mutex<HashSet<SpiffeId>>,
+    log: Mutex<Log>,
+}
+
+#[derive(Default)]
+struct Log {
+    /// When and for whom it was called.
+    calls: Vec<(Instant, SpiffeId)>,
+    in_flight: Vec<SpiffeId>,
+    most_in_flight: usize,
+    ended: HashMap<SpiffeId, Instant>,
+    /// No call for these before the given time.
+    not_before: HashMap<SpiffeId, Instant>,
+    released: Vec<SpiffeId>,
+    /// What the agent must never do, and did.
+    violations: Vec<String>,
+}
+
+impl Authority {
     fn calls(&self) -> usize {
-        self.calls.lock().len()
+        self.log.lock().calls.len()
+    }
+
+    /// When it was called, from the `nth` call on.
+    fn times(&self, nth: usize) -> Vec<Instant> {
+        let log = self.log.lock();
+        log.calls.iter().skip(nth).map(|(at, _)| *at).collect()
+    }
+
+    fn in_flight(&self) -> usize {
+        self.log.lock().in_flight.len()
     }
 
     fn set_down(&self, down: bool) {
         self.down.store(down, Ordering::Relaxed);
     }
 
-    fn next_failure(&self) -> Option<Retry> {
-        self.failures
-            .lock()
-            .pop()
-            .or_else(|| self.down.load(Ordering::Relaxed).then_some(Retry::Soon))
+    fn set_latency(&self, latency: Duration) {
+        *self.latency.lock() = latency;
+    }
+
+    fn answer_next(&self, answers: impl IntoIterator<Item = Answer>) {
+        self.answers.lock().extend(answers);
+    }
+
+    fn next_answer(&self, id: &SpiffeId) -> Answer {
+        if self.mute.lock().contains(id) {
+            Answer::Silence
+        } else if let Some(answer) = self.answers.lock().pop_front() {
+            answer
+        } else if self.down.load(Ordering::Relaxed) {
+            Answer::Refusal(Retry::Soon)
+        } else {
+            Answer::Certificate(self.lifetime)
+        }
+    }
+
+    /// Writes down a call, and what is wrong with it.
+    fn begin(&self, id: &SpiffeId) -> Call<'_> {
+        let now = Instant::now();
+        let mut log = self.log.lock();
+        if log.in_flight.contains(id) {
+            log.violations.push(format!("second call for {id}"));
+        }
+        if let Some(ended) = log.ended.get(id).copied()
+            && now - ended < SECOND
+        {
+            let pause = now - ended;
+            log.violations.push(format!("{id} again after {pause:?}"));
+        }
+        if log.not_before.remove(id).is_some_and(|at| now < at) {
+            log.violations.push(format!("{id} sooner than allowed"));
+        }
+        log.calls.push((now, id.clone()));
+        log.in_flight.push(id.clone());
+        log.most_in_flight = log.most_in_flight.max(log.in_flight.len());
+        Call(self, id.clone())
+    }
+
+    async fn sign(&self, id: &SpiffeId, lifetime: Duration) -> Result<KeyedChain, ObtainError> {
+        let root = &self.root;
+        let ca = InProcessCa::from_pem(&root.certificate_pem, &root.key_pem).unwrap();
+        let ca = ca.with_lifetime(lifetime).with_clock(self.clock.clone());
+        CsrSource::new(ca).obtain(id).await
     }
 }
 
-/// Counts a call out, also when it is dropped.
-struct InFlight<'a>(&'a AtomicUsize);
+/// Writes down the end of a call, also when it is dropped.
+struct Call<'a>(&'a Authority, SpiffeId);
 
-impl Drop for InFlight<'_> {
+impl Drop for Call<'_> {
     fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::Relaxed);
+        let mut log = self.0.log.lock();
+        let place = log.in_flight.iter().position(|id| *id == self.1).unwrap();
+        log.in_flight.swap_remove(place);
+        log.ended.insert(self.1.clone(), Instant::now());
     }
 }
 
-impl crate::Source for Source {
+impl Source for Authority {
     fn obtain<'a>(&'a self, id: &'a SpiffeId) -> BoxFuture<'a, Result<KeyedChain, ObtainError>> {
         Box::pin(async move {
-            self.calls.lock().push((Instant::now(), id.clone()));
-            let now = self.in_flight.fetch_add(1, Ordering::Relaxed) + 1;
-            self.most_in_flight.fetch_max(now, Ordering::Relaxed);
-            let _guard = InFlight(&self.in_flight);
-            let latency = *self.latency.lock();
+            let _call = self.begin(id);
+            let (answer, latency) = (self.next_answer(id), *self.latency.lock());
             sleep(latency).await;
-            match self.next_failure() {
-                Some(retry) => Err(ObtainError::refused("down for tests", retry)),
-                None => self.ca.obtain(id).await,
+            match answer {
+                Answer::Certificate(lifetime) => self.sign(id, lifetime).await,
+                Answer::ForSomebodyElse => {
+                    let other = "spiffe://td/ns/some/sa/body".parse().unwrap();
+                    self.sign(&other, self.lifetime).await
+                }
+                Answer::Refusal(retry) => {
+                    if let Retry::After(wait) = retry {
+                        let until = Instant::now() + wait;
+                        self.log.lock().not_before.insert(id.clone(), until);
+                    }
+                    Err(ObtainError::refused("down for tests", retry))
+                }
+                Answer::Silence => std::future::pending().await,
+                Answer::Panic => panic!("on purpose"),
             }
         })
     }
 
     fn release(&self, id: &SpiffeId) {
-        self.released.lock().push(id.clone());
+        self.log.lock().released.push(id.clone());
     }
 }
 
 /// A running agent. Tests hold it; dropping it ends everything.
 struct World {
     agent: Agent,
-    source: Arc<Source>,
+    authority: Arc<Authority>,
+    clock: Clock,
+    /// Seconds that our wall clock is ahead.
+    ahead: Arc<AtomicI64>,
     stop: CancellationToken,
     tasks: JoinSet<()>,
 }
 
 fn world(lifetime: Duration) -> World {
-    let clock = paused_clock();
-    let ca = InProcessCa::random().unwrap();
-    let ca = ca.with_lifetime(lifetime).with_clock(clock.clone());
-    let source = Arc::new(Source {
-        ca: CsrSource::new(ca),
-        latency: Mutex::new(Duration::ZERO),
-        failures: Mutex::default(),
-        down: AtomicBool::new(false),
-        calls: Mutex::default(),
-        in_flight: AtomicUsize::new(0),
-        most_in_flight: AtomicUsize::new(0),
-        released: Mutex::default(),
+    world_with(lifetime, |_| {})
+}
+
+/// A world whose authority signs for `lifetime` unless told otherwise.
+fn world_with(lifetime: Duration, adjust: impl FnOnce(&mut AgentOptions)) -> World {
+    let right = paused_clock();
+    let ahead = Arc::new(AtomicI64::new(0));
+    let (authoritys, offset) = (right.clone(), Arc::clone(&ahead));
+    let clock = Clock::new(move || {
+        let offset = offset.load(Ordering::Relaxed);
+        let by = Duration::from_secs(offset.unsigned_abs());
+        let now = right.now();
+        if offset < 0 { now - by } else { now + by }
     });
-    let options = AgentOptions {
-        clock,
+    let authority = Arc::new(Authority {
+        root: RootPair::generate("tests").unwrap(),
+        clock: authoritys,
+        lifetime,
+        latency: Mutex::default(),
+        down: AtomicBool::new(false),
+        answers: Mutex::default(),
+        mute: Mutex::default(),
+        log: Mutex::default(),
+    });
+    let mut options = AgentOptions {
+        clock: clock.clone(),
         ..AgentOptions::default()
     };
-    let dynamic: Arc<dyn crate::Source> = Arc::<Source>::clone(&source);
-    let agent = Agent::new(dynamic, options);
+    adjust(&mut options);
+    let source: Arc<dyn Source> = Arc::<Authority>::clone(&authority);
+    let agent = Agent::new(source, options);
     let stop = CancellationToken::new();
     let mut tasks = JoinSet::new();
     let (running, until) = (agent.clone(), stop.clone());
     tasks.spawn(async move { running.run(until).await });
     World {
         agent,
-        source,
+        authority,
+        clock,
+        ahead,
         stop,
         tasks,
     }
 }
 
 impl World {
-    fn state(&self, which: &str) -> Option<CertificateState> {
-        let statuses = self.agent.snapshot().into_iter();
-        statuses
-            .filter(|status| status.identity == id(which))
-            .map(|status| status.state)
-            .next()
+    fn status(&self, which: &str) -> Option<IdentityStatus> {
+        let mut statuses = self.agent.snapshot().into_iter();
+        statuses.find(|status| status.identity.as_str() == which)
     }
 
-    async fn pause(&self, time: Duration) {
-        sleep(time).await;
+    fn state(&self, which: &str) -> Option<String> {
+        Some(self.status(which)?.state.to_string())
+    }
+
+    fn stage(&self, which: &str) -> Option<Stage> {
+        Some(self.status(which)?.stage)
+    }
+
+    /// What a handshake of this moment would be given.
+    fn current(&self, which: &str) -> Arc<Svid> {
+        self.agent.current(&id(which)).unwrap()
+    }
+
+    /// The wall clock of the machine is set, or a suspended machine wakes up.
+    fn step_clock(&self, seconds: i64) {
+        self.ahead.fetch_add(seconds, Ordering::Relaxed);
     }
 }
 
-#[tokio::test(start_paused = true)]
-async fn callers_of_one_identity_share_one_fetch() {
-    let world = world(24 * HOUR);
-    *world.source.latency.lock() = SECOND;
-    let mut callers = JoinSet::new();
-    for _ in 0..20 {
-        let agent = world.agent.clone();
-        callers.spawn(async move { agent.svid(&id(WEB)).await.unwrap() });
+impl Drop for World {
+    fn drop(&mut self) {
+        if !std::thread::panicking() {
+            let log = self.authority.log.lock();
+            assert_eq!(log.violations, [""; 0]);
+            assert!(log.most_in_flight <= self.agent.0.options.max_fetches);
+        }
     }
-    let got = callers.join_all().await;
-    assert!(got.iter().all(|svid| Arc::ptr_eq(svid, &got[0])));
-    world.agent.svid(&id(WEB)).await.unwrap();
-    assert_eq!(world.source.calls(), 1);
 }
 
-#[tokio::test(start_paused = true)]
-async fn connections_go_before_warm_up_within_eight_calls() {
-    let world = world(24 * HOUR);
-    *world.source.latency.lock() = SECOND;
-    for n in 0..20 {
-        world
-            .agent
-            .prefetch(&id(&format!("spiffe://td/ns/n/sa/a{n:02}")));
-    }
-    world.pause(SECOND / 2).await;
-    let asked = Instant::now();
-    world.agent.svid(&id(WEB)).await.unwrap();
-    assert!(asked.elapsed() < 2 * SECOND, "{:?}", asked.elapsed());
-    assert_eq!(world.source.calls.lock()[8].1, id(WEB));
-    world.pause(5 * SECOND).await;
-    assert_eq!(world.source.calls(), 21);
-    assert_eq!(world.source.most_in_flight.load(Ordering::Relaxed), 8);
-}
-
-#[tokio::test(start_paused = true)]
-async fn renews_at_half_life_with_a_new_key() {
-    let world = world(24 * HOUR);
-    world.agent.prefetch(&id(WEB));
-    let first = world.agent.svid(&id(WEB)).await.unwrap();
-    world.pause(HOUR * 107 / 10).await;
-    assert_eq!(world.source.calls(), 1, "too early");
-    world.pause(HOUR * 26 / 10).await;
-    assert_eq!(world.source.calls(), 2);
-    let second = world.agent.svid(&id(WEB)).await.unwrap();
-    assert!(!Arc::ptr_eq(&first, &second));
-    let key = |svid: &Svid| {
-        let leaf = svid.chain()[0].clone();
-        let (_, leaf) = x509_parser::parse_x509_certificate(&leaf).unwrap();
-        leaf.public_key().raw.to_vec()
-    };
-    assert_ne!(key(&first), key(&second));
-}
-
-#[tokio::test(start_paused = true)]
-async fn renewals_of_many_are_spread() {
-    let world = world(24 * HOUR);
-    for n in 0..100 {
-        world
-            .agent
-            .prefetch(&id(&format!("spiffe://td/ns/n/sa/a{n}")));
-    }
-    world.pause(14 * HOUR).await;
-    let calls = world.source.calls.lock();
-    assert_eq!(calls.len(), 200);
-    let renewals: Vec<_> = calls.iter().skip(100).map(|(at, _)| *at).collect();
-    let spread = *renewals.iter().max().unwrap() - *renewals.iter().min().unwrap();
-    assert!(spread > HOUR, "{spread:?}");
-}
-
-#[tokio::test(start_paused = true)]
-async fn short_certificates_cause_no_hot_loop() {
-    let half_minute = world(30 * SECOND);
-    half_minute.agent.prefetch(&id(WEB));
-    half_minute.pause(60 * SECOND).await;
-    let calls = half_minute.source.calls();
-    assert!(
-        (4..=6).contains(&calls),
-        "{calls} calls in a minute for 30 s"
-    );
-
-    let shorter = world(2 * SECOND);
-    shorter.agent.prefetch(&id(WEB));
-    shorter.pause(60 * SECOND).await;
-    let calls = shorter.source.calls.lock();
-    assert!(calls.len() > 30, "{} calls", calls.len());
-    assert!(calls.windows(2).all(|pair| pair[1].0 - pair[0].0 >= SECOND));
-}
-
-#[tokio::test(start_paused = true)]
-async fn unused_identities_nobody_keeps_are_dropped_at_renewal() {
-    let world = world(24 * HOUR);
-    world.agent.svid(&id(WEB)).await.unwrap();
-    // Used once at the start: renewed once, then unused for a whole term.
-    world.pause(60 * HOUR).await;
-    assert_eq!(world.source.calls(), 2);
-    assert_eq!(world.state(WEB), None);
-    assert_eq!(*world.source.released.lock(), [id(WEB)]);
-}
-
-#[tokio::test(start_paused = true)]
-async fn early_failures_do_not_fail_the_connection() {
-    let world = world(24 * HOUR);
-    *world.source.failures.lock() = vec![Retry::Soon; 3];
-    let asked = Instant::now();
-    world.agent.svid(&id(WEB)).await.unwrap();
-    assert_eq!(world.source.calls(), 4);
-    assert!(asked.elapsed() <= 4 * SECOND, "{:?}", asked.elapsed());
-    assert_eq!(world.state(WEB), Some(CertificateState::Available));
-}
-
-#[tokio::test(start_paused = true)]
-async fn hopeless_failures_fail_at_once() {
-    let world = world(24 * HOUR);
-    *world.source.failures.lock() = vec![Retry::Slowly];
-    let asked = Instant::now();
-    let error = world.agent.svid(&id(WEB)).await.unwrap_err();
-    assert!(matches!(error, SvidError::Unavailable { .. }), "{error}");
-    assert!(error.to_string().ends_with("down for tests"), "{error}");
-    assert!(asked.elapsed() < SECOND);
-}
-
-#[tokio::test(start_paused = true)]
-async fn lasting_outage_fails_soon_and_ends_with_the_first_that_asks() {
-    let world = world(24 * HOUR);
-    world.source.set_down(true);
-    world.agent.prefetch(&id(WEB));
-    assert_eq!(world.state(WEB), Some(CertificateState::Initializing));
-    world.pause(600 * SECOND).await;
-    let state = world.state(WEB).unwrap().to_string();
-    assert_eq!(state, "Unavailable: down for tests");
-    let background = world.source.calls();
-    assert!((8..=16).contains(&background), "{background} retries");
-
-    let asked = Instant::now();
-    for _ in 0..5 {
-        world.agent.svid(&id(WEB)).await.unwrap_err();
-    }
-    assert_eq!(world.source.calls(), background + 5);
-    let spent = asked.elapsed();
-    assert!(spent >= 4 * SECOND && spent <= 6 * SECOND, "{spent:?}");
-
-    world.source.set_down(false);
-    let asked = Instant::now();
-    world.agent.svid(&id(WEB)).await.unwrap();
-    assert!(asked.elapsed() <= 2 * SECOND);
-}
-
-#[tokio::test(start_paused = true)]
-async fn waits_as_long_as_the_authority_asked() {
-    let world = world(24 * HOUR);
-    *world.source.failures.lock() = vec![Retry::After(4 * SECOND)];
-    let asked = Instant::now();
-    world.agent.svid(&id(WEB)).await.unwrap();
-    assert!(asked.elapsed() >= 4 * SECOND && asked.elapsed() < 5 * SECOND);
-}
-
-#[tokio::test(start_paused = true)]
-async fn hung_fetch_is_bounded_and_blocks_no_other() {
-    let world = world(24 * HOUR);
-    *world.source.latency.lock() = 10 * HOUR;
-    let asked = Instant::now();
-    let error = world.agent.svid(&id(WEB)).await.unwrap_err();
-    assert!(matches!(error, SvidError::Timeout { .. }), "{error}");
-    assert_eq!(asked.elapsed(), 10 * SECOND);
-    *world.source.latency.lock() = Duration::ZERO;
-    world.agent.svid(&id(DB)).await.unwrap();
-    world.pause(79 * SECOND).await;
-    assert_eq!(world.source.in_flight.load(Ordering::Relaxed), 1);
-    world.pause(2 * SECOND).await;
-    assert_eq!(world.source.in_flight.load(Ordering::Relaxed), 0);
-    world.agent.svid(&id(WEB)).await.unwrap();
-}
-
-#[tokio::test(start_paused = true)]
-async fn failed_renewal_keeps_the_certificate_until_its_end() {
-    let world = world(HOUR);
-    world.agent.prefetch(&id(WEB));
-    let first = world.agent.svid(&id(WEB)).await.unwrap();
-    world.source.set_down(true);
-    world.pause(HOUR - 5 * SECOND).await;
-    let still = world.agent.svid(&id(WEB)).await.unwrap();
-    assert!(Arc::ptr_eq(&first, &still));
-    assert_eq!(world.state(WEB), Some(CertificateState::Available));
-    assert!(world.source.calls() > 5);
-
-    world.pause(10 * SECOND).await;
-    assert!(world.agent.current(&id(WEB)).is_none());
-    let error = world.agent.svid(&id(WEB)).await.unwrap_err();
-    assert!(error.to_string().contains("down for tests"), "{error}");
-    let status = world.agent.snapshot().remove(0);
-    assert_eq!(status.state.to_string(), "Unavailable: down for tests");
-
-    world.source.set_down(false);
-    world.agent.svid(&id(WEB)).await.unwrap();
-}
-
-#[tokio::test(start_paused = true)]
-async fn expired_certificate_is_not_served_while_renewal_hangs() {
-    let world = world(HOUR);
-    world.agent.prefetch(&id(WEB));
-    world.agent.svid(&id(WEB)).await.unwrap();
-    *world.source.latency.lock() = 10 * HOUR;
-    world.pause(HOUR + SECOND).await;
-    let error = world.agent.svid(&id(WEB)).await.unwrap_err();
-    assert!(error.to_string().contains("no answer"), "{error}");
-}
-
-#[tokio::test(start_paused = true)]
-async fn forgotten_identity_returns_within_the_grace() {
-    let world = world(24 * HOUR);
-    world.agent.prefetch(&id(WEB));
-    let first = world.agent.svid(&id(WEB)).await.unwrap();
-    world.agent.forget(&id(WEB));
-    world.pause(10 * SECOND).await;
-    assert!(world.agent.current(&id(WEB)).is_some());
-    world.agent.prefetch(&id(WEB));
-    world.pause(100 * SECOND).await;
-    let again = world.agent.svid(&id(WEB)).await.unwrap();
-    assert!(Arc::ptr_eq(&first, &again));
-    assert_eq!(world.source.calls(), 1);
-
-    world.agent.forget(&id(WEB));
-    world.pause(61 * SECOND).await;
-    assert!(world.agent.snapshot().is_empty());
-    assert_eq!(*world.source.released.lock(), [id(WEB)]);
-}
-
-#[tokio::test(start_paused = true)]
-async fn forgetting_during_the_first_fetch_discards_it() {
-    let world = world(24 * HOUR);
-    *world.source.latency.lock() = 2 * SECOND;
-    let agent = world.agent.clone();
-    let mut waiting = JoinSet::new();
-    waiting.spawn(async move { agent.svid(&id(WEB)).await.map(|_| ()) });
-    world.pause(SECOND).await;
-    world.agent.forget(&id(WEB));
-    let error = waiting.join_next().await.unwrap().unwrap().unwrap_err();
-    assert!(
-        error
-            .to_string()
-            .ends_with("the identity is no longer needed")
-    );
-    world.pause(5 * SECOND).await;
-    assert!(world.agent.snapshot().is_empty());
-    assert_eq!(world.source.in_flight.load(Ordering::Relaxed), 0);
-    world.agent.svid(&id(WEB)).await.unwrap();
-    assert_eq!(world.source.calls(), 2);
-}
-
-#[tokio::test(start_paused = true)]
-async fn forgetting_during_a_renewal_discards_its_result() {
-    let world = world(24 * HOUR);
-    world.agent.prefetch(&id(WEB));
-    let first = world.agent.svid(&id(WEB)).await.unwrap();
-    *world.source.latency.lock() = 10 * SECOND;
-    world.agent.refresh(&id(WEB));
-    world.pause(SECOND).await;
-    assert_eq!(world.source.calls(), 2);
-    world.agent.forget(&id(WEB));
-    world.pause(20 * SECOND).await;
-    let held = world.agent.current(&id(WEB)).unwrap();
-    assert!(Arc::ptr_eq(&first, &held));
-    // The workload returns: the renewal that was cut short is made up for.
-    world.agent.prefetch(&id(WEB));
-    world.pause(20 * SECOND).await;
-    assert!(!Arc::ptr_eq(
-        &first,
-        &world.agent.current(&id(WEB)).unwrap()
-    ));
-}
-
-#[tokio::test(start_paused = true)]
-async fn refresh_replaces_the_certificate() {
-    let world = world(24 * HOUR);
-    let first = world.agent.svid(&id(WEB)).await.unwrap();
-    world.agent.refresh(&id(WEB));
-    world.pause(SECOND).await;
-    let second = world.agent.svid(&id(WEB)).await.unwrap();
-    assert!(!Arc::ptr_eq(&first, &second));
-    world.agent.refresh(&id(DB));
-    assert_eq!(world.state(DB), None);
-}
-
-#[tokio::test(start_paused = true)]
-async fn stopping_ends_all_tasks() {
-    let mut world = world(24 * HOUR);
-    *world.source.latency.lock() = HOUR;
-    world.agent.prefetch(&id(WEB));
-    world.pause(SECOND).await;
-    assert_eq!(world.source.in_flight.load(Ordering::Relaxed), 1);
-    world.stop.cancel();
-    world.tasks.join_next().await.unwrap().unwrap();
-    assert_eq!(world.source.in_flight.load(Ordering::Relaxed), 0);
-
-    // A later run takes up what was left.
-    *world.source.latency.lock() = Duration::ZERO;
-    let agent = world.agent.clone();
-    let run = CancellationToken::new();
-    world.tasks.spawn(async move { agent.run(run).await });
-    world.agent.svid(&id(WEB)).await.unwrap();
-}
-
-#[tokio::test(start_paused = true)]
-async fn snapshot_tells_everything_but_keys() {
-    let world = world(24 * HOUR);
-    world.agent.svid(&id(WEB)).await.unwrap();
-    world.agent.svid(&id(DB)).await.unwrap();
-    let statuses = world.agent.snapshot();
-    let ids: Vec<_> = statuses.iter().map(|it| it.identity.as_str()).collect();
-    assert_eq!(ids, [DB, WEB]);
-    let status = &statuses[0];
-    assert_eq!(status.state.to_string(), "Available");
-    assert_eq!((status.chain.len(), status.roots.len()), (1, 1));
-    let leaf = &status.chain[0];
-    let life = leaf.not_after.duration_since(leaf.not_before).unwrap();
-    assert_eq!(life, 24 * HOUR + 120 * SECOND);
-    assert!(leaf.serial.bytes().all(|digit| digit.is_ascii_digit()));
-    assert!(leaf.serial.parse::<u128>().unwrap() > 0);
-    assert!(leaf.pem.starts_with("-----BEGIN CERTIFICATE-----\n"));
-    assert!(!format!("{statuses:?}").contains("PRIVATE"));
+fn nth(n: usize) -> SpiffeId {
+    id(&format!("spiffe://td/ns/n/sa/a{n:03}"))
 }

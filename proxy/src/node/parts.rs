@@ -16,13 +16,15 @@ use crate::{
 
 /// Everything that flows share, with its metrics registered.
 pub(super) fn shared(config: &Config, registry: &mut Registry) -> Result<Shared, StartError> {
+    let agent = certificates::agent(config)?;
+    agent.register_metrics(registry);
     Ok(Shared {
         mesh: Mesh::new(View {
             node_name: config.identity.node_name.clone(),
             network: Arc::clone(&config.identity.network),
             cluster_id: Arc::clone(&config.identity.cluster_id),
         }),
-        agent: certificates::agent(config)?,
+        agent,
         traffic: Traffic::register(registry),
         verdicts: AuthorizationLog::new(config.logging.policy_at_info),
         buffers: Buffers::new(),

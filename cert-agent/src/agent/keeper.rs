@@ -1,0 +1,195 @@
+//! The work behind an [`Agent`](super::Agent): which identity is next, calling the source, and
+//! what becomes of its answers. Decisions about one identity are those of [`Entry`].
+
+use std::{sync::Arc, time::Duration};
+
+use tokio::{
+    sync::watch,
+    task::{Id, JoinError, JoinSet},
+    time::{Instant, timeout},
+};
+
+use super::{
+    Inner, SvidError,
+    entry::{Entry, Jitter, Now, Urgency},
+    metrics::Failure,
+    snapshot::Overview,
+};
+use crate::{ObtainError, Retry, SpiffeId, Svid, error_text::chain_text};
+
+/// What became of one attempt.
+type Outcome = Result<Svid, ObtainError>;
+
+impl Inner {
+    pub(super) fn now(&self) -> Now {
+        Now {
+            mono: Instant::now(),
+            wall: self.options.clock.now(),
+        }
+    }
+
+    /// What is held, sorted by identity.
+    pub(super) fn overviews(&self) -> Vec<(SpiffeId, Overview)> {
+        let wall = self.options.clock.now();
+        let entries = self.entries.read();
+        let mut all: Vec<_> = entries
+            .iter()
+            .map(|(id, entry)| (id.clone(), entry.overview(wall)))
+            .collect();
+        drop(entries);
+        all.sort_unstable_by(|(one, _), (other, _)| one.cmp(other));
+        all
+    }
+
+    /// Asks for `id` on behalf of a waiting connection.
+    pub(super) fn demand(&self, id: &SpiffeId) -> watch::Receiver<()> {
+        let now = self.now();
+        let mut entries = self.entries.write();
+        let outcomes = entries
+            .entry(id.clone())
+            .or_insert_with(|| Entry::new(now.mono))
+            .demand(now);
+        self.bell.notify_one();
+        outcomes
+    }
+
+    /// The last failure, if waiting on for `id` until `deadline` makes no sense.
+    pub(super) fn hopeless(&self, id: &SpiffeId, deadline: Instant) -> Option<Arc<str>> {
+        let (now, patience) = (Instant::now(), self.options.wait);
+        let entries = self.entries.read();
+        entries.get(id)?.hopeless(now, patience, deadline)
+    }
+
+    pub(super) fn timed_out(&self, id: &SpiffeId) -> SvidError {
+        let failure = self.entries.read().get(id).and_then(Entry::failure);
+        let (id, waited) = (id.clone(), self.options.wait);
+        match failure {
+            Some(reason) => SvidError::Unavailable { id, reason },
+            None => SvidError::Timeout { id, waited },
+        }
+    }
+
+    /// Puts back what an earlier `run` left in flight.
+    pub(super) fn restart(&self) {
+        let now = self.now();
+        for entry in self.entries.write().values_mut() {
+            entry.restart(now);
+        }
+    }
+
+    /// Starts what is due while there is room, most urgent first; says when to look again.
+    pub(super) fn start_due(self: &Arc<Self>, fetches: &mut JoinSet<Outcome>) -> Instant {
+        let now = self.now();
+        let mut entries = self.entries.write();
+        let gone: Vec<_> = entries
+            .extract_if(|_, entry| entry.is_over(now))
+            .map(|(id, _)| id)
+            .collect();
+        let unhurried = entries.values().filter(|it| it.runs_unhurried()).count();
+        let mut room = Room::new(self.options.max_fetches, fetches.len(), unhurried);
+        let mut due: Vec<_> = entries
+            .iter_mut()
+            .filter_map(|(id, entry)| Some((entry.due(now)?, id, entry)))
+            .collect();
+        due.sort_unstable_by_key(|(rank, ..)| *rank);
+        for ((urgency, _), id, entry) in due {
+            if !room.take(urgency) {
+                break; // nor is there room for what is less urgent
+            }
+            let fetch = Arc::clone(self).fetch(id.clone());
+            entry.started(fetches.spawn(fetch), urgency);
+        }
+        // What is due but found no room is started when a running fetch ends.
+        let wake_at = entries
+            .values()
+            .filter(|entry| entry.due(now).is_none())
+            .filter_map(|entry| entry.wake_at(now))
+            .min();
+        drop(entries);
+        for id in gone {
+            self.source.release(&id);
+        }
+        // The wall clock may be set, or the machine suspended, while we sleep.
+        let look_again = now.mono + CLOCK_CHECK;
+        wake_at.map_or(look_again, |at| at.min(look_again))
+    }
+
+    async fn fetch(self: Arc<Self>, id: SpiffeId) -> Outcome {
+        let limit = self.options.fetch_deadline;
+        let began = Instant::now();
+        let answer = timeout(limit, self.source.obtain(&id)).await;
+        self.metrics.called(began.elapsed());
+        let obtained = answer.map_err(|_| ObtainError::Deadline(limit))??;
+        let now = self.options.clock.now();
+        Ok(Svid::accept(&id, obtained, &self.context, now)?)
+    }
+
+    /// Books the end of a fetch.
+    pub(super) fn finish(&self, end: Result<(Id, Outcome), JoinError>) {
+        let now = self.now();
+        let task = match &end {
+            Ok((task, _)) => *task,
+            Err(error) => error.id(),
+        };
+        let mut entries = self.entries.write();
+        if entries.values_mut().any(|entry| entry.reap(task)) {
+            return; // given up meanwhile: whatever came is discarded
+        }
+        let Some((id, entry)) = entries.iter_mut().find(|(_, entry)| entry.runs(task)) else {
+            return;
+        };
+        let (failure, reason, retry) = match end {
+            Ok((_, Ok(svid))) => {
+                self.metrics.succeeded();
+                tracing::debug!(%id, "obtained a certificate");
+                let jitter = Jitter::random(self.options.renewal_window);
+                return entry.succeeded(Arc::new(svid), now, jitter);
+            }
+            Ok((_, Err(error))) => (Failure::of(&error), chain_text(&error), error.retry()),
+            Err(error) => {
+                tracing::error!(%id, %error, "the source of certificates panicked");
+                let reason = "the source of certificates panicked".to_owned();
+                (Failure::Panic, reason, Retry::Soon)
+            }
+        };
+        self.metrics.failed(failure);
+        if entry.is_valid(now.wall) {
+            tracing::info!(%id, reason, "renewal failed; the certificate is still valid");
+        } else {
+            tracing::warn!(%id, reason, "no certificate");
+        }
+        let jitter = Jitter::random(self.options.renewal_window);
+        entry.failed(reason.into(), retry, now, jitter);
+    }
+}
+
+/// How many more calls of the source may start.
+struct Room {
+    all: usize,
+    /// Of these, for what no connection waits for.
+    unhurried: usize,
+}
+
+impl Room {
+    fn new(max: usize, running: usize, running_unhurried: usize) -> Self {
+        let max = max.max(1);
+        Self {
+            all: max.saturating_sub(running),
+            unhurried: (max - max / 4).saturating_sub(running_unhurried),
+        }
+    }
+
+    /// Takes a place for an attempt, if there is one.
+    fn take(&mut self, urgency: Urgency) -> bool {
+        let unhurried = urgency != Urgency::RealTime;
+        if self.all == 0 || (unhurried && self.unhurried == 0) {
+            return false;
+        }
+        self.all -= 1;
+        self.unhurried -= usize::from(unhurried);
+        true
+    }
+}
+
+/// How often the wall clock is looked at, at least.
+const CLOCK_CHECK: Duration = Duration::from_secs(60);
