@@ -143,7 +143,8 @@ impl<C: Connect> IstioCa<C> {
         })?;
         let mut call = Request::new(message.clone());
         *call.metadata_mut() = metadata.clone();
-        call.set_timeout(self.options.deadline);
+        // For a server that our cancelling does not reach.
+        call.set_timeout(self.options.deadline + Duration::from_secs(1));
         let mut client = IstioCertificateServiceClient::new(lease.channel())
             .max_decoding_message_size(MAX_ANSWER_BYTES);
         match client.create_certificate(call).await {
@@ -232,9 +233,12 @@ fn refusal(status: &Status) -> ObtainError {
         .flat_map(char::escape_debug)
         .collect();
     let mut message = format!("signing gRPC error ({code:?}): {words}");
-    if let Some(cause) = status.source() {
+    let causes = std::iter::successors(status.source(), |cause| (*cause).source());
+    // The first one is the message once more.
+    let root = causes.last().map(ToString::to_string);
+    if let Some(cause) = root.filter(|cause| !message.contains(cause)) {
         message.push_str(": ");
-        message.push_str(&chain_text(cause));
+        message.push_str(&cause);
     }
     ObtainError::refused(message, retry)
 }
@@ -244,3 +248,6 @@ const IMPERSONATED: &str = "ImpersonatedIdentity";
 const MAX_ANSWER_BYTES: usize = 1024 * 1024;
 /// Of a server's message that goes into logs.
 const MAX_WORDS: usize = 1000;
+
+#[cfg(test)]
+mod tests;
