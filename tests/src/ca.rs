@@ -4,8 +4,8 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Context as _;
 use rcgen::{
-    BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair,
-    KeyUsagePurpose, SanType, date_time_ymd,
+    BasicConstraints, Certificate, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa,
+    Issuer, KeyPair, KeyUsagePurpose, PublicKeyData, SanType, date_time_ymd,
 };
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
 
@@ -41,19 +41,50 @@ impl Authority {
     /// # Errors
     /// When key generation or signing fails.
     pub fn new(common_name: &str) -> anyhow::Result<Self> {
-        let key = KeyPair::generate()?;
+        let (params, key) = (Self::params(common_name), KeyPair::generate()?);
+        let root = params.self_signed(&key)?;
+        Ok(Self::of(&root, params, key))
+    }
+
+    /// Makes an authority below this one, which has the place of a root in everything that it does.
+    ///
+    /// # Errors
+    /// When key generation or signing fails.
+    pub fn subordinate(&self, common_name: &str) -> anyhow::Result<Self> {
+        let (params, key) = (Self::params(common_name), KeyPair::generate()?);
+        let certificate = params.signed_by(&key, &self.issuer)?;
+        Ok(Self::of(&certificate, params, key))
+    }
+
+    /// The same authority once more.
+    ///
+    /// # Errors
+    /// When its key cannot be copied.
+    pub fn duplicate(&self) -> anyhow::Result<Self> {
+        let key = KeyPair::from_pem(&self.issuer.key().serialize_pem())?;
+        Ok(Self {
+            issuer: Issuer::from_ca_cert_der(&self.root, key)?,
+            root: self.root.clone(),
+            root_pem: self.root_pem.clone(),
+        })
+    }
+
+    fn params(common_name: &str) -> CertificateParams {
         let mut params = CertificateParams::default();
         params
             .distinguished_name
             .push(DnType::CommonName, common_name);
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
         params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
-        let root = params.self_signed(&key)?;
-        Ok(Self {
-            root: root.der().clone(),
-            root_pem: root.pem(),
+        params
+    }
+
+    fn of(certificate: &Certificate, params: CertificateParams, key: KeyPair) -> Self {
+        Self {
+            root: certificate.der().clone(),
+            root_pem: certificate.pem(),
             issuer: Issuer::new(params, key),
-        })
+        }
     }
 
     /// The root certificate.
@@ -115,6 +146,18 @@ impl Authority {
         params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
         params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth];
         self.sign(&params)
+    }
+
+    /// A certificate for somebody's key, as PEM.
+    ///
+    /// # Errors
+    /// When signing fails.
+    pub fn certify(
+        &self,
+        params: &CertificateParams,
+        key: &impl PublicKeyData,
+    ) -> anyhow::Result<String> {
+        Ok(params.signed_by(key, &self.issuer)?.pem())
     }
 
     fn leaf(spiffe_id: &str) -> anyhow::Result<CertificateParams> {

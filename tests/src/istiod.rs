@@ -1,4 +1,4 @@
-//! A stand-in istiod: the delta discovery service over TLS, with its habits and its faults.
+//! A stand-in istiod: the delta discovery service and the certificate service over TLS, with their habits and their faults.
 //!
 //! It serves a mesh that tests describe with the same builders as the mesh file ([`Mesh`](crate::Mesh)), records whatever it is told, and does on
 //! demand what control planes do on bad days. What a real istiod does is done of its own accord: one complete first response
@@ -19,23 +19,28 @@
 
 mod access;
 mod catalogue;
+mod certify;
+mod csr;
 mod discovery;
 mod inject;
 mod observe;
 mod record;
 mod server;
 mod session;
+mod signing;
 
 pub use catalogue::Kind;
+pub use csr::{CertificateCall, Csr, Outcome};
 pub use inject::Injection;
 pub use record::{Sent, Stream, SyncStatus};
+pub use signing::{Flaw, Layout, Signing};
 
 use std::{
     net::{Ipv4Addr, SocketAddr},
     path::{Path, PathBuf},
     sync::{
         Arc,
-        atomic::{AtomicU32, Ordering},
+        atomic::{AtomicU32, AtomicU64, Ordering},
     },
     time::Duration,
 };
@@ -64,6 +69,7 @@ use crate::{
 use access::Access;
 use catalogue::Catalogue;
 use server::{Switch, Valve, Wire};
+use signing::Signer;
 
 /// The port of istiod's TLS services.
 pub const PORT: u16 = 15012;
@@ -76,7 +82,7 @@ pub struct IstiodOptions {
 }
 
 impl IstiodOptions {
-    /// Refuses streams without this bearer token.
+    /// Refuses streams and requests to sign without this bearer token.
     #[must_use]
     pub fn token(mut self, token: &str) -> Self {
         self.access.token = Some(token.to_owned());
@@ -156,6 +162,7 @@ impl IstiodOptions {
                 streams: watch::Sender::default(),
                 faults: Mutex::default(),
                 commands: broadcast::Sender::new(64),
+                signer: Signer::new()?,
             }),
             wire: Arc::new(Wire {
                 tls: RwLock::new(tls),
@@ -163,6 +170,7 @@ impl IstiodOptions {
                 goaway: Switch::default(),
                 grace: Mutex::default(),
                 valve: Arc::<Valve>::default(),
+                connections: AtomicU64::new(0),
             }),
             netns: netns.duplicate()?,
             address: listener.local_addr()?,
@@ -197,6 +205,7 @@ struct Shared {
     streams: watch::Sender<Vec<Stream>>,
     faults: Mutex<Faults>,
     commands: broadcast::Sender<Command>,
+    signer: Signer,
 }
 
 impl Shared {

@@ -104,6 +104,22 @@ impl ProxyOptions {
         }
     }
 
+    /// Gets certificates from this stand-in, which may be another one than that of the mesh.
+    #[must_use]
+    pub fn certified_by(self, istiod: &Istiod) -> Self {
+        let token = istiod.token().map(str::to_owned);
+        let options = self
+            .without("FAKE_CA")
+            .without("FAKE_CA_ROOT_CERT")
+            .without("FAKE_CA_ROOT_KEY")
+            .env("CA_ADDRESS", &format!("https://{}", istiod.address()))
+            .env("CA_ROOT_CA", &istiod.root_file().display().to_string());
+        match token {
+            Some(token) => options.env("AUTH_TOKEN", &token),
+            None => options,
+        }
+    }
+
     /// Sets a variable.
     #[must_use]
     pub fn env(mut self, key: &str, value: &str) -> Self {

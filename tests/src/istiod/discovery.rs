@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use cert_agent::istio::proto::istio_certificate_service_server::IstioCertificateServiceServer;
 use futures_util::{StreamExt as _, stream};
 use tonic::{Request, Response, Status, Streaming, service::Routes};
 use xds_client::proto::discovery::{
@@ -11,14 +12,17 @@ use xds_client::proto::discovery::{
     },
 };
 
-use super::{Shared, record::Stream, server, server::Hello, session::Session};
+use super::{
+    Shared, record::Stream, server, server::Hello, session::Session, signing::Certificates,
+};
 
 /// The services of the server; further ones are added here.
 pub(super) fn routes(shared: &Arc<Shared>) -> Routes {
     let discovery = AggregatedDiscoveryServiceServer::new(Discovery(Arc::clone(shared)))
         // The session refuses as istiod does.
         .max_decoding_message_size(usize::MAX);
-    Routes::new(discovery).prepare()
+    let certificates = IstioCertificateServiceServer::new(Certificates(Arc::clone(shared)));
+    Routes::new(discovery).add_service(certificates).prepare()
 }
 
 #[derive(Debug)]

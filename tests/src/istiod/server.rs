@@ -6,7 +6,7 @@ use std::{
     pin::Pin,
     sync::{
         Arc,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     task::{Context, Poll, Waker, ready},
     time::Duration,
@@ -40,6 +40,8 @@ pub(super) struct Wire {
     pub(super) goaway: Switch,
     pub(super) grace: Mutex<Duration>,
     pub(super) valve: Arc<Valve>,
+    /// How many there were.
+    pub(super) connections: AtomicU64,
 }
 
 /// A signal that can be given again and again, each time to those who listen then.
@@ -60,6 +62,8 @@ impl Switch {
 #[derive(Debug, Clone)]
 pub(super) struct Hello {
     pub(super) server_name: Option<String>,
+    /// Counted from 0.
+    pub(super) connection: u64,
 }
 
 /// Serves until it is dropped.
@@ -83,7 +87,11 @@ async fn connection(socket: TcpStream, wire: Arc<Wire>, routes: Routes) {
         return;
     };
     let server_name = stream.get_ref().1.server_name().map(str::to_owned);
-    let hello = Hello { server_name };
+    let connection = wire.connections.fetch_add(1, Ordering::SeqCst);
+    let hello = Hello {
+        server_name,
+        connection,
+    };
     let service = service_fn(move |mut request: http::Request<hyper::body::Incoming>| {
         request.extensions_mut().insert(hello.clone());
         routes.clone().call(request)
