@@ -9,6 +9,7 @@ use h2::{
     client::{SendRequest, handshake},
 };
 use http::{HeaderMap, Method, Request, StatusCode, Uri};
+use rustls::pki_types::CertificateDer;
 use tokio::task::JoinSet;
 
 use crate::{
@@ -31,6 +32,8 @@ pub struct RawClient {
     pub local: SocketAddr,
     /// The SPIFFE URI of the server's certificate.
     pub server_id: Option<String>,
+    /// What the server presented, leaf first.
+    pub server_chain: Vec<CertificateDer<'static>>,
     driver: JoinSet<Result<(), h2::Error>>,
 }
 
@@ -43,6 +46,8 @@ impl RawClient {
         let stream = hello.connect(netns, to).await?;
         let local = stream.get_ref().0.local_addr()?;
         let server_id = tls::server_id(&stream);
+        let server_chain = stream.get_ref().1.peer_certificates();
+        let server_chain = server_chain.unwrap_or_default().to_vec();
         let (tap, frames) = Tap::new(stream, Preface::None);
         let (requests, mut connection) = handshake(tap).await.context("HTTP/2")?;
         let mut settled = connection.ping_pong().context("ping")?;
@@ -57,6 +62,7 @@ impl RawClient {
             frames,
             local,
             server_id,
+            server_chain,
             driver,
         })
     }
