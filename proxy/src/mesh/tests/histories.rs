@@ -510,7 +510,7 @@ fn pairs<'a>(
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(128))]
+    #![proptest_config(ProptestConfig::with_cases(1024))]
 
     #[test]
     fn any_history_ends_where_the_model_and_a_full_load_do(history in histories()) {
