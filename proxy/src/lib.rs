@@ -6,6 +6,7 @@
 pub mod admin;
 pub mod cli;
 pub mod config;
+pub mod dns;
 pub mod flow;
 pub mod listen;
 pub mod mesh;

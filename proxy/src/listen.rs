@@ -11,6 +11,7 @@
 mod accept;
 mod bind;
 mod connect;
+mod dns;
 mod netns;
 mod options;
 mod ports;
@@ -23,6 +24,7 @@ mod throttle;
 pub use accept::{accept, canonical, original_destination};
 pub use bind::{BindError, PodListeners, Step, bind};
 pub use connect::{ConnectError, LocalAddress, Upstream, connect};
+pub use dns::{DnsSockets, bind_dns, dns_client};
 pub use netns::{Netns, NetnsId};
 pub use ports::{PortLease, SourcePorts};
 pub use privilege::{PrivilegeError, check_privileges};

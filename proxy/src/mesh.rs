@@ -32,13 +32,14 @@ pub use workload::{
     ApplicationTunnel, Health, Link, NetworkMode, Protocol, TunnelProtocol, Workload, WorkloadType,
 };
 
-use std::{ops::Deref, sync::Arc};
+use std::{ops::Deref, sync::Arc, time::Duration};
 
 use cert_agent::SpiffeId;
 use parking_lot::{Mutex, RwLock, RwLockWriteGuard};
-use tokio::sync::watch;
+use tokio::{sync::watch, time::timeout};
 use xds_client::{Batch, Extent, Kind, Versions, local::Document};
 
+use crate::config::WorkloadRef;
 use intake::{Intake, Taken};
 use intern::Pool;
 use origin::Source;
@@ -118,6 +119,31 @@ impl Mesh {
     #[must_use]
     pub fn changes(&self) -> watch::Receiver<u64> {
         self.shared.changes.subscribe()
+    }
+
+    /// The record of a pod of this node; waits up to `limit` for it to be told of.
+    ///
+    /// # Cancel safety
+    /// Nothing is lost.
+    pub async fn local_workload(
+        &self,
+        who: &WorkloadRef,
+        limit: Duration,
+    ) -> Option<Arc<Workload>> {
+        let known = || self.read().local_workload(who).cloned();
+        if let Some(known) = known() {
+            return Some(known);
+        }
+        let mut changes = self.changes();
+        let appears = async {
+            loop {
+                if let Some(known) = known() {
+                    return Some(known);
+                }
+                changes.changed().await.ok()?;
+            }
+        };
+        timeout(limit, appears).await.ok().flatten()
     }
 
     /// Applies what the control plane told. Updates wait for each other; readers wait only while records that

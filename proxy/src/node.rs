@@ -27,14 +27,14 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     admin,
-    config::{Config, ProxyMode},
+    config::{Config, DnsCapture, ProxyMode},
     flow::{Shared, Stop},
     listen,
     pods::{self, Pods},
     telemetry::{PodMetrics, Readiness, ReadinessTask, logging::LogGuard, register_process},
 };
 pub use error::StartError;
-use launch::Launcher;
+use launch::{Launcher, Names};
 use source::MeshFile;
 use tasks::Tasks;
 
@@ -64,6 +64,7 @@ async fn serve(config: &Config, log: &LogGuard, data: &Handle) -> Result<(), Sta
     let readiness = Readiness::new();
     let state_known = readiness.task("state manager");
     let wired = readiness.task("proxy");
+    let naming = (config.capture.dns != DnsCapture::Off).then(|| readiness.task("dns proxy"));
     let captured =
         (config.capture.mode == ProxyMode::Shared).then(|| readiness.task(pods::READINESS_TASK));
     start.readiness(readiness)?;
@@ -76,15 +77,17 @@ async fn serve(config: &Config, log: &LogGuard, data: &Handle) -> Result<(), Sta
     start.trust(&shared, &mut registry);
     start.trimming(&shared);
     let known = start.mesh(&shared, &mut registry).await?;
+    let names = parts::names(config, &shared.mesh, &mut registry);
     let pods = captured.map(|task| (task, PodMetrics::register(&mut registry)));
     start.stats(registry)?;
     wired.ready();
+    naming.iter().for_each(ReadinessTask::ready);
 
     // Nothing is captured before the node knows the mesh: traffic would be taken for what it is not.
     let ended = async {
         if start.reaches(known, &mut signals).await? {
             state_known.ready();
-            start.capture(&shared, pods)?;
+            start.capture(&shared, names, pods)?;
             start.runs(&mut signals).await?;
         }
         Ok(())
@@ -188,12 +191,14 @@ impl<'a> Start<'a> {
     fn capture(
         &mut self,
         shared: &Arc<Shared>,
+        names: Option<Names>,
         pods: Option<(ReadinessTask, PodMetrics)>,
     ) -> Result<(), StartError> {
         let config = self.config;
+        let launcher = Launcher::new(Arc::clone(shared), names);
         match (&config.capture.mode, pods) {
             (ProxyMode::Shared, Some((captured, metrics))) => {
-                let launcher = Arc::new(Launcher::new(Arc::clone(shared)));
+                let launcher = Arc::new(launcher);
                 let pods = Pods::new(self.pod_settings(), launcher, metrics, captured);
                 let following = pods.run(self.stop.clone());
                 self.here("pods", following);
@@ -204,7 +209,8 @@ impl<'a> Start<'a> {
                 }
             }
             (ProxyMode::Dedicated(who), _) => {
-                let serving = launch::dedicated(config, shared, who, self.data, self.stop.clone())?;
+                let serving =
+                    launch::dedicated(config, &launcher, who, self.data, self.stop.clone())?;
                 self.tasks.start("dedicated workload", self.data, serving);
             }
             (ProxyMode::Shared, None) => {}

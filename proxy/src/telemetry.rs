@@ -7,6 +7,7 @@
 
 mod access;
 mod authorization;
+mod dns;
 mod labels;
 pub mod logging;
 mod process;
@@ -15,6 +16,7 @@ mod traffic;
 
 pub use access::{Access, HboneTarget, Route, reject};
 pub use authorization::{AuthorizationEvent, AuthorizationLog};
+pub use dns::{DnsLabels, DnsMetrics, DnsProtocol};
 pub use labels::{Label, LabelValue, Labels, Party, Reporter, ResponseFlag, Security, ServiceName};
 pub use process::{PodMetrics, register_process};
 pub use readiness::{Readiness, ReadinessTask};

@@ -190,6 +190,17 @@ impl State {
         })
     }
 
+    /// All services of a host name, in no particular order, whoever may see them.
+    pub fn services_named<'a>(
+        &'a self,
+        hostname: &'a str,
+    ) -> impl Iterator<Item = &'a Arc<Service>> {
+        let found = self.by_host.find(hostname);
+        found
+            .filter_map(|id| self.services.get(id)?.service())
+            .filter(move |service| &*service.hostname == hostname)
+    }
+
     /// All endpoints of a service, whatever their health: who selects one, applies the health policy.
     pub fn endpoints<'a>(&'a self, service: &'a Service) -> impl Iterator<Item = Endpoint<'a>> {
         let entry = self

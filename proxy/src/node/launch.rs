@@ -2,45 +2,90 @@
 
 use std::sync::Arc;
 
-use futures_util::future::BoxFuture;
+use futures_util::future::{BoxFuture, OptionFuture};
 use tokio::{net::TcpListener, runtime::Handle};
+use tokio_util::sync::CancellationToken;
 
 use super::StartError;
 use crate::{
-    config::{Config, Identity, WorkloadRef},
+    config::{Config, DnsCapture, Identity, WorkloadRef},
+    dns,
     flow::{self, Shared, Stop},
-    listen::{self, Netns},
+    listen::{self, Netns, PodListeners},
     pods::{self, Launch},
 };
 
 /// Serves captured pods with the parts that all of them share.
 pub(super) struct Launcher {
     shared: Arc<Shared>,
+    names: Option<Names>,
 }
 
 impl Launcher {
-    pub(super) fn new(shared: Arc<Shared>) -> Self {
-        Self { shared }
+    pub(super) fn new(shared: Arc<Shared>, names: Option<Names>) -> Self {
+        Self { shared, names }
+    }
+}
+
+/// Where and how names are served.
+#[derive(Debug, Clone)]
+pub(super) struct Names {
+    pub(super) capture: DnsCapture,
+    pub(super) shared: Arc<dns::Shared>,
+}
+
+impl Names {
+    /// Serves a pod. Without its DNS sockets the pod is served all the same: its connections matter more.
+    ///
+    /// The sockets register with the runtime that this runs on.
+    async fn serve(self, who: WorkloadRef, netns: Arc<Netns>, stop: CancellationToken) {
+        match listen::bind_dns(&netns, &self.shared.sockets, &self.capture) {
+            Ok(sockets) => {
+                let names = dns::Names::new(self.shared, who, netns);
+                names.serve(sockets, stop).await;
+            }
+            Err(error) => {
+                let error = &error as &dyn std::error::Error;
+                let WorkloadRef {
+                    namespace, name, ..
+                } = &who;
+                tracing::error!(%namespace, %name, error, "names are not served to this pod");
+            }
+        }
+    }
+}
+
+impl Launcher {
+    /// Serves one workload: its connections and its names.
+    fn serve(
+        &self,
+        who: WorkloadRef,
+        netns: Arc<Netns>,
+        listeners: PodListeners,
+        stop: Stop,
+    ) -> impl Future<Output = ()> + Send + use<> {
+        let names = self.names.clone().map(|names| {
+            let stop = stop.accept.clone();
+            names.serve(who.clone(), Arc::clone(&netns), stop)
+        });
+        let flows = flow::Pod::new(Arc::clone(&self.shared), who, netns, listeners.transparent);
+        async move {
+            let names = OptionFuture::from(names);
+            tokio::join!(flows.serve(listeners, stop), names);
+        }
     }
 }
 
 impl Launch for Launcher {
     fn launch(&self, pod: pods::Pod, stop: Stop) -> BoxFuture<'static, ()> {
-        let pods::Pod {
-            who,
-            netns,
-            listeners,
-            ..
-        } = pod;
-        let serving = flow::Pod::new(Arc::clone(&self.shared), who, netns, listeners.transparent);
-        Box::pin(serving.serve(listeners, stop))
+        Box::pin(self.serve(pod.who, pod.netns, pod.listeners, stop))
     }
 }
 
 /// Serves one workload in the process's own network namespace.
 pub(super) fn dedicated(
     config: &Config,
-    shared: &Arc<Shared>,
+    launcher: &Launcher,
     who: &WorkloadRef,
     data: &Handle,
     stop: Stop,
@@ -50,17 +95,8 @@ pub(super) fn dedicated(
         let _registered_there = data.enter();
         listen::bind(&netns, &config.sockets, &config.ports).map_err(StartError::Listen)?
     };
-    let pod = flow::Pod::new(
-        Arc::clone(shared),
-        who.clone(),
-        netns,
-        listeners.transparent,
-    );
-    Ok(with_deadline(
-        pod.serve(listeners, stop.clone()),
-        stop,
-        config.drain.deadline,
-    ))
+    let serving = launcher.serve(who.clone(), netns, listeners, stop.clone());
+    Ok(with_deadline(serving, stop, config.drain.deadline))
 }
 
 /// Serves HBONE to the proxy's own pod. The application never sees the client's address: the

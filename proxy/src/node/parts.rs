@@ -4,14 +4,15 @@ use std::sync::Arc;
 
 use prometheus_client::registry::Registry;
 
-use super::{StartError, certificates};
+use super::{StartError, certificates, launch::Names};
 use crate::{
-    config::Config,
+    config::{Config, DnsCapture, ProxyMode},
+    dns::{self, Upstreams},
     flow::{Settings, Shared},
     mesh::{Mesh, View},
     relay::Buffers,
     route::LoopGuard,
-    telemetry::{AuthorizationLog, Traffic},
+    telemetry::{AuthorizationLog, DnsMetrics, Traffic},
 };
 
 /// Everything that flows share, with its metrics registered.
@@ -38,3 +39,28 @@ pub(super) fn shared(config: &Config, registry: &mut Registry) -> Result<Shared,
         },
     })
 }
+
+/// Names for captured pods, if they are served, with their metrics registered.
+pub(super) fn names(config: &Config, mesh: &Mesh, registry: &mut Registry) -> Option<Names> {
+    let capture = config.capture.dns.clone();
+    if capture == DnsCapture::Off {
+        return None;
+    }
+    let shared = dns::Shared {
+        mesh: mesh.clone(),
+        upstreams: Upstreams::new(RESOLV_CONF),
+        metrics: DnsMetrics::register(registry),
+        sockets: config.sockets.clone(),
+        cluster_domain: Arc::clone(&config.identity.cluster_domain),
+        preferred_namespace: config.control.preferred_service_namespace.clone(),
+        listed_search: config.capture.mode != ProxyMode::Shared,
+        workload_wait: config.capture.workload_wait,
+    };
+    Some(Names {
+        capture,
+        shared: Arc::new(shared),
+    })
+}
+
+/// The resolvers of the node.
+const RESOLV_CONF: &str = "/etc/resolv.conf";

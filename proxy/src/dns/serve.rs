@@ -1,0 +1,434 @@
+//! Serving the queries of one pod.
+
+use std::{io, sync::Arc, time::Duration};
+
+use bytes::Bytes;
+use futures_util::{SinkExt, StreamExt, stream::FuturesUnordered};
+use hickory_proto::{op::ResponseCode, rr::RecordType};
+use rand::seq::SliceRandom;
+use tokio::{
+    net::{TcpListener, TcpStream, UdpSocket},
+    sync::{OwnedSemaphorePermit, Semaphore},
+    task::JoinSet,
+    time::{Instant, timeout},
+};
+use tokio_util::{
+    codec::{Framed, LengthDelimitedCodec},
+    sync::CancellationToken,
+};
+
+use super::{
+    local::{self, Rules},
+    upstream::{Query, RelayError, Upstreams},
+    wire::{Ask, Request, Transport},
+};
+use crate::{
+    config::{Sockets, WorkloadRef},
+    listen::{self, DnsSockets, Netns},
+    mesh::{Mesh, Workload},
+    telemetry::{DnsLabels, DnsMetrics, DnsProtocol},
+};
+
+/// What the pods of a node share.
+#[derive(Debug)]
+#[expect(
+    clippy::exhaustive_structs,
+    reason = "put together by `node` from its parts"
+)]
+pub struct Shared {
+    /// The state of the mesh.
+    pub mesh: Mesh,
+    /// Who is asked for what the mesh does not know.
+    pub upstreams: Upstreams,
+    /// What is counted.
+    pub metrics: DnsMetrics,
+    /// Options of sockets.
+    pub sockets: Sockets,
+    /// DNS domain of the cluster.
+    pub cluster_domain: Arc<str>,
+    /// The namespace that goes before others where a name is ambiguous.
+    pub preferred_namespace: Option<Arc<str>>,
+    /// Whether pods have the search domains of the upstreams' file instead of those of their namespaces.
+    pub listed_search: bool,
+    /// How long a query waits for the record of its own pod.
+    pub workload_wait: Duration,
+}
+
+/// The names that one pod sees.
+#[derive(Debug)]
+pub struct Names {
+    shared: Arc<Shared>,
+    who: WorkloadRef,
+    netns: Arc<Netns>,
+    /// Queries that wait for somebody: bounded, so that one pod cannot take what others need.
+    waiting: Arc<Semaphore>,
+}
+
+impl Names {
+    /// The names that the pod `who`, in `netns`, sees.
+    #[must_use]
+    pub fn new(shared: Arc<Shared>, who: WorkloadRef, netns: Arc<Netns>) -> Arc<Self> {
+        Arc::new(Self {
+            shared,
+            who,
+            netns,
+            waiting: Arc::new(Semaphore::new(MAX_WAITING)),
+        })
+    }
+
+    /// Serves until `stop` is asked for; what was asked by then is answered, within a moment.
+    pub async fn serve(self: Arc<Self>, sockets: Vec<DnsSockets>, stop: CancellationToken) {
+        let mut serving = JoinSet::new();
+        for DnsSockets { udp, tcp, .. } in sockets {
+            serving.spawn(Arc::clone(&self).serve_udp(Arc::new(udp), stop.clone()));
+            serving.spawn(Arc::clone(&self).serve_tcp(tcp, stop.clone()));
+        }
+        while serving.join_next().await.is_some() {}
+    }
+
+    async fn serve_udp(self: Arc<Self>, socket: Arc<UdpSocket>, stop: CancellationToken) {
+        let mut waiting = JoinSet::new();
+        loop {
+            tokio::select! {
+                biased; // stopping goes before reading
+                () = stop.cancelled() => break,
+                Some(_ended) = waiting.join_next() => {}
+                readable = socket.readable() => {
+                    if readable.is_ok() {
+                        self.take_datagram(&socket, &mut waiting);
+                    }
+                }
+            }
+        }
+        let _ = timeout(LAST_ANSWERS, async {
+            while waiting.join_next().await.is_some() {}
+        })
+        .await;
+    }
+
+    /// Reads one datagram and answers it, now or when somebody else has.
+    fn take_datagram(self: &Arc<Self>, socket: &Arc<UdpSocket>, waiting: &mut JoinSet<()>) {
+        // Room is taken while there is something to read, and held by nobody in between.
+        let mut room = [0; MAX_QUERY_BYTES];
+        // An error here is that of an earlier answer: its client is gone.
+        let Ok((length, client)) = socket.try_recv_from(&mut room) else {
+            return;
+        };
+        let bytes = room.get(..length).unwrap_or_default();
+        let query = match self.begin(bytes, Transport::Udp) {
+            Begun::Answered(answer) => {
+                // A full socket buffer loses the answer, as the network would; the client asks again.
+                let _sent = answer.map(|answer| socket.try_send_to(&answer, client));
+                return;
+            }
+            Begun::Waits(query) => query,
+        };
+        let Ok(slot) = Arc::clone(&self.waiting).try_acquire_owned() else {
+            self.shared.metrics.unanswered("too_many");
+            return;
+        };
+        let (names, socket) = (Arc::clone(self), Arc::clone(socket));
+        waiting.spawn(async move {
+            if let Some(answer) = names.finish(*query, slot).await {
+                let _sent = socket.send_to(&answer, client).await;
+            }
+        });
+    }
+
+    async fn serve_tcp(self: Arc<Self>, listener: TcpListener, stop: CancellationToken) {
+        let connections = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+        let mut open = JoinSet::new();
+        loop {
+            let next = async {
+                let slot = Arc::clone(&connections).acquire_owned().await;
+                (listen::accept(&listener).await, slot)
+            };
+            tokio::select! {
+                biased; // stopping goes before accepting
+                () = stop.cancelled() => break,
+                Some(_ended) = open.join_next() => {}
+                ((stream, _), slot) = next => {
+                    let (names, stop) = (Arc::clone(&self), stop.clone());
+                    open.spawn(async move {
+                        // Whoever breaks the connection off knows it.
+                        let _ended = names.converse(stream, stop).await;
+                        drop(slot);
+                    });
+                }
+            }
+        }
+        let _ = timeout(LAST_ANSWERS, async {
+            while open.join_next().await.is_some() {}
+        })
+        .await;
+    }
+
+    /// One connection: queries are answered as answers come, not in their order (RFC 7766 section 6.2.1.1).
+    async fn converse(
+        self: Arc<Self>,
+        stream: TcpStream,
+        stop: CancellationToken,
+    ) -> io::Result<()> {
+        let mut frames = LengthDelimitedCodec::builder();
+        let frames = frames
+            .length_field_type::<u16>()
+            .max_frame_length(MAX_QUERY_BYTES);
+        let mut messages = Framed::new(stream, frames.new_codec());
+        let mut running = FuturesUnordered::new();
+        let mut ended = false;
+        loop {
+            let may_read = !ended && running.len() < MAX_PIPELINED;
+            tokio::select! {
+                Some(answer) = running.next() => {
+                    if let Some(answer) = answer {
+                        let answer: Vec<u8> = answer;
+                        timeout(IDLE, messages.send(Bytes::from(answer))).await??;
+                    }
+                }
+                read = timeout(IDLE, messages.next()), if may_read => match read {
+                    Ok(Some(query)) => match self.begin(&query?, Transport::Tcp) {
+                        Begun::Answered(Some(answer)) => {
+                            timeout(IDLE, messages.send(Bytes::from(answer))).await??;
+                        }
+                        Begun::Answered(None) => return Ok(()),
+                        Begun::Waits(query) => {
+                            let slot = Arc::clone(&self.waiting).acquire_owned().await;
+                            let slot = slot.map_err(io::Error::other)?;
+                            running.push(self.finish(*query, slot));
+                        }
+                    },
+                    Ok(None) => ended = true,
+                    Err(_) if running.is_empty() => return Ok(()),
+                    Err(_) => {}
+                },
+                () = stop.cancelled(), if !ended => ended = true,
+            }
+            if ended && running.is_empty() {
+                return Ok(());
+            }
+        }
+    }
+
+    /// Answers a query if that takes no waiting.
+    fn begin(&self, bytes: &[u8], transport: Transport) -> Begun {
+        let client = self.shared.mesh.read().local_workload(&self.who).cloned();
+        let Some(request) = Request::read(bytes) else {
+            let labels = self.labels(None, transport, client.as_deref());
+            self.shared.metrics.requested(&labels);
+            self.shared.metrics.unanswered("malformed");
+            return Begun::Answered(None);
+        };
+        let waits = |request: Request| {
+            let bytes = bytes.to_vec();
+            Begun::Waits(Box::new(Waiting {
+                request,
+                bytes,
+                transport,
+            }))
+        };
+        match (request.ask(), client) {
+            (Ask::Refuse(code), client) => {
+                let labels = self.labels(Some(&request), transport, client.as_deref());
+                self.shared.metrics.requested(&labels);
+                self.shared.metrics.unanswered("refused");
+                Begun::Answered(request.refusal(code))
+            }
+            (Ask::Addresses(name, family), Some(client)) => {
+                match self.known(&request, &client, (&name, family), transport) {
+                    Some(answer) => Begun::Answered(answer),
+                    None => waits(request),
+                }
+            }
+            (Ask::Other, _) | (Ask::Addresses(..), None) => waits(request),
+        }
+    }
+
+    /// The answer of the mesh, reported; `None` if it has none.
+    fn known(
+        &self,
+        request: &Request,
+        client: &Workload,
+        (name, family): (&str, local::Family),
+        transport: Transport,
+    ) -> Option<Option<Vec<u8>>> {
+        let plan = self
+            .shared
+            .listed_search
+            .then(|| self.shared.upstreams.plan());
+        let rules = Rules {
+            cluster_domain: &self.shared.cluster_domain,
+            search: plan.as_ref().map(|plan| &*plan.search),
+            preferred_namespace: self.shared.preferred_namespace.as_deref(),
+            ipv6: self.shared.sockets.ipv6,
+        };
+        let mut found = local::find(&self.shared.mesh.read(), client, &rules, name, family)?;
+        found.addresses.shuffle(&mut rand::rng());
+        let labels = self.labels(Some(request), transport, Some(client));
+        self.shared.metrics.requested(&labels);
+        let result = match (found.supported, found.addresses.is_empty()) {
+            (false, _) => "service does not support this record type",
+            (true, true) => "no records",
+            (true, false) => "success",
+        };
+        log(request, Some(client), result, found.addresses.len());
+        Some(request.answer(&found, transport))
+    }
+
+    /// Answers a query that the mesh could not answer at once.
+    async fn finish(&self, waiting: Waiting, _slot: OwnedSemaphorePermit) -> Option<Vec<u8>> {
+        let Waiting {
+            request,
+            bytes,
+            transport,
+        } = waiting;
+        let (mesh, wait) = (&self.shared.mesh, self.shared.workload_wait);
+        let Some(client) = mesh.local_workload(&self.who, wait).await else {
+            let labels = self.labels(Some(&request), transport, None);
+            self.shared.metrics.requested(&labels);
+            self.shared.metrics.unanswered("unknown_client");
+            return request.refusal(ResponseCode::ServFail);
+        };
+        // The record may have come only now, and with it the answer.
+        if let Ask::Addresses(name, family) = request.ask()
+            && let Some(answer) = self.known(&request, &client, (&name, family), transport)
+        {
+            return answer;
+        }
+        self.relay(&request, &bytes, transport, &client).await
+    }
+
+    async fn relay(
+        &self,
+        request: &Request,
+        bytes: &[u8],
+        transport: Transport,
+        client: &Workload,
+    ) -> Option<Vec<u8>> {
+        let query = Query {
+            bytes,
+            question_end: request.question_end(),
+            transport,
+        };
+        let labels = self.labels(Some(request), transport, Some(client));
+        self.shared.metrics.requested(&labels);
+        let began = Instant::now();
+        let asking = self
+            .shared
+            .upstreams
+            .ask(&self.netns, &self.shared.sockets, query);
+        let answer = Box::pin(asking).await;
+        let metrics = &self.shared.metrics;
+        metrics.forwarded(&labels, answer.is_ok(), began.elapsed());
+        match answer {
+            Ok(answer) => {
+                log(request, Some(client), "forwarded", 0);
+                if answer.len() > request.room(transport) {
+                    return request.truncated();
+                }
+                Some(answer)
+            }
+            Err(error) => {
+                metrics.unanswered(error.reason());
+                log(request, Some(client), &failed(&error), 0);
+                request.refusal(ResponseCode::ServFail)
+            }
+        }
+    }
+
+    fn labels(
+        &self,
+        request: Option<&Request>,
+        transport: Transport,
+        client: Option<&Workload>,
+    ) -> DnsLabels {
+        let asked = request.and_then(Request::asked);
+        let unknown = || Arc::from("unknown");
+        let known = |text: &Arc<str>| (!text.is_empty()).then(|| Arc::clone(text));
+        let service = client.and_then(|client| known(client.canonical_name()));
+        let revision = client.and_then(|client| known(client.canonical_revision()));
+        DnsLabels {
+            request_query_type: asked.map_or("unknown", |(kind, _)| type_label(kind)),
+            request_protocol: match transport {
+                Transport::Udp => DnsProtocol::Udp,
+                Transport::Tcp => DnsProtocol::Tcp,
+            },
+            source_canonical_service: service.unwrap_or_else(unknown),
+            source_canonical_revision: revision.unwrap_or_else(unknown),
+        }
+    }
+}
+
+/// A query that was looked at.
+enum Begun {
+    /// It is done with: this is sent, or nothing can be.
+    Answered(Option<Vec<u8>>),
+    /// It waits for somebody else.
+    Waits(Box<Waiting>),
+}
+
+struct Waiting {
+    request: Request,
+    bytes: Vec<u8>,
+    transport: Transport,
+}
+
+fn failed(error: &RelayError) -> String {
+    let cause = std::error::Error::source(error);
+    match cause {
+        Some(cause) => format!("forwarding failed ({error}: {cause})"),
+        None => format!("forwarding failed ({error})"),
+    }
+}
+
+fn log(request: &Request, client: Option<&Workload>, result: &str, endpoints: usize) {
+    if !tracing::enabled!(target: "dns", tracing::Level::DEBUG) {
+        return;
+    }
+    let (query, domain) = request
+        .asked()
+        .map_or_else(Default::default, |(kind, name)| {
+            (kind.to_string(), name.to_lowercase().to_ascii())
+        });
+    let unknown = "unknown";
+    tracing::event!(target: "dns", tracing::Level::DEBUG, {
+        src.workload = client.map_or(unknown, Workload::name),
+        src.namespace = client.map_or(unknown, |client| client.namespace()),
+        query,
+        domain,
+        result,
+        endpoints
+    });
+}
+
+/// The types that clients ask for; all others are one, as there are 65,536 of them.
+fn type_label(kind: RecordType) -> &'static str {
+    match kind {
+        RecordType::A => "a",
+        RecordType::AAAA => "aaaa",
+        RecordType::ANY => "any",
+        RecordType::CNAME => "cname",
+        RecordType::HTTPS => "https",
+        RecordType::MX => "mx",
+        RecordType::NAPTR => "naptr",
+        RecordType::NS => "ns",
+        RecordType::PTR => "ptr",
+        RecordType::SOA => "soa",
+        RecordType::SRV => "srv",
+        RecordType::SVCB => "svcb",
+        RecordType::TXT => "txt",
+        _ => "unknown",
+    }
+}
+
+/// Queries of one pod that may wait at the same time.
+const MAX_WAITING: usize = 256;
+/// Connections of one pod; further ones wait to be accepted.
+const MAX_CONNECTIONS: usize = 64;
+/// Queries of one connection that may wait at the same time.
+const MAX_PIPELINED: usize = 16;
+/// No client has a longer question.
+const MAX_QUERY_BYTES: usize = 4096;
+/// A connection without a query, or whose client does not read, is let go.
+const IDLE: Duration = Duration::from_secs(5);
+/// How long answers may take after a stop was asked for.
+const LAST_ANSWERS: Duration = Duration::from_secs(2);
