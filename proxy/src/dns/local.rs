@@ -1,6 +1,6 @@
 //! Which names the mesh answers, and with what. Pure, but for the order of the records.
 
-use std::{net::IpAddr, sync::Arc};
+use std::{cmp::Reverse, net::IpAddr, sync::Arc};
 
 use super::names::{Candidate, Match, Viewpoint, candidates, exact_then_wildcards};
 use crate::mesh::{Health, HealthPolicy, IpFamilies, Service, State, Workload};
@@ -83,7 +83,7 @@ fn best(state: &State, client: &Workload, rules: &Rules<'_>, host: &str) -> Opti
             service.namespace() == namespace,
             service.canonical(),
             rules.preferred_namespace == Some(service.namespace()),
-            std::cmp::Reverse(service.key().clone()),
+            Reverse(Arc::clone(service.key())),
         )
     };
     usable.max_by_key(|service| rank(service)).cloned()

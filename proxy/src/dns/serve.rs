@@ -402,24 +402,25 @@ fn log(request: &Request, client: Option<&Workload>, result: &str, endpoints: us
 
 /// The types that clients ask for; all others are one, as there are 65,536 of them.
 fn type_label(kind: RecordType) -> &'static str {
-    match kind {
-        RecordType::A => "a",
-        RecordType::AAAA => "aaaa",
-        RecordType::ANY => "any",
-        RecordType::CNAME => "cname",
-        RecordType::HTTPS => "https",
-        RecordType::MX => "mx",
-        RecordType::NAPTR => "naptr",
-        RecordType::NS => "ns",
-        RecordType::PTR => "ptr",
-        RecordType::SOA => "soa",
-        RecordType::SRV => "srv",
-        RecordType::SVCB => "svcb",
-        RecordType::TXT => "txt",
-        _ => "unknown",
-    }
+    let named = TYPES.iter().find(|(named, _)| *named == kind);
+    named.map_or("unknown", |(_, label)| label)
 }
 
+const TYPES: [(RecordType, &str); 13] = [
+    (RecordType::A, "a"),
+    (RecordType::AAAA, "aaaa"),
+    (RecordType::ANY, "any"),
+    (RecordType::CNAME, "cname"),
+    (RecordType::HTTPS, "https"),
+    (RecordType::MX, "mx"),
+    (RecordType::NAPTR, "naptr"),
+    (RecordType::NS, "ns"),
+    (RecordType::PTR, "ptr"),
+    (RecordType::SOA, "soa"),
+    (RecordType::SRV, "srv"),
+    (RecordType::SVCB, "svcb"),
+    (RecordType::TXT, "txt"),
+];
 /// Queries of one pod that may wait at the same time.
 const MAX_WAITING: usize = 256;
 /// Connections of one pod; further ones wait to be accepted.

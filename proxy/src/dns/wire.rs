@@ -54,10 +54,12 @@ impl Request {
         let [query] = &queries[..] else {
             return Ask::Refuse(ResponseCode::FormErr);
         };
-        let family = match query.query_type {
-            RecordType::A => Family::V4,
-            RecordType::AAAA => Family::V6,
-            _ => return Ask::Other,
+        let families = [(RecordType::A, Family::V4), (RecordType::AAAA, Family::V6)];
+        let family = families
+            .into_iter()
+            .find(|(kind, _)| *kind == query.query_type);
+        let Some((_, family)) = family else {
+            return Ask::Other;
         };
         if query.query_class != DNSClass::IN || query.name.is_root() {
             return Ask::Other;
@@ -116,7 +118,7 @@ impl Request {
             };
             answer.add_answer(Record::from_rdata(owner.clone(), TTL_SECONDS, data));
         }
-        self.fitted(answer, transport)
+        self.fitted(&answer, transport)
     }
 
     /// An answer without records.
@@ -149,7 +151,7 @@ impl Request {
         response
     }
 
-    fn fitted(&self, answer: Message, transport: Transport) -> Option<Vec<u8>> {
+    fn fitted(&self, answer: &Message, transport: Transport) -> Option<Vec<u8>> {
         let bytes = answer.to_vec().ok()?;
         if bytes.len() <= self.room(transport) {
             return Some(bytes);
