@@ -25,12 +25,12 @@ test: ## Unit, property and end-to-end tests
 	@.ci/need $(BUILD) $(NETWORK) $(TRAFFIC)
 	cargo build -p culvert -p tests --bins
 	cargo test --workspace --doc
+	TESTKIT_MESH=istiod cargo test -p tests --test routing --test policy --test app_tunnel
 	@if cargo nextest --version >/dev/null 2>&1; then \
 	  set -x; cargo nextest run --workspace; \
 	else \
 	  set -x; cargo test --workspace --lib --bins --tests; \
 	fi
-	TESTKIT_MESH=istiod cargo test -p tests --test routing --test policy --test app_tunnel
 
 lint: ## Formatting, clippy, documentation, dependencies; warnings are errors
 	@.ci/need $(BUILD)
