@@ -14,6 +14,7 @@ mod demo;
 mod environment;
 mod fault;
 mod identity;
+mod openbao;
 mod proxy_config;
 mod reader;
 mod runtime;

@@ -6,6 +6,7 @@
 
 mod control;
 mod data;
+mod openbao;
 mod runtime;
 mod show;
 
@@ -17,6 +18,7 @@ pub use data::{
     Capture, DnsCapture, Inbound, Keepalive, OriginalSource, PqcPolicy, ProxyMode, Sockets, Tls,
     Tunnel, WorkloadRef,
 };
+pub use openbao::{OpenBao, OpenBaoLogin};
 pub use runtime::{Drain, LogFormat, Logging, Ports, Runtime};
 
 use serde::Serialize;

@@ -8,6 +8,7 @@ mod control_plane;
 mod error;
 mod launch;
 mod mesh_metrics;
+mod openbao;
 mod parts;
 mod source;
 mod target;
@@ -16,6 +17,7 @@ mod trust;
 
 use std::{sync::Arc, time::Duration};
 
+use cert_agent::openbao::Authority;
 use prometheus_client::registry::Registry;
 use tokio::{
     net::TcpListener,
@@ -33,6 +35,7 @@ use crate::{
     pods::{self, Pods},
     telemetry::{PodMetrics, Readiness, ReadinessTask, logging::LogGuard, register_process},
 };
+use certificates::Certificates;
 pub use error::StartError;
 use launch::{Launcher, Names};
 use source::MeshFile;
@@ -72,8 +75,9 @@ async fn serve(config: &Config, log: &LogGuard, data: &Handle) -> Result<(), Sta
     let mut registry = Registry::default();
     register_process(&mut registry, &config.identity.istio_version);
     log.register(&mut registry);
-    let shared = Arc::new(parts::shared(config, &mut registry)?);
-    start.certificates(&shared);
+    let Certificates { agent, openbao } = certificates::build(config)?;
+    let shared = Arc::new(parts::shared(config, agent, &mut registry));
+    start.certificates(&shared, openbao);
     start.trust(&shared, &mut registry);
     start.trimming(&shared);
     let known = start.mesh(&shared, &mut registry).await?;
@@ -142,9 +146,19 @@ impl<'a> Start<'a> {
         });
     }
 
-    fn certificates(&mut self, shared: &Shared) {
+    fn certificates(&mut self, shared: &Shared, openbao: Option<Authority>) {
         let (agent, stop) = (shared.agent.clone(), self.background.clone());
         self.here(CERTIFICATES, async move { agent.run(stop).await });
+        if let Some(authority) = openbao {
+            let (trust, stop) = (shared.agent.trust().clone(), self.background.clone());
+            self.here(OPENBAO, async move {
+                let following = trust.follow(trust::OPENBAO, authority.roots());
+                tokio::join!(
+                    authority.run(stop.clone()),
+                    stop.run_until_cancelled(following)
+                );
+            });
+        }
     }
 
     /// Follows the roots that peers may have besides those that come with certificates.
@@ -272,9 +286,14 @@ impl<'a> Start<'a> {
             "stopping: nothing new is accepted, open connections may finish"
         );
         self.stop.accept.cancel();
-        let serving =
-            self.tasks
-                .finished_but(&[CERTIFICATES, CONTROL_PLANE, MESH_FILE, TRIMMING, TRUST]);
+        let serving = self.tasks.finished_but(&[
+            CERTIFICATES,
+            CONTROL_PLANE,
+            MESH_FILE,
+            OPENBAO,
+            TRIMMING,
+            TRUST,
+        ]);
         tokio::select! {
             _ = timeout(deadline + LAST_WORK, serving) => {}
             () = signals.interrupted_again() => {}
@@ -326,6 +345,7 @@ impl Signals {
 const CERTIFICATES: &str = "certificates";
 const CONTROL_PLANE: &str = "control plane";
 const MESH_FILE: &str = "mesh file";
+const OPENBAO: &str = "OpenBao";
 const TRIMMING: &str = "buffers";
 const TRUST: &str = "trust anchors";
 /// How often unused buffers are let go.

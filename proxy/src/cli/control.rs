@@ -7,6 +7,7 @@ use rustls::pki_types::{CertificateDer, DnsName, pem::PemObject as _};
 
 use super::{
     fault::Given,
+    openbao,
     proxy_config::{ProxyConfig, Setting},
     reader::Reader,
     value::Reject,
@@ -60,24 +61,55 @@ fn xds(reader: &mut Reader<'_>, proxy: &ProxyConfig) -> Option<Address> {
     server(reader, &XDS, configured)
 }
 
+/// What the other provider would need is checked, too, as far as it is given.
 fn certificates(reader: &mut Reader<'_>) -> CertificateSource {
     let in_process = reader.boolean("FAKE_CA", false);
     let root = fake_root(reader);
     let configured = reader.raw(CA.address);
     let address = configured.unwrap_or_else(|| default_address(reader));
-    let server = server(reader, &CA, (CA.address, address));
-    match server {
-        Some(address) if !in_process => CertificateSource::Istio(address),
-        _ => {
-            if !in_process && configured == Some("") {
-                let reject = Reject::new(
-                    "nobody would sign certificates",
-                    "the address of a certificate authority, or FAKE_CA=true beside it",
-                );
-                reader.fault(CA.address, Given::Value(String::new()), reject);
-            }
-            CertificateSource::InProcess { root }
+    let istiod = server(reader, &CA, (CA.address, address));
+    let provider = match reader.text("CA_PROVIDER") {
+        None => Provider::Istiod,
+        Some(_) => reader
+            .typed("CA_PROVIDER", provider)
+            .unwrap_or(Provider::Istiod),
+    };
+    let openbao = openbao::parse(reader, provider == Provider::OpenBao);
+    match (provider, istiod, openbao) {
+        (Provider::OpenBao, ..) if in_process => {
+            let reject = Reject::new("both sign certificates", "one of them");
+            let keys = "CA_PROVIDER=openbao and FAKE_CA=true";
+            reader.fault(keys, Given::Nothing, reject);
         }
+        (Provider::OpenBao, _, Some(openbao)) => return CertificateSource::OpenBao(openbao),
+        (Provider::Istiod, Some(istiod), _) if !in_process => {
+            return CertificateSource::Istio(istiod);
+        }
+        (Provider::Istiod, None, _) if !in_process && configured == Some("") => {
+            let reject = Reject::new(
+                "nobody would sign certificates",
+                "the address of a certificate authority, or FAKE_CA=true beside it",
+            );
+            reader.fault(CA.address, Given::Value(String::new()), reject);
+        }
+        // FAKE_CA, or a fault that is told already.
+        _ => {}
+    }
+    CertificateSource::InProcess { root }
+}
+
+/// Who signs, unless this process does.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Provider {
+    Istiod,
+    OpenBao,
+}
+
+fn provider(text: &str) -> Result<Provider, Reject> {
+    match text {
+        "istiod" => Ok(Provider::Istiod),
+        "openbao" => Ok(Provider::OpenBao),
+        _ => Err(Reject::new("not a provider", "istiod or openbao")),
     }
 }
 
@@ -113,7 +145,7 @@ fn default_address(reader: &Reader<'_>) -> &'static str {
 /// One server; none if its address is empty or at fault. `configured` is the address and the
 /// key it comes from.
 fn server(reader: &mut Reader<'_>, keys: &Server, configured: (&str, &str)) -> Option<Address> {
-    let roots = roots(reader, keys.roots);
+    let roots = roots(reader, keys.roots, DEFAULT_ROOTS);
     let alternative_host = host(reader, keys.alternative_host);
     let headers = headers(reader, keys.headers);
     let (key, text) = configured;
@@ -134,7 +166,7 @@ fn server(reader: &mut Reader<'_>, keys: &Server, configured: (&str, &str)) -> O
     })
 }
 
-fn uri(text: &str) -> Result<Uri, Reject> {
+pub(super) fn uri(text: &str) -> Result<Uri, Reject> {
     let reject = |reason| Reject::new(reason, "host:port, https://host:port or http://host:port");
     let uri: Uri = if text.contains("://") {
         text.parse()
@@ -158,9 +190,9 @@ fn uri(text: &str) -> Result<Uri, Reject> {
 
 /// A file may appear later, so a value that is neither `SYSTEM` nor PEM is a path, whether or not
 /// there is a file now.
-fn roots(reader: &mut Reader<'_>, key: &str) -> RootSource {
+pub(super) fn roots(reader: &mut Reader<'_>, key: &str, default: &str) -> RootSource {
     match reader.text(key) {
-        None => RootSource::File(DEFAULT_ROOTS.into()),
+        None => RootSource::File(default.into()),
         Some("SYSTEM") => RootSource::System,
         Some(text) if looks_like_pem(text) => {
             let mut certificates = CertificateDer::pem_slice_iter(text.as_bytes());

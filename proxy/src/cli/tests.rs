@@ -2,6 +2,7 @@
 
 mod acceptance;
 mod faults;
+mod openbao;
 mod sections;
 
 use std::{

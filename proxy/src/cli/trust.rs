@@ -21,10 +21,12 @@ pub(super) fn tls(reader: &mut Reader<'_>, certificates: &CertificateSource) -> 
 }
 
 /// The roots of the mesh are those that the certificate authority has, so the file that tells how to reach it serves here
-/// as well. A CA inside this process is reached without.
+/// as well. A CA inside this process is reached without, and OpenBao has roots of its own and says which ones are those
+/// of the mesh.
 fn trust_file(reader: &Reader<'_>, certificates: &CertificateSource) -> Option<PathBuf> {
     match (reader.text("TRUST_BUNDLE_PATH"), certificates) {
-        (Some("NONE"), _) | (None, CertificateSource::InProcess { .. }) => None,
+        (Some("NONE"), _)
+        | (None, CertificateSource::InProcess { .. } | CertificateSource::OpenBao(_)) => None,
         (Some(path), _) => Some(path.into()),
         (None, CertificateSource::Istio(address)) => match &address.roots {
             RootSource::File(path) => Some(path.clone()),

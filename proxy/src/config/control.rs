@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, path::PathBuf, sync::Arc, time::Duration};
 
 use serde::{Serialize, Serializer};
 
-use super::show;
+use super::{OpenBao, show};
 
 /// Who this proxy is. Sent to the control plane as the xDS node, and used to tell local workloads
 /// from remote ones.
@@ -166,6 +166,8 @@ pub enum MeshSource {
 pub enum CertificateSource {
     /// `CA_ADDRESS`: a server of `istio.v1.auth.IstioCertificateService`.
     Istio(Address),
+    /// `CA_PROVIDER=openbao`: the PKI engine of an OpenBao server.
+    OpenBao(OpenBao),
     /// `FAKE_CA=true`: a CA inside this process, for tests and demonstrations.
     InProcess {
         /// `FAKE_CA_ROOT_CERT` and `FAKE_CA_ROOT_KEY`: PEM certificate and PKCS#8 key of a root that several processes share;

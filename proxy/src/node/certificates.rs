@@ -10,14 +10,22 @@ use cert_agent::{
 use tonic::{metadata::MetadataMap, transport::Channel};
 use xds_client::transport::Target;
 
-use super::{StartError, target};
+use super::{StartError, openbao, target};
 use crate::config::{Address, CertificateSource, Config, PqcPolicy, ProxyMode};
 
+/// What keeps the certificates of this process.
+pub(super) struct Certificates {
+    pub(super) agent: Agent,
+    /// To be run beside the agent, if certificates come from there.
+    pub(super) openbao: Option<cert_agent::openbao::Authority>,
+}
+
 /// The agent that gets certificates from the configured source; nothing is fetched before it runs.
-pub(super) fn agent(config: &Config) -> Result<Agent, StartError> {
+pub(super) fn build(config: &Config) -> Result<Certificates, StartError> {
     let mut options = AgentOptions::default();
     options.tls = tls_options(config);
     options.trust = TrustBundle::new(config.tls.trust_grace);
+    let mut authority = None;
     let source: Arc<dyn Source> = match &config.control.certificates {
         CertificateSource::InProcess { root } => {
             Arc::new(CsrSource::new(in_process(config, root.as_ref())?))
@@ -28,8 +36,16 @@ pub(super) fn agent(config: &Config) -> Result<Agent, StartError> {
             }
             Arc::new(CsrSource::new(istio(config, address)))
         }
+        CertificateSource::OpenBao(server) => {
+            let openbao = openbao::authority(config, server)?;
+            authority = Some(openbao.clone());
+            Arc::new(CsrSource::new(openbao))
+        }
     };
-    Ok(Agent::new(source, options))
+    Ok(Certificates {
+        agent: Agent::new(source, options),
+        openbao: authority,
+    })
 }
 
 fn in_process<P: AsRef<Path>>(

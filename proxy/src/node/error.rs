@@ -47,6 +47,9 @@ pub enum StartError {
     /// The in-process CA has no usable root.
     #[error("the in-process CA (FAKE_CA) cannot be set up")]
     Ca(#[source] InProcessCaError),
+    /// The address or a path of OpenBao is not usable.
+    #[error("cannot use OpenBao as the certificate authority")]
+    OpenBao(#[source] cert_agent::openbao::SettingsError),
     /// The local mesh description is not usable at all.
     #[error("cannot load the mesh from LOCAL_XDS_PATH or LOCAL_XDS")]
     Mesh(#[source] LocalError),

@@ -2,9 +2,10 @@
 
 use std::sync::Arc;
 
+use cert_agent::Agent;
 use prometheus_client::registry::Registry;
 
-use super::{StartError, certificates, launch::Names};
+use super::launch::Names;
 use crate::{
     config::{Config, DnsCapture, ProxyMode},
     dns::{self, Upstreams},
@@ -16,10 +17,9 @@ use crate::{
 };
 
 /// Everything that flows share, with its metrics registered.
-pub(super) fn shared(config: &Config, registry: &mut Registry) -> Result<Shared, StartError> {
-    let agent = certificates::agent(config)?;
+pub(super) fn shared(config: &Config, agent: Agent, registry: &mut Registry) -> Shared {
     agent.register_metrics(registry);
-    Ok(Shared {
+    Shared {
         mesh: Mesh::new(View {
             node_name: config.identity.node_name.clone(),
             network: Arc::clone(&config.identity.network),
@@ -37,7 +37,7 @@ pub(super) fn shared(config: &Config, registry: &mut Registry) -> Result<Shared,
             network: Arc::clone(&config.identity.network),
             workload_wait: config.capture.workload_wait,
         },
-    })
+    }
 }
 
 /// Names for captured pods, if they are served, with their metrics registered.

@@ -12,6 +12,8 @@ use prometheus_client::{
 
 /// The source of roots that is a file.
 pub(super) const ROOT_FILE: &str = "file";
+/// The source of roots that are issuers of OpenBao.
+pub(super) const OPENBAO: &str = "openbao";
 
 /// Registers the metrics of `trust`.
 pub(super) fn register(trust: &TrustBundle, registry: &mut Registry) {

@@ -1,0 +1,194 @@
+//! The part [`OpenBao`] of the section on control: the variables `OPENBAO_*`.
+
+use std::{path::PathBuf, time::Duration};
+
+use cert_agent::openbao::is_path;
+use http::Uri;
+
+use super::{control, fault::Given, reader::Reader, value::Reject};
+use crate::config::{OpenBao, OpenBaoLogin};
+
+/// What is given is checked in any case; what is missing is a fault only if OpenBao is `wanted`.
+pub(super) fn parse(reader: &mut Reader<'_>, wanted: bool) -> Option<OpenBao> {
+    let address = address(reader);
+    let address = require(reader, wanted, address, "OPENBAO_ADDRESS", ADDRESS);
+    let roots = control::roots(reader, "OPENBAO_ROOT_CA", DEFAULT_ROOTS);
+    let namespace = path(reader, "OPENBAO_NAMESPACE");
+    let mount = path(reader, "OPENBAO_MOUNT");
+    let role = path(reader, "OPENBAO_ROLE");
+    let role = require(reader, wanted, role, "OPENBAO_ROLE", "a role of the engine");
+    let root_mounts = root_mounts(reader);
+    let login = login(reader, wanted);
+    let poll_interval = poll_interval(reader);
+    if !wanted {
+        return None;
+    }
+    Some(OpenBao {
+        address: address?,
+        roots,
+        namespace,
+        mount: mount.unwrap_or_else(|| "pki".to_owned()),
+        role: role?,
+        root_mounts,
+        login: login?,
+        poll_interval,
+    })
+}
+
+/// `value`, or a fault if it is needed and nothing was given. What was given and refused is a fault already.
+fn require<T>(
+    reader: &mut Reader<'_>,
+    wanted: bool,
+    value: Option<T>,
+    key: &str,
+    accepted: &str,
+) -> Option<T> {
+    if wanted && value.is_none() && reader.text(key).is_none() {
+        let reject = Reject::new("needed for CA_PROVIDER=openbao", accepted);
+        reader.fault(key, Given::Nothing, reject);
+    }
+    value
+}
+
+fn address(reader: &mut Reader<'_>) -> Option<Uri> {
+    let key = "OPENBAO_ADDRESS";
+    let text = reader.text(key)?;
+    let given = if text.contains('@') {
+        Given::Secret
+    } else {
+        Given::Value(text.to_owned())
+    };
+    let outcome = control::uri(text)
+        .map_err(|reject| Reject::new(reject.reason, ADDRESS))
+        .and_then(|uri| match uri.scheme_str() {
+            Some("https") => Ok(uri),
+            _ => Err(Reject::new("tokens are sent over TLS only", ADDRESS)),
+        });
+    reader.keep(key, given, outcome)
+}
+
+/// A value that becomes part of a path of the server.
+fn path(reader: &mut Reader<'_>, key: &str) -> Option<String> {
+    let text = reader.text(key)?;
+    let outcome = api_path(text);
+    reader.keep(key, Given::Value(text.to_owned()), outcome)
+}
+
+fn api_path(text: &str) -> Result<String, Reject> {
+    let text = text.trim_matches('/');
+    if is_path(text) {
+        return Ok(text.to_owned());
+    }
+    Err(Reject::new(
+        "not a path of OpenBao",
+        "letters, digits, dots, dashes, underscores, and single slashes between them",
+    ))
+}
+
+fn root_mounts(reader: &mut Reader<'_>) -> Vec<String> {
+    let key = "OPENBAO_ROOT_MOUNTS";
+    let mut mounts = Vec::new();
+    for mount in reader.text(key).unwrap_or_default().split(',') {
+        let mount = mount.trim();
+        if !mount.is_empty() {
+            mounts.extend(reader.keep(key, Given::Value(mount.to_owned()), api_path(mount)));
+        }
+    }
+    mounts
+}
+
+fn login(reader: &mut Reader<'_>, wanted: bool) -> Option<OpenBaoLogin> {
+    let mount = path(reader, "OPENBAO_AUTH_MOUNT");
+    let role = path(reader, "OPENBAO_AUTH_ROLE");
+    let jwt = file(reader, "OPENBAO_JWT_PATH").unwrap_or_else(|| DEFAULT_JWT.into());
+    let role_id = file(reader, "OPENBAO_ROLE_ID_PATH");
+    let secret_id = file(reader, "OPENBAO_SECRET_ID_PATH");
+    let token = file(reader, "OPENBAO_TOKEN_PATH");
+    let method = match reader.text("OPENBAO_AUTH_METHOD") {
+        None => Method::Kubernetes,
+        Some(_) => reader.typed("OPENBAO_AUTH_METHOD", method)?,
+    };
+    let mount = |default: &str| mount.unwrap_or_else(|| default.to_owned());
+    Some(match method {
+        Method::Kubernetes => OpenBaoLogin::Kubernetes {
+            mount: mount("kubernetes"),
+            role: require(
+                reader,
+                wanted,
+                role,
+                "OPENBAO_AUTH_ROLE",
+                "a role of the method",
+            )?,
+            jwt,
+        },
+        Method::Jwt => OpenBaoLogin::Jwt {
+            mount: mount("jwt"),
+            role,
+            jwt,
+        },
+        Method::AppRole => OpenBaoLogin::AppRole {
+            mount: mount("approle"),
+            role_id: require(reader, wanted, role_id, "OPENBAO_ROLE_ID_PATH", FILE)?,
+            secret_id,
+        },
+        Method::Token => {
+            OpenBaoLogin::TokenFile(require(reader, wanted, token, "OPENBAO_TOKEN_PATH", FILE)?)
+        }
+    })
+}
+
+#[derive(Clone, Copy)]
+enum Method {
+    Kubernetes,
+    Jwt,
+    AppRole,
+    Token,
+}
+
+fn method(text: &str) -> Result<Method, Reject> {
+    match text {
+        "kubernetes" => Ok(Method::Kubernetes),
+        "jwt" => Ok(Method::Jwt),
+        "approle" => Ok(Method::AppRole),
+        "token" => Ok(Method::Token),
+        _ => Err(Reject::new(
+            "not a method",
+            "kubernetes, jwt, approle or token",
+        )),
+    }
+}
+
+/// The path of a file with a secret. The secret itself does not look like one, and is not repeated.
+fn file(reader: &mut Reader<'_>, key: &str) -> Option<PathBuf> {
+    let text = reader.text(key)?;
+    let path_like = ["/", "./", "../"].iter().any(|it| text.starts_with(it));
+    let outcome = if path_like {
+        Ok(PathBuf::from(text))
+    } else {
+        Err(Reject::new("not the path of a file", FILE))
+    };
+    reader.keep(key, Given::Secret, outcome)
+}
+
+fn poll_interval(reader: &mut Reader<'_>) -> Duration {
+    let key = "OPENBAO_POLL_INTERVAL";
+    let Some(interval) = reader.duration(key) else {
+        return DEFAULT_POLL;
+    };
+    if interval < MIN_POLL {
+        let given = Given::Value(reader.text(key).unwrap_or_default().to_owned());
+        reader.fault(
+            key,
+            given,
+            Reject::new("too short", "a duration of 1s or more"),
+        );
+    }
+    interval
+}
+
+const ADDRESS: &str = "host:port or https://host:port";
+const FILE: &str = "a path that begins with /, ./ or ../";
+const DEFAULT_ROOTS: &str = "/var/run/secrets/openbao/ca.crt";
+const DEFAULT_JWT: &str = "/var/run/secrets/tokens/openbao-token";
+const DEFAULT_POLL: Duration = Duration::from_mins(5);
+const MIN_POLL: Duration = Duration::from_secs(1);
