@@ -6,7 +6,7 @@ use cert_agent::{Agent, AgentOptions, CsrSource, InProcessCa, SpiffeId, Svid};
 use culvert::{
     config,
     relay::{Buffers, Count, pump},
-    tunnel::{Dial, Incoming, Key, Pool, Request, accept, serve},
+    tunnel::{Credentials, Dial, Incoming, Key, Pool, Request, accept, serve},
 };
 use futures_util::future::BoxFuture;
 use http::HeaderValue;
@@ -185,9 +185,13 @@ impl Dial for Loopback {
     fn tls<'a>(
         &'a self,
         key: &'a Key,
-    ) -> BoxFuture<'a, Result<Arc<rustls::ClientConfig>, Box<dyn std::error::Error + Send + Sync>>>
-    {
-        Box::pin(async { Ok(self.0.client_config(&key.expected)) })
+    ) -> BoxFuture<'a, Result<Credentials, Box<dyn std::error::Error + Send + Sync>>> {
+        Box::pin(async {
+            Ok(Credentials {
+                config: self.0.client_config(&key.expected),
+                not_after: self.0.not_after(),
+            })
+        })
     }
 }
 

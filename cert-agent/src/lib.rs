@@ -70,4 +70,4 @@ pub use source::{
 };
 pub use svid::Svid;
 pub use tls::TlsOptions;
-pub use verify::{IdentityError, peer_id};
+pub use verify::{IdentityError, peer_id, peer_not_after};

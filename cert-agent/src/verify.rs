@@ -1,6 +1,6 @@
 //! Who the peer is: SPIFFE verification on both sides of a handshake.
 
-use std::{fmt, sync::Arc};
+use std::{fmt, sync::Arc, time::SystemTime};
 
 use rustls::{
     CertificateError, DigitallySignedStruct, DistinguishedName, Error, OtherError, SignatureScheme,
@@ -14,6 +14,7 @@ use crate::{
     SpiffeId,
     anchors::Anchors,
     chain::{self, Chain, Side, Terms},
+    check::to_system_time,
 };
 
 /// The identity of a peer: the first URI name of its leaf that has the Istio form.
@@ -22,6 +23,13 @@ use crate::{
 #[must_use]
 pub fn peer_id(chain: &[CertificateDer<'_>]) -> Option<SpiffeId> {
     identities(chain.first()?).into_iter().next()
+}
+
+/// When the leaf of a peer ends; `None` if it does not parse.
+#[must_use]
+pub fn peer_not_after(chain: &[CertificateDer<'_>]) -> Option<SystemTime> {
+    let (_, leaf) = x509_parser::parse_x509_certificate(chain.first()?).ok()?;
+    Some(to_system_time(leaf.validity().not_after.timestamp()))
 }
 
 /// The identities of a certificate, in its order. Names of another form are left out.

@@ -15,8 +15,8 @@ pub use control::{
     SelfIdentity,
 };
 pub use data::{
-    Capture, DnsCapture, Inbound, Keepalive, OriginalSource, PqcPolicy, ProxyMode, Sockets, Tls,
-    Tunnel, WorkloadRef,
+    Capture, DnsCapture, Inbound, Keepalive, MaxAge, OriginalSource, PqcPolicy, ProxyMode, Sockets,
+    Tls, Tunnel, WorkloadRef,
 };
 pub use openbao::{OpenBao, OpenBaoLogin};
 pub use runtime::{Drain, LogFormat, Logging, Ports, Runtime};

@@ -5,6 +5,7 @@
 //! decides nothing: whom to trust comes as a TLS configuration, where to go as a [`Key`] and a
 //! [`Request`], and how to dial through [`Dial`]. Every wait on a peer has a limit.
 
+mod age;
 pub mod client;
 mod error;
 pub mod headers;
@@ -22,9 +23,10 @@ mod turn;
 mod window;
 
 pub use self::{
+    age::Retirement,
     client::{Answer, Request},
     error::{ConnectError, OpenError, ServeError},
-    pool::{Dial, Key, Pool},
+    pool::{Credentials, Dial, Key, Pool},
     server::{Connect, Incoming, Responder, serve},
     stream::{Buffered, Stream},
     tls::{AcceptError, RecordError, Tls, accept},

@@ -8,7 +8,7 @@ use super::{
     value::{self, Reject},
 };
 use crate::config::{
-    Capture, DnsCapture, Inbound, Keepalive, OriginalSource, ProxyMode, Sockets, Tunnel,
+    Capture, DnsCapture, Inbound, Keepalive, MaxAge, OriginalSource, ProxyMode, Sockets, Tunnel,
     WorkloadRef,
 };
 
@@ -174,6 +174,9 @@ pub(super) fn tunnel(reader: &mut Reader<'_>) -> Tunnel {
         pool_idle_release: reader
             .duration("POOL_UNUSED_RELEASE_TIMEOUT")
             .unwrap_or(Duration::from_mins(5)),
+        max_age: reader
+            .typed("HBONE_MAX_AGE", max_age)
+            .unwrap_or(MaxAge::Unlimited),
         server_max_streams: 200,
         server_max_header_bytes: 65_536,
         client_max_header_bytes: 16_384,
@@ -183,6 +186,20 @@ pub(super) fn tunnel(reader: &mut Reader<'_>) -> Tunnel {
         ping_interval: Duration::from_secs(10),
         ping_timeout: Duration::from_secs(20),
     }
+}
+
+fn max_age(text: &str) -> Result<MaxAge, Reject> {
+    if text == "certificate" {
+        return Ok(MaxAge::Certificate);
+    }
+    let age = value::duration(text).ok();
+    let long_enough = age.filter(|age| *age >= Duration::from_secs(1));
+    long_enough.map(MaxAge::For).ok_or_else(|| {
+        Reject::new(
+            "not an age of connections",
+            "certificate, or a duration of 1s or more, such as 90m",
+        )
+    })
 }
 
 pub(super) fn inbound(reader: &mut Reader<'_>) -> Inbound {

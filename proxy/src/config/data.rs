@@ -140,6 +140,8 @@ pub struct Tunnel {
     /// `POOL_UNUSED_RELEASE_TIMEOUT`; 5 min.
     #[serde(serialize_with = "show::duration")]
     pub pool_idle_release: Duration,
+    /// `HBONE_MAX_AGE`, default unlimited: how long a connection takes new streams, on either side.
+    pub max_age: MaxAge,
     /// Streams a peer may have open on one connection; 200.
     pub server_max_streams: u32,
     /// Largest header list accepted from a client, bytes; 65 536.
@@ -172,6 +174,7 @@ impl Default for Tunnel {
             frame_size: 1 << 20,
             pool_max_streams: 100,
             pool_idle_release: seconds(300),
+            max_age: MaxAge::Unlimited,
             server_max_streams: 200,
             server_max_header_bytes: 65_536,
             client_max_header_bytes: 16_384,
@@ -180,6 +183,28 @@ impl Default for Tunnel {
             answer_timeout: seconds(20),
             ping_interval: seconds(10),
             ping_timeout: seconds(20),
+        }
+    }
+}
+
+/// How long a connection takes new streams. After that it ends with its last stream.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum MaxAge {
+    /// As long as it is of use.
+    Unlimited,
+    /// Until shortly before the certificate of either side ends, when both should have newer ones.
+    Certificate,
+    /// For this long, at least 1 s.
+    For(Duration),
+}
+
+impl Serialize for MaxAge {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        match self {
+            Self::Unlimited => serializer.serialize_str("unlimited"),
+            Self::Certificate => serializer.serialize_str("certificate"),
+            Self::For(age) => show::duration(age, serializer),
         }
     }
 }

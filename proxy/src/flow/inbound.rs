@@ -27,7 +27,7 @@ use crate::{
         self, Authority, AuthorityError, ClientAddress, InboundQuery, InboundRefusal, InboundRoute,
     },
     telemetry::{self, Access, Labels, Party, Reporter, Route, Security},
-    tunnel::{self, AcceptError, Incoming, Responder, ServeError, Stream, Tls},
+    tunnel::{self, AcceptError, Incoming, Responder, Retirement, ServeError, Stream, Tls},
 };
 
 /// Serves the HBONE listener of `pod`.
@@ -57,13 +57,15 @@ async fn connection(
         shaken = Box::pin(shake(&pod, socket, peer, here)) => shaken,
     };
     drop(slot);
-    let (tls, caller) = match shaken {
+    let (tls, caller, age) = match shaken {
         Ok(shaken) => shaken,
         Err(refused) => return telemetry::reject(Reporter::Destination, peer, here, &refused),
     };
     let (caller, settings) = (Arc::new(caller), Arc::clone(&pod.settings().tunnel));
     let handler = move |incoming| stream(Arc::clone(&pod), Arc::clone(&caller), incoming);
-    match Box::pin(tunnel::serve(tls, &settings, draining, handler)).await {
+    let retire = draining.child_token();
+    let serving = Box::pin(tunnel::serve(tls, &settings, retire.clone(), handler));
+    match age.retire(&retire, serving).await {
         Ok(()) => {}
         Err(error @ ServeError::PrefaceTimeout(_)) => {
             telemetry::reject(Reporter::Destination, peer, here, &error);
@@ -106,13 +108,15 @@ async fn shake(
     socket: TcpStream,
     peer: SocketAddr,
     here: Option<SocketAddr>,
-) -> Result<(Tls<TcpStream>, Caller), Refused> {
+) -> Result<(Tls<TcpStream>, Caller, Retirement), Refused> {
     let here = here.ok_or(Refused::NoAddress)?;
     let local = pod.workload().await.ok_or(Refused::UnknownLocal)?;
     let identity = local.identity().ok_or(Refused::NoIdentity)?;
     let svid = pod.shared().agent.svid(identity).await?;
-    let limit = pod.settings().tunnel.handshake_timeout;
+    let settings = &pod.settings().tunnel;
+    let limit = settings.handshake_timeout;
     let tls = tunnel::accept(socket, svid.server_config(), &pod.shared().buffers, limit).await?;
+    let age = Retirement::new(settings.max_age, svid.not_after(), tls.peer_certificates());
     let identity = peer_id(tls.peer_certificates()).ok_or(Refused::Stranger)?;
     Ok((
         tls,
@@ -121,6 +125,7 @@ async fn shake(
             here,
             identity,
         },
+        age,
     ))
 }
 

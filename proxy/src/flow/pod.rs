@@ -9,7 +9,6 @@ use std::{
 
 use cert_agent::Agent;
 use futures_util::future::BoxFuture;
-use rustls::ClientConfig;
 use tokio::{
     net::{TcpListener, TcpStream},
     time::timeout,
@@ -273,14 +272,13 @@ impl tunnel::Dial for Dialer {
     fn tls<'a>(
         &'a self,
         key: &'a tunnel::Key,
-    ) -> BoxFuture<'a, Result<Arc<ClientConfig>, Box<dyn std::error::Error + Send + Sync>>> {
+    ) -> BoxFuture<'a, Result<tunnel::Credentials, Box<dyn std::error::Error + Send + Sync>>> {
         Box::pin(async move {
-            Ok(self
-                .shared
-                .agent
-                .svid(&key.source)
-                .await?
-                .client_config(&key.expected))
+            let svid = self.shared.agent.svid(&key.source).await?;
+            Ok(tunnel::Credentials {
+                config: svid.client_config(&key.expected),
+                not_after: svid.not_after(),
+            })
         })
     }
 }

@@ -70,6 +70,7 @@ fn tunnel() -> config::Tunnel {
         frame_size: 1 << 20,
         pool_max_streams: 100,
         pool_idle_release: Duration::from_secs(300),
+        max_age: config::MaxAge::Unlimited,
         server_max_streams: 200,
         server_max_header_bytes: 65_536,
         client_max_header_bytes: 16_384,

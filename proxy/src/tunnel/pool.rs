@@ -16,7 +16,7 @@ use std::{
     io,
     net::{IpAddr, SocketAddr},
     sync::Arc,
-    time::Duration,
+    time::{Duration, SystemTime},
 };
 
 use cert_agent::SpiffeId;
@@ -37,8 +37,10 @@ use self::{
     shelf::Shelf,
 };
 use super::{
+    age::Retirement,
     client::{self, Answer, Driver, Failed, Request, Sender},
     error::{ConnectError, OpenError},
+    tls,
 };
 use crate::{config, relay::Buffers};
 
@@ -76,7 +78,17 @@ pub trait Dial: Send + Sync + 'static {
     fn tls<'a>(
         &'a self,
         key: &'a Key,
-    ) -> BoxFuture<'a, Result<Arc<ClientConfig>, Box<dyn std::error::Error + Send + Sync>>>;
+    ) -> BoxFuture<'a, Result<Credentials, Box<dyn std::error::Error + Send + Sync>>>;
+}
+
+/// What a connection proves its identity with.
+#[derive(Debug, Clone)]
+#[expect(clippy::exhaustive_structs, reason = "a plain record, built by `flow`")]
+pub struct Credentials {
+    /// Presents the certificate.
+    pub config: Arc<ClientConfig>,
+    /// The end of the certificate.
+    pub not_after: SystemTime,
 }
 
 /// The pool of one pod. Dropping it ends all its connections and the streams on them.
@@ -198,12 +210,12 @@ struct Task<D> {
 impl<D: Dial> Task<D> {
     async fn run(self, opened: watch::Sender<State>) {
         match Box::pin(self.open()).await {
-            Ok((sender, driver)) => {
+            Ok((sender, driver, age)) => {
                 self.load.limit_to(driver.peer_limit());
                 opened.send_replace(State::Ready(sender));
                 // The state now lives as long as the shelf or a lease holds it.
                 drop(opened);
-                self.drive(driver).await;
+                self.drive(driver, age).await;
             }
             Err(error) => {
                 // First off the shelf: who comes later starts a new attempt.
@@ -214,9 +226,9 @@ impl<D: Dial> Task<D> {
         self.shelf.remove(&self.key, &self.load);
     }
 
-    async fn open(&self) -> Result<(Sender, Driver<TlsIo<D>>), OpenError> {
-        let to = self.key.destination;
-        let tls = self
+    async fn open(&self) -> Result<(Sender, Driver<TlsIo<D>>, Retirement), OpenError> {
+        let (to, settings) = (self.key.destination, &self.config);
+        let Credentials { config, not_after } = self
             .dial
             .tls(&self.key)
             .await
@@ -229,11 +241,16 @@ impl<D: Dial> Task<D> {
                 OpenError::Dial(source)
             }
         })?;
-        client::open(io, to.ip(), tls, &self.config, &self.buffers).await
+        let limit = settings.handshake_timeout;
+        let io = tls::connect(io, config, to.ip(), &self.buffers, limit).await?;
+        let age = Retirement::new(settings.max_age, not_after, io.peer_certificates());
+        let (sender, driver) = client::handshake(io, settings).await?;
+        Ok((sender, driver, age))
     }
 
-    /// Runs the connection; once it was idle for long, takes it off the shelf, whereupon it closes.
-    async fn drive(&self, mut driver: Driver<TlsIo<D>>) {
+    /// Runs the connection; once it was idle for long or has reached its age, takes it off the shelf, whereupon it closes
+    /// with its last stream.
+    async fn drive(&self, mut driver: Driver<TlsIo<D>>, age: Retirement) {
         let load = &self.load;
         let running = poll_fn(|cx| {
             driver.poll_run(cx, |limit| {
@@ -245,6 +262,10 @@ impl<D: Dial> Task<D> {
         select! {
             () = &mut running => return,
             () = self.idle() => {}
+            () = age.due() => {
+                load.close();
+                self.shelf.remove(&self.key, load);
+            }
         }
         running.await;
     }
@@ -269,4 +290,4 @@ impl<D: Dial> Task<D> {
     }
 }
 
-type TlsIo<D> = super::tls::Tls<<D as Dial>::Io>;
+type TlsIo<D> = tls::Tls<<D as Dial>::Io>;

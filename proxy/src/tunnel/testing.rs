@@ -61,6 +61,12 @@ impl Tasks {
     pub(super) fn spawn(&self, task: impl Future<Output = ()> + Send + 'static) {
         self.0.lock().spawn(task);
     }
+
+    /// How many have ended since this was last asked.
+    pub(super) fn ended(&self) -> usize {
+        let mut tasks = self.0.lock();
+        std::iter::from_fn(|| tasks.try_join_next()).count()
+    }
 }
 
 /// Serves `io` with `handler` in a task.

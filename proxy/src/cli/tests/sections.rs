@@ -8,8 +8,8 @@ use super::{Texts, given};
 use crate::{
     cli::{Environment, logging, value},
     config::{
-        AuthToken, CertificateSource, DnsCapture, Keepalive, LogFormat, OriginalSource, PqcPolicy,
-        ProxyMode, RootSource, WorkloadRef,
+        AuthToken, CertificateSource, DnsCapture, Keepalive, LogFormat, MaxAge, OriginalSource,
+        PqcPolicy, ProxyMode, RootSource, WorkloadRef,
     },
 };
 
@@ -51,8 +51,21 @@ fn the_defaults_are_those_of_the_contract() {
         (1_048_576, 100)
     );
     assert_eq!(tunnel.pool_idle_release, Duration::from_secs(300));
+    assert_eq!(tunnel.max_age, MaxAge::Unlimited);
     assert!(!config.tls.tls12 && config.tls.pqc == PqcPolicy::Default);
     assert!(config.inbound.baggage && config.inbound.localhost_app_tunnel);
+}
+
+#[test]
+fn age_of_connections() {
+    let age = |text| given(&[("HBONE_MAX_AGE", text)]);
+    let accepted = |text| age(text).config().tunnel.max_age;
+    assert_eq!(accepted("certificate"), MaxAge::Certificate);
+    assert_eq!(accepted("90m"), MaxAge::For(Duration::from_secs(5400)));
+    assert_eq!(accepted("1"), MaxAge::For(Duration::from_secs(1)));
+    for refused in ["", "0", "999ms", "Certificate", "never"] {
+        assert!(age(refused).read().is_err(), "{refused}");
+    }
 }
 
 #[test]

@@ -13,7 +13,6 @@ use std::{
 use cert_agent::Svid;
 use futures_util::future::BoxFuture;
 use http::Response;
-use rustls::ClientConfig;
 use tokio::{
     io::{DuplexStream, duplex},
     time::{Instant, sleep, timeout},
@@ -21,7 +20,7 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    Dial, Key, Pool, Shelf,
+    Credentials, Dial, Key, Pool, Shelf,
     lease::{Load, State, Tunnel},
 };
 use crate::{
@@ -88,11 +87,14 @@ impl Dial for World {
     fn tls<'a>(
         &'a self,
         key: &'a Key,
-    ) -> BoxFuture<'a, Result<Arc<ClientConfig>, Box<dyn std::error::Error + Send + Sync>>> {
+    ) -> BoxFuture<'a, Result<Credentials, Box<dyn std::error::Error + Send + Sync>>> {
         Box::pin(async {
             let svid = self.svids.iter().find(|svid| *svid.id() == key.source);
             let svid = svid.ok_or("no certificate")?;
-            Ok(svid.client_config(&key.expected))
+            Ok(Credentials {
+                config: svid.client_config(&key.expected),
+                not_after: svid.not_after(),
+            })
         })
     }
 }
@@ -384,4 +386,35 @@ async fn beyond_its_capacity_the_shelf_lets_go_of_the_longest_idle() {
     let (third, fourth) = (take(5), take(6));
     assert_eq!(shelf.len(), 4, "nothing idle was left for the last");
     drop((busy, again, third, fourth));
+}
+
+#[tokio::test(start_paused = true)]
+async fn connections_of_age_end_with_their_last_stream_and_new_streams_go_elsewhere() {
+    let settings = config::Tunnel {
+        max_age: config::MaxAge::For(Duration::from_secs(60)),
+        ..Default::default()
+    };
+    let world = World::new(echoing()).await;
+    let pool = Pool::new(Arc::new(settings), world, Buffers::new());
+    let mut old = pool.connect(&key("client"), &request()).await.unwrap();
+    sleep(Duration::from_secs(50)).await;
+    let young = pool.connect(&key("client"), &request()).await.unwrap();
+    assert_eq!(pool.dial.dials.load(SeqCst), 1);
+    drop(young);
+    sleep(Duration::from_secs(12)).await;
+    assert_eq!(pool.connections(), 0);
+    // What is open goes on.
+    put(&mut old.stream, "still here").await;
+    assert_eq!(take(&mut old.stream).await.unwrap().unwrap(), "still here");
+    let mut new = pool.connect(&key("client"), &request()).await.unwrap();
+    assert_eq!(pool.dial.dials.load(SeqCst), 2);
+    drop(old);
+    sleep(Duration::from_secs(1)).await;
+    assert_eq!(
+        pool.dial.tasks.ended(),
+        1,
+        "the far end of the old one is gone"
+    );
+    put(&mut new.stream, "hello").await;
+    assert_eq!(take(&mut new.stream).await.unwrap().unwrap(), "hello");
 }
