@@ -12,9 +12,9 @@ use std::time::Duration;
 use testkit::{
     Mesh, Proxy,
     agent::Agent,
-    istiod::{Injection, Kind, SyncStatus},
+    istiod::{Injection, Kind, Stream, SyncStatus},
     proxy::{ProxyOptions, READINESS_PORT},
-    stage::{Steered, web_port},
+    stage::{Steered, vip, web_port},
     traffic::Behaviour,
     wait,
 };
@@ -261,4 +261,36 @@ async fn a_foreign_type_is_answered_and_harmless() {
     stage.istiod.synced().await;
     assert_eq!(stage.istiod.streams().len(), 1);
     assert!(run.proxy.is_ready().await);
+}
+
+/// §2.4: several responses may be in flight. One that istiod cannot hear the answer of is in force all the same.
+#[tokio::test]
+async fn a_control_plane_that_reads_nothing_is_followed_and_answered_later() {
+    let stage = Steered::new().unwrap();
+    let _run = stage.start().await.unwrap();
+    let _app = stage.api.serve(8080, Behaviour::Echo).unwrap();
+    stage.istiod.synced().await;
+    stage.istiod.stall(true, false);
+    for count in 0..50 {
+        let nonce = format!("unheard {count}");
+        stage
+            .istiod
+            .inject(Injection::new(Kind::Address, &nonce).removed("c1//Pod/x/unknown"));
+        let sent = |streams: &[Stream]| (streams[0].sent.last()?.nonce == nonce).then_some(());
+        stage.istiod.until(&nonce, sent).await;
+    }
+    let mut mesh = stage.mesh();
+    mesh.service("later", vip(2), &[(80, 8080)], &[&stage.api]);
+    stage.istiod.set(&mesh);
+    let applied = async || stage.echoes(web_port(2)).await.then_some(());
+    wait::until(wait::SOON, "the last one is in force", applied).await;
+    let last = stage.istiod.newest().status(Kind::Address);
+    assert_eq!(last, SyncStatus::Stale, "it hears nothing");
+    stage.istiod.stall(false, false);
+    stage.istiod.synced().await;
+    let stream = stage.istiod.newest();
+    for count in 0..50 {
+        let nonce = format!("unheard {count}");
+        assert_eq!(stream.answers(&nonce).len(), 1, "{nonce}");
+    }
 }
