@@ -174,6 +174,7 @@ impl Client {
             Ok(Ok(responses)) => responses,
         };
         self.metrics.connected(true);
+        self.demand.opened();
         let opened = Instant::now();
         let end = loop {
             tokio::select! {

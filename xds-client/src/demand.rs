@@ -108,18 +108,28 @@ impl Demand {
         requests
     }
 
-    /// A new stream begins: the names that it must ask for. What did not exist is asked for again when it is needed.
+    /// A new stream is attempted: the names that it must ask for. Those that nobody waits for any longer are let go.
     pub(crate) fn begin(&self) -> Vec<String> {
-        let mut names = self.shared.names.lock();
-        names.retain(|_, known| match known {
-            Known::Absent => false,
+        let mut awaited = Vec::new();
+        self.shared.names.lock().retain(|name, known| match known {
+            Known::Absent => true,
             Known::Awaited { waiters, sent } => {
                 waiters.retain(|waiter| !waiter.is_closed());
                 *sent = true;
+                if !waiters.is_empty() {
+                    awaited.push(name.clone());
+                }
                 !waiters.is_empty()
             }
         });
-        names.keys().cloned().collect()
+        awaited
+    }
+
+    /// The new stream is open. What did not exist may exist by now, and is asked for again when it is needed. Until then
+    /// it was left at that: without a control plane, addresses outside the mesh would cost each connection its limit.
+    pub(crate) fn opened(&self) {
+        let mut names = self.shared.names.lock();
+        names.retain(|_, known| !matches!(known, Known::Absent));
     }
 
     /// Resources under these names or aliases are in force.

@@ -35,16 +35,16 @@ async fn a_name_is_asked_for_once() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn what_does_not_exist_is_remembered_until_it_does_or_a_stream_begins() {
+async fn what_does_not_exist_is_remembered_until_it_does_or_a_stream_opens() {
     let demand = Demand::default();
-    for forget in [Demand::begin as fn(&Demand) -> _, |demand: &Demand| {
+    for forget in [Demand::opened as fn(&Demand), |demand: &Demand| {
         demand.delivered(["a"]);
-        Vec::new()
     }] {
         ask(&demand, "a").await;
         demand.absent(&["a".into(), "never asked for".into()]);
+        assert!(demand.begin().is_empty(), "an attempt asks for it no more");
         assert_eq!(demand.fetch("a", LIMIT).await, Answer::Absent);
-        let _: Vec<String> = forget(&demand);
+        forget(&demand);
         ask(&demand, "a").await;
         demand.delivered(["a"]);
     }
