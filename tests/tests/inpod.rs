@@ -480,7 +480,10 @@ async fn a_connection_waits_for_the_record_of_its_own_pod() {
     let known = node.pod(&PodSpec::captured("known")).unwrap();
     let outside = node.pod(&PodSpec::plain("outside")).unwrap();
     let mut mesh = Mesh::of(&[&known]);
-    let (_agent, proxy, session) = connected(&world, &mesh).await;
+    mesh.write(&ProxyOptions::mesh_file(&world)).unwrap();
+    let options = ProxyOptions::new(&world, node).env("WORKLOAD_WAIT", "5s");
+    let run = NodeRun::connect(&world, node, &options).await.unwrap();
+    let (_agent, proxy, session) = (run.agent, run.proxy, run.session);
     session.snapshot(&[&early, &never, &known]).await.unwrap();
     proxy.ready().await;
     let app = outside.serve(7000, Behaviour::Echo).unwrap();
@@ -488,6 +491,7 @@ async fn a_connection_waits_for_the_record_of_its_own_pod() {
     let start = Instant::now();
     let mut waiting = early.connect(app.address).await.unwrap();
     let mut doomed = never.connect(app.address).await.unwrap();
+    let mut peer = outside.connect(never.at(15008)).await.unwrap();
     waiting.write_all(b"patience").await.unwrap();
     assert_eq!(
         known.ask(app.address, b"others go on").await.unwrap(),
@@ -503,6 +507,9 @@ async fn a_connection_waits_for_the_record_of_its_own_pod() {
     );
     assert_eq!(answer.await.unwrap(), b"patience");
     traffic::closed(&mut doomed, Duration::from_secs(8))
+        .await
+        .unwrap();
+    traffic::closed(&mut peer, Duration::from_secs(3))
         .await
         .unwrap();
     let waited = start.elapsed();

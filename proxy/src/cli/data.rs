@@ -20,7 +20,9 @@ pub(super) fn capture(reader: &mut Reader<'_>, metadata: &BTreeMap<String, Strin
         agent_socket: agent_socket(reader),
         dns: dns(reader, metadata),
         socks5: reader.boolean("UNSTABLE_ENABLE_SOCKS5", false),
-        workload_wait: Duration::from_secs(5),
+        workload_wait: reader
+            .typed("WORKLOAD_WAIT", workload_wait)
+            .unwrap_or(Duration::from_secs(10)),
     }
 }
 
@@ -40,6 +42,16 @@ pub(super) fn check_features(reader: &mut Reader<'_>, capture: &Capture, on_dema
             "false, or ISTIO_META_DNS_CAPTURE=false beside it",
         );
         reader.fault("XDS_ON_DEMAND", Given::Value("true".into()), reject);
+    }
+}
+
+/// An application that is kept longer has given up.
+fn workload_wait(text: &str) -> Result<Duration, Reject> {
+    let reject = |reason| Reject::new(reason, "a duration up to 1m, such as 10s");
+    match value::duration(text) {
+        Ok(wait) if wait <= Duration::from_mins(1) => Ok(wait),
+        Ok(_) => Err(reject("out of range")),
+        Err(Reject { reason, .. }) => Err(reject(&reason)),
     }
 }
 

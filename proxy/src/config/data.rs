@@ -20,7 +20,8 @@ pub struct Capture {
     pub dns: DnsCapture,
     /// `UNSTABLE_ENABLE_SOCKS5`.
     pub socks5: bool,
-    /// How long a connection waits for the record of its own workload; 5 s.
+    /// `WORKLOAD_WAIT`, up to a minute: how long a connection waits for the record of its own workload; 10 s, the longest
+    /// that istiod gathers changes before it tells of them.
     #[serde(serialize_with = "show::duration")]
     pub workload_wait: Duration,
 }

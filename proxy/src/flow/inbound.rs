@@ -4,11 +4,15 @@ use std::{
     error::Error,
     net::{IpAddr, SocketAddr},
     sync::Arc,
+    time::Duration,
 };
 
 use cert_agent::{SpiffeId, SvidError, peer_id};
 use http::StatusCode;
-use tokio::net::{TcpListener, TcpStream};
+use tokio::{
+    net::{TcpListener, TcpStream},
+    time::{Instant, timeout_at},
+};
 
 use super::{
     Direction, Pod, Stop, accept,
@@ -95,6 +99,8 @@ enum Refused {
     UnknownLocal,
     #[error("identity error: the local workload has no valid identity")]
     NoIdentity,
+    #[error("identity error: no certificate for the local workload within {0:?}")]
+    NoCertificate(Duration),
     #[error("identity error")]
     Certificate(#[from] SvidError),
     #[error(transparent)]
@@ -110,12 +116,21 @@ async fn shake(
     here: Option<SocketAddr>,
 ) -> Result<(Tls<TcpStream>, Caller, Retirement), Refused> {
     let here = here.ok_or(Refused::NoAddress)?;
-    let local = pod.workload().await.ok_or(Refused::UnknownLocal)?;
-    let identity = local.identity().ok_or(Refused::NoIdentity)?;
-    let svid = pod.shared().agent.svid(identity).await?;
     let settings = &pod.settings().tunnel;
     let limit = settings.handshake_timeout;
-    let tls = tunnel::accept(socket, svid.server_config(), &pod.shared().buffers, limit).await?;
+    let deadline = Instant::now() + limit;
+    // One limit for all of it: past that, the peer has given up.
+    let local = pod.workload_by(deadline).await;
+    let local = local.ok_or(Refused::UnknownLocal)?;
+    let identity = local.identity().ok_or(Refused::NoIdentity)?;
+    let svid = timeout_at(deadline, pod.shared().agent.svid(identity))
+        .await
+        .map_err(|_| Refused::NoCertificate(limit))??;
+    let buffers = &pod.shared().buffers;
+    let accepting = tunnel::accept(socket, svid.server_config(), buffers, limit);
+    let tls = timeout_at(deadline, accepting)
+        .await
+        .unwrap_or(Err(AcceptError::Timeout(limit)))?;
     let age = Retirement::new(settings.max_age, svid.not_after(), tls.peer_certificates());
     let identity = peer_id(tls.peer_certificates()).ok_or(Refused::Stranger)?;
     Ok((

@@ -11,7 +11,7 @@ use cert_agent::Agent;
 use futures_util::future::BoxFuture;
 use tokio::{
     net::{TcpListener, TcpStream},
-    time::timeout,
+    time::{Instant, timeout_at},
 };
 
 use super::{FlowTable, Stop, accept, inbound, judge, outbound, plaintext};
@@ -64,7 +64,7 @@ pub struct Settings {
     pub guard: LoopGuard,
     /// The network of this node.
     pub network: Arc<str>,
-    /// How long a flow waits for the record of its own pod.
+    /// How long a flow waits for the record of its own pod; an HBONE connection no longer than for its handshake.
     pub workload_wait: Duration,
 }
 
@@ -180,9 +180,27 @@ impl Pod {
     /// The record of this pod. Waits for it as long as the settings say: a pod may be captured
     /// before the control plane has told of it.
     pub(super) async fn workload(&self) -> Option<Arc<Workload>> {
-        if let Some(known) = self.known_workload() {
-            return Some(known);
+        match self.known_workload() {
+            Some(known) => Some(known),
+            None => {
+                self.new_workload(Instant::now() + self.settings().workload_wait)
+                    .await
+            }
         }
+    }
+
+    /// As [`Self::workload`], and waits until `deadline` at the latest.
+    pub(super) async fn workload_by(&self, deadline: Instant) -> Option<Arc<Workload>> {
+        match self.known_workload() {
+            Some(known) => Some(known),
+            None => {
+                let patience = Instant::now() + self.settings().workload_wait;
+                self.new_workload(patience.min(deadline)).await
+            }
+        }
+    }
+
+    async fn new_workload(&self, deadline: Instant) -> Option<Arc<Workload>> {
         let mut changes = self.shared.mesh.changes();
         let appears = async {
             loop {
@@ -192,10 +210,7 @@ impl Pod {
                 changes.changed().await.ok()?;
             }
         };
-        timeout(self.settings().workload_wait, appears)
-            .await
-            .ok()
-            .flatten()
+        timeout_at(deadline, appears).await.ok().flatten()
     }
 
     /// The record of this pod, if it is there.

@@ -5,7 +5,10 @@ use std::{mem::size_of_val, net::SocketAddr, sync::Arc, time::Duration};
 
 use cert_agent::{Agent, AgentOptions, CsrSource, InProcessCa};
 use prometheus_client::registry::Registry;
-use tokio::net::{TcpListener, TcpStream};
+use tokio::{
+    net::{TcpListener, TcpStream},
+    time::Instant,
+};
 
 use super::*;
 use crate::{
@@ -110,6 +113,19 @@ async fn a_connection_of_an_unknown_pod_ends_after_the_wait() {
     let (stream, peer) = socket().await;
     outbound::carry(Arc::clone(&pod), stream, peer).await;
     assert!(pod.flows().is_empty());
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_own_record_is_waited_for_within_the_deadline_of_the_connection() {
+    let (pod, began) = (pod(), Instant::now());
+    let wait = pod.settings().workload_wait;
+    assert_eq!(pod.workload().await, None);
+    assert_eq!(began.elapsed(), wait);
+    let sooner = Instant::now() + wait / 2;
+    assert_eq!(pod.workload_by(sooner).await, None);
+    assert_eq!(Instant::now(), sooner);
+    assert_eq!(pod.workload_by(Instant::now() + 2 * wait).await, None);
+    assert_eq!(Instant::now(), sooner + wait);
 }
 
 /// Bytes of the future of one open flow.

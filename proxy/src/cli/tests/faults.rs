@@ -134,6 +134,7 @@ const KEYS: &[&str] = &[
     "PROXY_WORKLOAD_INFO",
     "INPOD_UDS",
     "INPOD_PORT_REUSE",
+    "WORKLOAD_WAIT",
     "PACKET_MARK",
     "ENABLE_ORIG_SRC",
     "IPV6_ENABLED",

@@ -28,6 +28,7 @@ fn the_defaults_are_those_of_the_contract() {
     assert_eq!(config.control.secret_ttl, Duration::from_secs(86_400));
     assert!(config.control.token.is_none() && config.control.local.is_none());
     assert!(config.capture.enabled && !config.capture.socks5);
+    assert_eq!(config.capture.workload_wait, Duration::from_secs(10));
     assert_eq!(config.capture.dns, DnsCapture::Loopback(15053));
     assert_eq!(
         config.capture.agent_socket.to_str(),
@@ -213,6 +214,20 @@ fn roots_and_tokens() {
     assert_eq!(relative, Some(AuthToken::File("tokens/t".into())));
     let literal = token("eyJh.eyJp.c2ln").config().control.token;
     assert_eq!(literal, Some(AuthToken::Literal("eyJh.eyJp.c2ln".into())));
+}
+
+#[test]
+fn the_wait_for_the_own_record_is_bounded() {
+    let wait = |text| given(&[("WORKLOAD_WAIT", text)]);
+    for (text, seconds) in [("0", 0), ("2s", 2), ("1m", 60), ("60", 60)] {
+        let expected = Duration::from_secs(seconds);
+        assert_eq!(wait(text).config().capture.workload_wait, expected);
+    }
+    for bad in ["", "soon", "-1s", "61s", "1h"] {
+        let text = wait(bad).read().unwrap_err().to_string();
+        let says = text.contains("WORKLOAD_WAIT") && text.contains("up to 1m");
+        assert!(says, "{text}");
+    }
 }
 
 #[test]
