@@ -11,6 +11,7 @@ mod accept;
 mod failure;
 mod handshakes;
 mod inbound;
+mod inquiry;
 mod judge;
 mod outbound;
 mod parties;

@@ -3,7 +3,8 @@
 //!
 //! Nothing here waits, locks or asks the clock; randomness is handed in. What cannot be pure, the
 //! look-up of a host name, is the answer [`Outbound::Resolve`], completed once somebody has the
-//! addresses.
+//! addresses. Where resources are looked up on demand, [`Outbound::missing`] and
+//! [`InboundRefusal::missing`] name the one that might change the answer; whoever gets it asks again.
 //!
 //! [`outbound`] decides for what a pod dials, `D`; the first rule that applies wins:
 //!

@@ -191,7 +191,8 @@ async fn open(pod: &Arc<Pod>, caller: &Caller, incoming: Incoming) -> Option<Ope
             return None;
         }
     };
-    let access = opened(pod, caller, &decision, &connect);
+    let source = source(pod, caller, &connect).await;
+    let access = opened(pod, caller, source.as_deref(), (&decision, &connect));
     let destination = decision.route.destination;
     let entry = pod.flows().enter(Direction::Inbound {
         source: caller.peer,
@@ -264,7 +265,13 @@ async fn decide(pod: &Pod, caller: &Caller, connect: &tunnel::Connect) -> Result
         forwarded_host: connect.forwarded_host(),
         localhost_app_tunnel: pod.settings().inbound.localhost_app_tunnel,
     };
-    let route = route::inbound(&pod.shared().mesh.read(), &pod.settings().guard, &ask)?;
+    let guard = &pod.settings().guard;
+    let route = pod
+        .decided(
+            || route::inbound(&pod.shared().mesh.read(), guard, &ask),
+            |route| route.as_ref().err()?.missing().cloned(),
+        )
+        .await?;
     Ok(Decision {
         local,
         route,
@@ -272,22 +279,28 @@ async fn decide(pod: &Pod, caller: &Caller, connect: &tunnel::Connect) -> Result
     })
 }
 
-fn opened(pod: &Pod, caller: &Caller, decision: &Decision, connect: &tunnel::Connect) -> Access {
+/// The workload that calls, if it is of this network and known.
+async fn source(pod: &Pod, caller: &Caller, connect: &tunnel::Connect) -> Option<Arc<Workload>> {
+    let own = &pod.settings().network;
+    let is_foreign = |network: &str| !network.eq_ignore_ascii_case(own);
+    if connect.network().is_some_and(is_foreign) {
+        return None;
+    }
+    pod.peer(caller.peer.ip()).await
+}
+
+fn opened(
+    pod: &Pod,
+    caller: &Caller,
+    source: Option<&Workload>,
+    (decision, connect): (&Decision, &tunnel::Connect),
+) -> Access {
     let Decision {
         local,
         route,
         authority,
     } = decision;
-    let settings = pod.settings();
-    let foreign = connect
-        .network()
-        .is_some_and(|network| !network.eq_ignore_ascii_case(&settings.network));
-    let source = if foreign {
-        None
-    } else {
-        pod.peer(caller.peer.ip())
-    };
-    let baggage = connect.baggage().filter(|_| settings.inbound.baggage);
+    let baggage = connect.baggage().filter(|_| pod.settings().inbound.baggage);
     let derived = Party {
         principal: caller.identity.as_str().into(),
         ..parties::derived(baggage.as_ref())
@@ -295,7 +308,7 @@ fn opened(pod: &Pod, caller: &Caller, decision: &Decision, connect: &tunnel::Con
     let labels = Labels {
         reporter: Reporter::Destination,
         security: Security::MutualTls,
-        source: Party::source(Some(derived), source.as_deref().map(parties::party)),
+        source: Party::source(Some(derived), source.map(parties::party)),
         destination: parties::party(local),
         service: parties::service_name(route.service.as_deref()),
     };
@@ -305,7 +318,7 @@ fn opened(pod: &Pod, caller: &Caller, decision: &Decision, connect: &tunnel::Con
             source: caller.peer,
             destination: caller.here,
             hbone: Some(parties::target(authority)),
-            source_pod: parties::source_pod(source.as_deref(), baggage.as_ref()),
+            source_pod: parties::source_pod(source, baggage.as_ref()),
             destination_pod: Some(parties::pod_name(local)),
         },
     )

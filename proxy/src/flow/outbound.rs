@@ -118,7 +118,12 @@ async fn decide(
         source_ip: peer.ip(),
         destination: original,
     };
-    let outbound = route::outbound(&pod.shared().mesh.read(), guard, &ask, &mut rand::rng());
+    let outbound = pod
+        .decided(
+            || route::outbound(&pod.shared().mesh.read(), guard, &ask, &mut rand::rng()),
+            |outbound| outbound.missing(&source),
+        )
+        .await;
     let plan = |to, destination, service, hop| Plan {
         source: Arc::clone(&source),
         to,

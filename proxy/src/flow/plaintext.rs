@@ -53,7 +53,8 @@ async fn open(pod: &Arc<Pod>, downstream: &TcpStream, peer: SocketAddr) -> Optio
     };
     // Keeps upstream sockets towards this application off the client's own port.
     let captured = pod.source_ports().register(peer, route.destination);
-    let access = opened(pod, &local, &route, peer);
+    let source = pod.peer(peer.ip()).await;
+    let access = opened(pod, &local, &route, (peer, source.as_deref()));
     let entry = pod.flows().enter(Direction::Inbound {
         source: peer,
         destination: route.destination,
@@ -100,12 +101,16 @@ async fn decide(
     Ok((local, route))
 }
 
-fn opened(pod: &Pod, local: &Workload, route: &InboundRoute, peer: SocketAddr) -> Access {
-    let source = pod.peer(peer.ip());
+fn opened(
+    pod: &Pod,
+    local: &Workload,
+    route: &InboundRoute,
+    (peer, source): (SocketAddr, Option<&Workload>),
+) -> Access {
     let labels = Labels {
         reporter: Reporter::Destination,
         security: Security::Unknown,
-        source: Party::source(None, source.as_deref().map(parties::party)),
+        source: Party::source(None, source.map(parties::party)),
         destination: parties::party(local),
         service: parties::service_name(route.service.as_deref()),
     };
@@ -116,7 +121,7 @@ fn opened(pod: &Pod, local: &Workload, route: &InboundRoute, peer: SocketAddr) -
             source: peer,
             destination: route.destination,
             hbone: None,
-            source_pod: source.as_deref().map(parties::pod_name),
+            source_pod: source.map(parties::pod_name),
             destination_pod: Some(parties::pod_name(local)),
         },
     )

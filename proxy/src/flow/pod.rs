@@ -13,6 +13,7 @@ use tokio::{
     net::{TcpListener, TcpStream},
     time::{Instant, timeout_at},
 };
+use xds_client::Demand;
 
 use super::{FlowTable, Stop, accept, inbound, judge, outbound, plaintext};
 use crate::{
@@ -43,6 +44,8 @@ pub struct Shared {
     pub verdicts: AuthorizationLog,
     /// Relay buffers.
     pub buffers: Buffers,
+    /// Where to ask for what is not known; `None` if everything is told unasked.
+    pub demand: Option<Demand>,
     /// Settings.
     pub settings: Settings,
 }
@@ -218,8 +221,8 @@ impl Pod {
         self.shared.mesh.read().local_workload(&self.who).cloned()
     }
 
-    /// The workload behind a peer's address.
-    pub(super) fn peer(&self, ip: IpAddr) -> Option<Arc<Workload>> {
+    /// The workload behind a peer's address, if it is there.
+    pub(super) fn known_peer(&self, ip: IpAddr) -> Option<Arc<Workload>> {
         self.shared
             .mesh
             .read()

@@ -9,6 +9,7 @@ use tokio::{
     net::{TcpListener, TcpStream},
     time::Instant,
 };
+use xds_client::Demand;
 
 use super::*;
 use crate::{
@@ -21,6 +22,11 @@ use crate::{
 };
 
 fn pod() -> Arc<Pod> {
+    pod_with(None)
+}
+
+/// A pod that nobody has told of, whose connects may take a second.
+pub(super) fn pod_with(demand: Option<Demand>) -> Arc<Pod> {
     let ca = InProcessCa::random().expect("root");
     let shared = Shared {
         mesh: Mesh::new(View {
@@ -32,6 +38,7 @@ fn pod() -> Arc<Pod> {
         traffic: Traffic::register(&mut Registry::default()),
         verdicts: AuthorizationLog::new(false),
         buffers: Buffers::new(),
+        demand,
         settings: Settings {
             sockets: sockets(),
             tunnel: Arc::new(tunnel()),

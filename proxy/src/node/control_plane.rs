@@ -21,7 +21,17 @@ pub(super) fn client(
     let sink = Arc::new(Follower(Arc::clone(shared)));
     let node = facts(&config.identity).to_node();
     let target = Arc::new(target(config, address));
-    Client::new(node, target, sink, Metrics::register(registry))
+    let client = Client::new(node, target, sink, Metrics::register(registry));
+    let Some(demand) = &shared.demand else {
+        return client;
+    };
+    if config.identity.node_name.is_none() {
+        tracing::warn!(
+            "XDS_ON_DEMAND without NODE_NAME: the control plane cannot tell which pods are on this node, \
+             and does not tell of them unasked; their connections will fail"
+        );
+    }
+    client.on_demand(demand.clone())
 }
 
 fn facts(identity: &Identity) -> NodeFacts {

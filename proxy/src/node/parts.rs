@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use cert_agent::Agent;
 use prometheus_client::registry::Registry;
+use xds_client::Demand;
 
 use super::launch::Names;
 use crate::{
@@ -29,6 +30,7 @@ pub(super) fn shared(config: &Config, agent: Agent, registry: &mut Registry) -> 
         traffic: Traffic::register(registry),
         verdicts: AuthorizationLog::new(config.logging.policy_at_info),
         buffers: Buffers::new(),
+        demand: (config.control.on_demand && config.control.xds.is_some()).then(Demand::default),
         settings: Settings {
             sockets: config.sockets.clone(),
             tunnel: Arc::new(config.tunnel.clone()),

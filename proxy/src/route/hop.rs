@@ -12,7 +12,7 @@ use super::{
     Authority, HBONE_PORT, Refusal,
     upstream::{Place, Upstream, place},
 };
-use crate::mesh::{Protocol, Service, Workload};
+use crate::mesh::{Destination, Protocol, Service, Workload};
 
 /// The decision.
 #[derive(Debug, Clone)]
@@ -47,6 +47,28 @@ pub enum Outbound {
     Resolve(Lookup),
     /// Close the connection.
     Refuse(Refusal),
+}
+
+impl Outbound {
+    /// What nobody told, and might lead elsewhere if somebody did: the owner of the dialled address, in the
+    /// network of the source, or a waypoint or gateway.
+    #[must_use]
+    pub fn missing(&self, source: &Workload) -> Option<Destination> {
+        match self {
+            Self::Passthrough { to, service: None } => Some(Destination::Address {
+                network: Arc::clone(source.network()),
+                ip: to.ip(),
+            }),
+            Self::Refuse(refusal) => refusal.missing().cloned(),
+            Self::Passthrough {
+                service: Some(_), ..
+            }
+            | Self::Direct { .. }
+            | Self::Hbone(_)
+            | Self::Nested { .. }
+            | Self::Resolve(_) => None,
+        }
+    }
 }
 
 /// One HBONE tunnel.

@@ -6,7 +6,9 @@ use std::{
 };
 
 use super::{Authority, InboundRefusal, LoopGuard, Owner, owner, upstream::referenced};
-use crate::mesh::{GatewayAddress, PortMap, Service, State, TargetPort, TunnelProtocol, Workload};
+use crate::mesh::{
+    Destination, GatewayAddress, PortMap, Service, State, TargetPort, TunnelProtocol, Workload,
+};
 
 /// What is known of one CONNECT.
 #[derive(Debug, Clone, Copy)]
@@ -159,7 +161,7 @@ fn belongs_here(
     if named == local_ip || local.application_tunnel().is_some() {
         return Ok(());
     }
-    let attached = match owner(state, local.network(), named, None) {
+    let waypoints: Vec<&GatewayAddress> = match owner(state, local.network(), named, None) {
         // Every waypoint that the outbound side may choose, the weighted ones included.
         Owner::Service(service) => service
             .weighted_waypoints()
@@ -167,33 +169,46 @@ fn belongs_here(
             .filter(|weighted| weighted.weight > 0)
             .map(|weighted| &weighted.waypoint)
             .chain(service.waypoint())
-            .any(|waypoint| is_waypoint(state, local, local_ip, waypoint)),
-        Owner::Workload(workload) => workload
-            .waypoint()
-            .is_some_and(|waypoint| is_waypoint(state, local, local_ip, waypoint)),
-        Owner::Nobody => false,
+            .collect(),
+        Owner::Workload(workload) => workload.waypoint().into_iter().collect(),
+        Owner::Nobody => {
+            let network = Arc::clone(local.network());
+            return Err(InboundRefusal::IpMismatch {
+                local: local_ip,
+                named,
+                missing: Some(Destination::Address { network, ip: named }),
+            });
+        }
     };
-    if attached {
-        return Ok(());
+    let mut missing = None;
+    for waypoint in waypoints {
+        match is_waypoint(state, local, local_ip, waypoint) {
+            Some(true) => return Ok(()),
+            Some(false) => {}
+            None => missing = missing.or_else(|| Some(waypoint.destination.clone())),
+        }
     }
     Err(InboundRefusal::IpMismatch {
         local: local_ip,
         named,
+        missing,
     })
 }
 
+/// `None` if nobody told what the reference means.
 fn is_waypoint(
     state: &State,
     local: &Workload,
     local_ip: IpAddr,
     waypoint: &GatewayAddress,
-) -> bool {
+) -> Option<bool> {
     match referenced(state, None, waypoint) {
-        Owner::Service(service) => state
-            .services_of(local)
-            .any(|(mine, _)| Arc::ptr_eq(mine, service)),
-        Owner::Workload(workload) => workload.addresses().contains(&local_ip),
-        Owner::Nobody => false,
+        Owner::Service(service) => {
+            let mut mine = state.services_of(local);
+            Some(mine.any(|(mine, _)| Arc::ptr_eq(mine, service)))
+        }
+        Owner::Workload(workload) => Some(workload.addresses().contains(&local_ip)),
+        Owner::Nobody => None,
     }
 }
 
@@ -229,7 +244,23 @@ fn visible_service<'a>(
 ) -> Result<&'a Arc<Service>, InboundRefusal> {
     state
         .service_by_host(host, Some(local.namespace()))
-        .ok_or_else(|| InboundRefusal::UnknownHost(Arc::clone(host)))
+        .ok_or_else(|| InboundRefusal::UnknownHost {
+            host: Arc::clone(host),
+            missing: own_service(local, host),
+        })
+}
+
+/// The service of this host name that the workload itself says it belongs to, known or not.
+fn own_service(local: &Workload, host: &Arc<str>) -> Option<Destination> {
+    let mut keys = local
+        .links()
+        .iter()
+        .map(|link| link.service.split_once('/'));
+    let (namespace, _) = keys.find(|key| key.is_some_and(|(_, name)| name == &**host))??;
+    Some(Destination::Host {
+        namespace: namespace.into(),
+        hostname: Arc::clone(host),
+    })
 }
 
 /// The target a PROXY header names: the authority's address, else an address of its service, best

@@ -146,7 +146,7 @@ impl<'a, R: Rng> Decision<'a, R> {
             (purpose, dialled),
             self.rng,
         )
-        .ok_or_else(|| Refusal::UnknownWaypoint(reference.to_string().into()))
+        .ok_or_else(|| Refusal::UnknownWaypoint(reference.clone()))
     }
 
     /// Double HBONE through the gateway in front of `next`. Only its gateway is dialled,
@@ -158,7 +158,7 @@ impl<'a, R: Rng> Decision<'a, R> {
             .ok_or_else(|| no_way_to(next.workload))?;
         let asked = (Purpose::NextHop, self.to.ip());
         let gateway = next_hop(self.state, self.source, reference, asked, self.rng)
-            .ok_or_else(|| Refusal::UnknownGateway(reference.to_string().into()))?;
+            .ok_or_else(|| Refusal::UnknownGateway(reference.clone()))?;
         let authority = Authority::Host {
             name: Arc::clone(service.hostname()),
             port: self.to.port(),

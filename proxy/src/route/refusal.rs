@@ -5,6 +5,8 @@ use std::sync::Arc;
 
 use http::StatusCode;
 
+use crate::mesh::{Destination, GatewayAddress};
+
 /// Why an outbound connection is closed. All of these happen before anything is dialled: they are
 /// told by one early-deny line and move no traffic metric.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -21,16 +23,33 @@ pub enum Refusal {
     NoHealthyUpstream(SocketAddr),
     /// The waypoint is not known or has no usable endpoint; traffic never goes around it.
     #[error("unknown waypoint: {0}")]
-    UnknownWaypoint(Arc<str>),
+    UnknownWaypoint(GatewayAddress),
     /// The network gateway is not known or has no usable endpoint.
     #[error("unknown network gateway: {0}")]
-    UnknownGateway(Arc<str>),
+    UnknownGateway(GatewayAddress),
     /// The workload is on another network and names no gateway, or has no address at all.
     #[error("no valid routing destination for workload: {0}")]
     NoValidDestination(Arc<str>),
     /// The host name of the workload yields no address.
     #[error("no ip addresses were resolved for workload: {0}")]
     Unresolved(Arc<str>),
+}
+
+impl Refusal {
+    /// What would have to be known to decide otherwise.
+    #[must_use]
+    pub fn missing(&self) -> Option<&Destination> {
+        match self {
+            Self::UnknownWaypoint(reference) | Self::UnknownGateway(reference) => {
+                Some(&reference.destination)
+            }
+            Self::Recursion
+            | Self::UnknownLocal
+            | Self::NoHealthyUpstream(_)
+            | Self::NoValidDestination(_)
+            | Self::Unresolved(_) => None,
+        }
+    }
 }
 
 /// Why an inbound connection or CONNECT is refused before policy is asked. Every variant is an
@@ -49,10 +68,17 @@ pub enum InboundRefusal {
         local: IpAddr,
         /// What the authority names.
         named: IpAddr,
+        /// What would have to be known to decide otherwise: the owner of that address, or its waypoint.
+        missing: Option<Destination>,
     },
     /// The authority names a host that no service visible here has (I5).
-    #[error("unknown service host: {0}")]
-    UnknownHost(Arc<str>),
+    #[error("unknown service host: {host}")]
+    UnknownHost {
+        /// Host of the authority.
+        host: Arc<str>,
+        /// A service of this name to which the pod says to belong.
+        missing: Option<Destination>,
+    },
     /// The service exists, but this port leads nowhere in this pod (I5).
     #[error("no target port for {host}:{port}")]
     NoTargetPort {
@@ -70,13 +96,27 @@ pub enum InboundRefusal {
 }
 
 impl InboundRefusal {
+    /// What would have to be known to decide otherwise.
+    #[must_use]
+    pub fn missing(&self) -> Option<&Destination> {
+        match self {
+            Self::IpMismatch { missing, .. } | Self::UnknownHost { missing, .. } => {
+                missing.as_ref()
+            }
+            Self::UnknownLocal
+            | Self::NoTargetPort { .. }
+            | Self::Recursion
+            | Self::NoVirtualAddress(_) => None,
+        }
+    }
+
     /// The status of the answer to the CONNECT.
     #[must_use]
     pub fn status(&self) -> StatusCode {
         match self {
             Self::IpMismatch { .. } => StatusCode::BAD_REQUEST,
             Self::UnknownLocal
-            | Self::UnknownHost(_)
+            | Self::UnknownHost { .. }
             | Self::NoTargetPort { .. }
             | Self::Recursion
             | Self::NoVirtualAddress(_) => StatusCode::SERVICE_UNAVAILABLE,

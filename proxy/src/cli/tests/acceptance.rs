@@ -159,6 +159,11 @@ fn cases_11_to_13_names_for_captured_pods() {
         given(&[on_demand]).faulty(),
         ["XDS_ON_DEMAND".to_owned()].into()
     );
+    let refused = given(&[on_demand]).read().unwrap_err().to_string();
+    let way_out = refused.contains("ISTIO_META_DNS_CAPTURE=false");
+    assert!(refused.contains("XDS_ON_DEMAND") && way_out, "{refused}");
+    let still_on = ("ISTIO_META_DNS_CAPTURE", "true");
+    assert!(given(&[on_demand, still_on]).read().is_err());
     assert!(given(&[on_demand, off]).config().control.on_demand);
 }
 

@@ -272,3 +272,31 @@ fn guesses_the_service_by_name_then_by_port() {
     assert_eq!(guess(Some(&host("three")), 8080).as_deref(), Some("one"));
     assert_eq!(guess(None, 7000), None);
 }
+
+#[test]
+fn what_might_let_a_connect_in_is_named() {
+    let missing = |world: &World, authority: &str| {
+        let refusal = ask(world, WAY, authority).unwrap_err();
+        refusal.missing().map(ToString::to_string)
+    };
+    let way = of(pod("way", "10.0.0.9"), "way", &[]);
+    let key = format!("default/{}", host("way"));
+    let world = World::new([web(Some(by_name("way")))], [way, pod("web", "10.0.0.2")]);
+    let at_way = format!("{}:80", host("way"));
+    for (authority, expected) in [
+        ("10.7.7.7:80", Some("net/10.7.7.7")),
+        ("10.96.0.1:80", Some(&*key)),
+        (&*at_way, Some(&*key)),
+        ("10.0.0.2:80", None),
+        ("elsewhere.example:80", None),
+    ] {
+        assert_eq!(
+            missing(&world, authority).as_deref(),
+            expected,
+            "{authority}"
+        );
+    }
+    world.add([service("way", "10.96.1.9", &[(80, 8080)])], []);
+    assert!(ask(&world, WAY, "10.96.0.1:80").is_ok());
+    assert!(ask(&world, WAY, &at_way).is_ok());
+}

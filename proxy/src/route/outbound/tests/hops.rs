@@ -227,3 +227,35 @@ fn a_waypoint_with_an_application_tunnel_takes_ports_its_service_does_not_list()
         "waypoint 10.0.0.9:15008 for 10.96.0.1:80 expects way-1"
     );
 }
+
+#[test]
+fn what_might_lead_elsewhere_is_named() {
+    let missing = |world: &mut World, to: &str| {
+        let source = world.workload("client");
+        let missing = world.decide(to).missing(&source);
+        missing.map(|missing| missing.to_string())
+    };
+    let behind = with(web(), |service| service.waypoint = Some(by_name("way")));
+    let endpoint = with(pod("web-1", "10.0.0.2"), |workload| {
+        workload.waypoint = Some(by_ip("net", "10.96.1.9"));
+    });
+    let far = with(on_network(pod("far", "10.0.0.4"), "far"), |workload| {
+        workload.network_gateway = Some(by_ip("far", "2001:db8::1"));
+    });
+    let across = service("across", "10.96.0.4", &[(80, 80)]);
+    let far = of(far, "across", &[]);
+    let mut world = World::new([behind, across], [endpoint, far, pod("plain", "10.0.0.3")]);
+    let way = format!("default/{}", host("way"));
+    for (to, expected) in [
+        ("10.7.7.7:80", Some("net/10.7.7.7")),
+        ("[2001:0db8::0007]:80", Some("net/2001:db8::7")),
+        ("[::ffff:10.7.7.7]:80", Some("net/10.7.7.7")),
+        (WEB, Some(&*way)),
+        ("10.0.0.2:80", Some("net/10.96.1.9")),
+        ("10.96.0.4:80", Some("far/2001:db8::1")),
+        ("10.0.0.3:80", None),
+        ("127.0.0.1:15001", None),
+    ] {
+        assert_eq!(missing(&mut world, to).as_deref(), expected, "{to}");
+    }
+}
