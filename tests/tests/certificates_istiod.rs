@@ -30,6 +30,8 @@ const A_WHILE: Duration = Duration::from_secs(30);
 struct Stage {
     mesh: Steered,
     ca: Istiod,
+    /// Where the authority lives.
+    home: Arc<Pod>,
     peer: Arc<Pod>,
     app: Server,
 }
@@ -45,6 +47,7 @@ impl Stage {
         Self {
             mesh,
             ca,
+            home,
             peer,
             app,
         }
@@ -431,6 +434,39 @@ async fn new_trust_roots_of_the_server_count_at_the_next_request() {
     stage.ca.cut();
     stage.ca.certified(&web, 4).await;
     assert_eq!(run.proxy.log().since(0, failures), []);
+}
+
+/// The network loses its way: nothing is refused, nothing answers, and a connection is open at the time.
+#[tokio::test]
+async fn a_request_into_the_void_does_not_outlast_the_void() {
+    let stage = Stage::new();
+    let node = stage.mesh.world.node(0);
+    let late = node.pod(&PodSpec::captured("late")).unwrap();
+    let run = stage.start().await;
+    run.session.add(&late).await.unwrap().unwrap();
+    stage.until_echoed(wait::SOON).await;
+    let link = |state: &str| {
+        let command = format!("link set eth0 {state}\n");
+        let home = stage.home.netns();
+        home.command("ip", &["-batch", "-"], &command).unwrap();
+    };
+    link("down");
+    stage.mesh.istiod.put(&testkit::Mesh::of(&[&late]));
+    // Over the connection that is open, and then over none.
+    let id = late.spiffe_id();
+    let unacknowledged = lacks(&id, "");
+    let told = run.proxy.log().find(0, A_WHILE, unacknowledged).await;
+    told.expect("the connection is given up");
+    // The kernel would send again after 51 s.
+    sleep(8 * SECOND).await;
+    link("up");
+    let up = Instant::now();
+    let answered = async || {
+        let answer = late.ask(stage.app.address, b"hello").await;
+        answer.is_ok_and(|answer| answer == b"hello").then_some(())
+    };
+    wait::until(15 * SECOND, "a certificate for `late`", answered).await;
+    assert!(up.elapsed() < 12 * SECOND, "{:?}", up.elapsed());
 }
 
 /// What is wrong with a request does not get better by itself: connections are not kept waiting for it.

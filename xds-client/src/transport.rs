@@ -115,8 +115,8 @@ impl Target {
     /// in HTTP/2. The server is never asked to trust a certificate of ours.
     ///
     /// The channel stands for this one connection: once that ended, each request fails. HTTP/2 pings go out while a request
-    /// is open, and end the connection if they are not answered within 10 s. Dropping the channel and its requests closes
-    /// the connection.
+    /// is open, and end the connection if they are not answered within 10 s. So do 20 s in which nothing that was sent is
+    /// acknowledged. Dropping the channel and its requests closes the connection.
     ///
     /// A file of trust roots that has become unusable does not take effect: the roots that it held before stay in force.
     ///

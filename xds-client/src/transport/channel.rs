@@ -26,6 +26,7 @@ pub(super) async fn dial(uri: &Uri) -> Result<TcpStream, ConnectError> {
     connector.enforce_http(false);
     connector.set_nodelay(true);
     connector.set_connect_timeout(Some(TCP_LIMIT));
+    connector.set_tcp_user_timeout(Some(SILENCE_LIMIT));
     connector.set_keepalive(Some(KEEPALIVE_IDLE));
     connector.set_keepalive_interval(Some(KEEPALIVE_INTERVAL));
     connector.set_keepalive_retries(Some(KEEPALIVE_PROBES));
@@ -131,6 +132,8 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Listening<S> {
 
 /// For TCP alone, shared by the addresses of the host.
 const TCP_LIMIT: Duration = Duration::from_secs(5);
+/// For what we sent to be acknowledged, by TCP: the kernel by itself tries for a quarter of an hour, with ever longer pauses.
+const SILENCE_LIMIT: Duration = Duration::from_secs(20);
 const KEEPALIVE_IDLE: Duration = Duration::from_secs(300);
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(75);
 const KEEPALIVE_PROBES: u32 = 9;
