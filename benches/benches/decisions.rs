@@ -75,6 +75,7 @@ fn route_lookup(c: &mut Criterion) {
             source: &source,
             source_ip: source.addresses()[0],
             destination,
+            avoid: &[],
         };
         let guard = LoopGuard::default();
         let first = outbound(&mesh.read(), &guard, &ask, &mut rng);

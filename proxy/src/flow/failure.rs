@@ -57,6 +57,22 @@ impl Failure {
         }
     }
 
+    /// Whether it tells of the endpoint that was chosen, so that another one may do better.
+    pub(super) fn is_of_endpoint(&self) -> bool {
+        match self {
+            Self::Unreachable(error) => error.is_of_destination(),
+            Self::Tunnel(error) => error.is_of_destination(),
+            Self::Denied(_)
+            | Self::Revoked
+            | Self::Header(_)
+            | Self::Answer(_)
+            | Self::Abandoned
+            | Self::NoIdentity
+            | Self::Uncarried(_)
+            | Self::Relay(_) => false,
+        }
+    }
+
     /// How metrics call it.
     pub(super) fn flag(&self) -> ResponseFlag {
         match self {

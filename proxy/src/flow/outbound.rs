@@ -2,7 +2,10 @@
 
 use std::{net::SocketAddr, sync::Arc};
 
-use tokio::net::TcpStream;
+use tokio::{
+    net::TcpStream,
+    time::{Instant, timeout},
+};
 
 use super::{
     Carried, Direction, Pod,
@@ -62,16 +65,58 @@ struct Plan {
 }
 
 /// Everything up to the first byte. `None` if the connection ended here; it is reported then.
+///
+/// An endpoint of a service that cannot be reached is no end: nothing was delivered yet, so another one is tried.
 async fn open(pod: &Arc<Pod>, downstream: &TcpStream, peer: SocketAddr) -> Option<Opened> {
     let original = listen::original_destination(downstream).unwrap_or(peer);
-    let plan = match decide(pod, peer, original).await {
-        Ok(plan) => plan,
-        Err(refusal) => {
-            telemetry::reject(Reporter::Source, peer, Some(original), &*refusal);
+    let began = Instant::now();
+    let mut tried = Vec::new();
+    loop {
+        let plan = match decide(pod, (peer, original), &tried).await {
+            Ok(plan) => plan,
+            Err(refusal) => {
+                // What was tried in vain is reported; that nothing is left to try is no news.
+                if tried.is_empty() {
+                    telemetry::reject(Reporter::Source, peer, Some(original), &*refusal);
+                }
+                return None;
+            }
+        };
+        if plan
+            .destination
+            .as_ref()
+            .is_some_and(|one| tried.contains(one))
+        {
             return None;
         }
-    };
-    let access = opened(pod, &plan, peer);
+        let out_of_time = began.elapsed() >= pod.settings().sockets.connect_timeout;
+        let last = tried.len() >= MAX_RETRIES || out_of_time;
+        match attempt(pod, &plan, (peer, original), (!last).then_some(&*tried)).await {
+            Ok(opened) => return Some(opened),
+            Err(Finality::MayTryAnother) if !last => {
+                pod.shared().traffic.retried();
+                tried.extend(plan.destination);
+            }
+            Err(Finality::MayTryAnother | Finality::Final) => return None,
+        }
+    }
+}
+
+/// Whether a failed attempt was the last one.
+enum Finality {
+    Final,
+    MayTryAnother,
+}
+
+/// One attempt, reported if it fails. `tried` is there if another one may follow: then it gets no more than half of the time
+/// that a connection may take, if there is somebody else to try.
+async fn attempt(
+    pod: &Arc<Pod>,
+    plan: &Plan,
+    (peer, original): (SocketAddr, SocketAddr),
+    tried: Option<&[Arc<Workload>]>,
+) -> Result<Opened, Finality> {
+    let access = opened(pod, plan, peer);
     let carried = if plan.hop.is_some() {
         Carried::Hbone
     } else {
@@ -83,30 +128,80 @@ async fn open(pod: &Arc<Pod>, downstream: &TcpStream, peer: SocketAddr) -> Optio
         actual: plan.to,
         carried,
     });
-    let upstream = match &plan.hop {
-        None => pod
-            .dial(plan.to)
-            .await
-            .map(|up| Upstream::Socket(up.stream))
-            .map_err(Failure::Unreachable),
-        Some(hop) => tunnel_to(pod, &plan, hop, peer).await.map(Upstream::Tunnel),
+    let reaching = async {
+        match &plan.hop {
+            None => pod
+                .dial(plan.to)
+                .await
+                .map(|up| Upstream::Socket(up.stream))
+                .map_err(Failure::Unreachable),
+            Some(hop) => tunnel_to(pod, plan, hop, peer).await.map(Upstream::Tunnel),
+        }
+    };
+    tokio::pin!(reaching);
+    let (to, limit) = (plan.to, pod.settings().sockets.connect_timeout / 2);
+    let upstream = match timeout(limit, &mut reaching).await {
+        Ok(reached) => reached,
+        Err(_) if plan.has_alternative(pod, (peer, original), tried) => {
+            Err(Failure::Unreachable(listen::ConnectError::Timeout {
+                to,
+                limit,
+            }))
+        }
+        Err(_) => reaching.await,
     };
     match upstream {
-        Ok(upstream) => Some(Opened {
+        Ok(upstream) => Ok(Opened {
             told: Told::new(access, entry, [None, None]),
             upstream,
         }),
         Err(failure) => {
+            let finality = if failure.is_of_endpoint() {
+                Finality::MayTryAnother
+            } else {
+                Finality::Final
+            };
             report::close(access, Err(failure));
-            None
+            Err(finality)
+        }
+    }
+}
+
+impl Plan {
+    /// Whether the same decision without this destination, and without those in `tried`, leads to another one.
+    fn has_alternative(
+        &self,
+        pod: &Pod,
+        (peer, original): (SocketAddr, SocketAddr),
+        tried: Option<&[Arc<Workload>]>,
+    ) -> bool {
+        let (Some(tried), Some(chosen)) = (tried, &self.destination) else {
+            return false;
+        };
+        let avoid: Vec<_> = tried.iter().chain([chosen]).map(Arc::clone).collect();
+        let ask = OutboundQuery {
+            source: &self.source,
+            source_ip: peer.ip(),
+            destination: original,
+            avoid: &avoid,
+        };
+        let guard = &pod.settings().guard;
+        let state = pod.shared().mesh.read();
+        match route::outbound(&state, guard, &ask, &mut rand::rng()) {
+            Outbound::Direct { workload, .. } => workload != *chosen,
+            Outbound::Hbone(hop) => hop.workload != *chosen,
+            Outbound::Passthrough { .. }
+            | Outbound::Nested { .. }
+            | Outbound::Resolve(_)
+            | Outbound::Refuse(_) => false,
         }
     }
 }
 
 async fn decide(
     pod: &Pod,
-    peer: SocketAddr,
-    original: SocketAddr,
+    (peer, original): (SocketAddr, SocketAddr),
+    avoid: &[Arc<Workload>],
 ) -> Result<Plan, Box<dyn std::error::Error + Send + Sync>> {
     let guard = &pod.settings().guard;
     if original.ip().is_loopback() && guard.covers(original.port()) {
@@ -117,6 +212,7 @@ async fn decide(
         source: &source,
         source_ip: peer.ip(),
         destination: original,
+        avoid,
     };
     let outbound = pod
         .decided(
@@ -214,3 +310,6 @@ fn opened(pod: &Pod, plan: &Plan, peer: SocketAddr) -> Access {
         },
     )
 }
+
+/// Endpoints that are tried after the first.
+const MAX_RETRIES: usize = 2;

@@ -89,6 +89,17 @@ pub enum ConnectError {
     },
 }
 
+impl ConnectError {
+    /// Whether the destination or the way to it is at fault, and not what this side has left.
+    #[must_use]
+    pub const fn is_of_destination(&self) -> bool {
+        match self {
+            Self::Timeout { .. } | Self::Connect { .. } => true,
+            Self::Prepare { .. } | Self::PortsExhausted { .. } => false,
+        }
+    }
+}
+
 /// Connects to `to` from inside `netns`, within `sockets.connect_timeout` all told.
 ///
 /// # Errors

@@ -3,6 +3,7 @@
 use std::net::IpAddr;
 
 use bytes::Bytes;
+use proptest::prelude::*;
 use prost::Message;
 use xds_client::{
     Rejected,
@@ -739,4 +740,30 @@ fn tells_which_identities_this_node_needs() {
         (vec![], vec![id("cart")])
     );
     assert!(mesh.read().has_local_identity(&id("web")));
+}
+
+proptest! {
+    #[test]
+    fn arbitrary_responses_never_panic_and_leave_what_is_in_force(
+        contents in proptest::collection::vec(proptest::collection::vec(any::<u8>(), 0..80), 0..6),
+        framed in any::<bool>(),
+    ) {
+        let mesh = mesh();
+        put(&mesh, [pod("held", "10.0.0.7").into(), service("a", "h", &["10.96.0.1"]).into()]);
+        let encoded = |kind| {
+            let name = |number: usize| format!("{kind:?}{number}");
+            let encoded = contents.iter().enumerate().map(|(number, content)| {
+                let value = Bytes::from(content.clone());
+                let payload = Payload { value: value.clone(), ..Payload::default() };
+                let resource = Resource { name: name(number), resource: Some(payload), ..Resource::default() };
+                if framed { resource.encode_to_vec().into() } else { value }
+            });
+            Batch::new(kind, Extent::Changes, encoded.collect(), Vec::new())
+        };
+        for kind in Kind::ALL {
+            mesh.apply(&encoded(kind));
+        }
+        prop_assert!(mesh.read().workload("held").is_some());
+        prop_assert!(mesh.read().service("a", "h").is_some());
+    }
 }

@@ -12,7 +12,7 @@ use super::{
     balance::Choice,
     hop::{Leg, expected, no_way_to},
     owner,
-    upstream::{Purpose, Selection, Upstream, next_hop, referenced},
+    upstream::{Purpose, Selection, Upstream, Wanted, next_hop, referenced},
 };
 use crate::mesh::{GatewayAddress, LoadBalancingMode, Service, State, Workload};
 
@@ -26,6 +26,8 @@ pub struct OutboundQuery<'a> {
     pub source_ip: IpAddr,
     /// What the application dialled.
     pub destination: SocketAddr,
+    /// Endpoints that were tried for this connection in vain, and are not to be chosen again.
+    pub avoid: &'a [Arc<Workload>],
 }
 
 /// Decides where a connection goes. The source's record is the caller's to find (O2).
@@ -46,6 +48,7 @@ pub fn outbound(
         source: ask.source,
         source_ip: ask.source_ip.to_canonical(),
         to,
+        avoid: ask.avoid,
         rng,
     };
     let (network, namespace) = (ask.source.network(), ask.source.namespace());
@@ -63,6 +66,7 @@ struct Decision<'a, R> {
     source: &'a Arc<Workload>,
     source_ip: IpAddr,
     to: SocketAddr,
+    avoid: &'a [Arc<Workload>],
     rng: &'a mut R,
 }
 
@@ -88,6 +92,7 @@ impl<'a, R: Rng> Decision<'a, R> {
             service,
             port: self.to.port(),
             purpose: Purpose::Target,
+            avoid: self.avoid,
         };
         let (workload, port) = selection
             .choose(self.rng)
@@ -138,15 +143,17 @@ impl<'a, R: Rng> Decision<'a, R> {
         reference: &GatewayAddress,
         purpose: Purpose,
     ) -> Result<Upstream<'a>, Refusal> {
-        let dialled = self.to.ip();
-        next_hop(
-            self.state,
-            self.source,
-            reference,
-            (purpose, dialled),
-            self.rng,
-        )
-        .ok_or_else(|| Refusal::UnknownWaypoint(reference.clone()))
+        let wanted = self.wanted(purpose);
+        next_hop(self.state, self.source, reference, wanted, self.rng)
+            .ok_or_else(|| Refusal::UnknownWaypoint(reference.clone()))
+    }
+
+    fn wanted(&self, purpose: Purpose) -> Wanted<'a> {
+        Wanted {
+            purpose,
+            dialled: self.to.ip(),
+            avoid: self.avoid,
+        }
     }
 
     /// Double HBONE through the gateway in front of `next`. Only its gateway is dialled,
@@ -156,8 +163,8 @@ impl<'a, R: Rng> Decision<'a, R> {
             .workload
             .network_gateway()
             .ok_or_else(|| no_way_to(next.workload))?;
-        let asked = (Purpose::NextHop, self.to.ip());
-        let gateway = next_hop(self.state, self.source, reference, asked, self.rng)
+        let wanted = self.wanted(Purpose::NextHop);
+        let gateway = next_hop(self.state, self.source, reference, wanted, self.rng)
             .ok_or_else(|| Refusal::UnknownGateway(reference.clone()))?;
         let authority = Authority::Host {
             name: Arc::clone(service.hostname()),

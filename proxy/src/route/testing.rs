@@ -70,6 +70,7 @@ impl World {
             source: &source,
             source_ip: ip.parse().unwrap(),
             destination: destination.parse().unwrap(),
+            avoid: &[],
         };
         outbound(
             &self.mesh.read(),

@@ -44,6 +44,8 @@ pub(super) struct Selection<'a> {
     pub(super) service: &'a Arc<Service>,
     pub(super) port: u16,
     pub(super) purpose: Purpose,
+    /// Endpoints that were tried for this connection in vain.
+    pub(super) avoid: &'a [Arc<Workload>],
 }
 
 impl<'a> Selection<'a> {
@@ -72,6 +74,9 @@ impl<'a> Selection<'a> {
 
     fn admits(&self, endpoint: &Endpoint<'_>) -> bool {
         let workload = endpoint.workload;
+        if self.avoid.iter().any(|tried| tried.uid() == workload.uid()) {
+            return false;
+        }
         let healthy = workload.health() == Health::Healthy
             || self.service.health_policy() == HealthPolicy::AllowAll;
         let local = workload.network() == self.source.network();
@@ -120,16 +125,29 @@ fn agrees(scope: Scope, source: &Workload, candidate: &Workload) -> bool {
     }
 }
 
+/// What a next hop is for.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Wanted<'a> {
+    pub(super) purpose: Purpose,
+    /// What the application dialled; it decides the address family if the reference is by name.
+    pub(super) dialled: IpAddr,
+    /// As for [`Selection`].
+    pub(super) avoid: &'a [Arc<Workload>],
+}
+
 /// Resolves the reference to a waypoint or gateway to one of its workloads.
-/// `dialled` is what the application dialled; it decides the address family if the reference
-/// is by name.
 pub(super) fn next_hop<'a>(
     state: &'a State,
     source: &'a Workload,
     reference: &GatewayAddress,
-    (purpose, dialled): (Purpose, IpAddr),
+    wanted: Wanted<'a>,
     rng: &mut impl Rng,
 ) -> Option<Upstream<'a>> {
+    let Wanted {
+        purpose,
+        dialled,
+        avoid,
+    } = wanted;
     let near = match &reference.destination {
         Destination::Address { ip, .. } => *ip,
         Destination::Host { .. } => dialled,
@@ -143,6 +161,7 @@ pub(super) fn next_hop<'a>(
                 service,
                 port,
                 purpose,
+                avoid,
             };
             let (workload, port) = selection.choose(rng)?;
             Some(Upstream {

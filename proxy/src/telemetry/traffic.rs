@@ -73,6 +73,11 @@ impl Traffic {
         }
     }
 
+    /// Counts a connection for which another endpoint is tried.
+    pub fn retried(&self) {
+        self.0.retries.fetch_add(1, Relaxed);
+    }
+
     /// Number of label sets seen.
     pub fn series_count(&self) -> usize {
         self.0.table.read().len()
@@ -141,7 +146,8 @@ impl Collector for Traffic {
         for family in &FAMILIES {
             family.encode(&all, &mut encoder)?;
         }
-        self.0.encode_sockets(&mut encoder)
+        self.0.encode_sockets(&mut encoder)?;
+        self.0.encode_retries(&mut encoder)
     }
 }
 
@@ -151,6 +157,7 @@ struct Inner {
     table: RwLock<HashTable<Arc<Series>>>,
     source_sockets: Sockets,
     destination_sockets: Sockets,
+    retries: AtomicU64,
 }
 
 #[derive(Debug, Default)]
@@ -201,6 +208,20 @@ impl Inner {
                 .encode_gauge(&opened.saturating_sub(closed))?;
         }
         Ok(())
+    }
+
+    fn encode_retries(&self, encoder: &mut DescriptorEncoder<'_>) -> fmt::Result {
+        let retries = self.retries.load(Relaxed);
+        if retries == 0 {
+            return Ok(());
+        }
+        let mut family = encoder.encode_descriptor(
+            "istio_tcp_connection_retries",
+            "Attempts at another endpoint after one could not be reached (unstable).",
+            None,
+            MetricType::Counter,
+        )?;
+        family.encode_counter::<NoLabelSet, _, u64>(&retries, None)
     }
 }
 

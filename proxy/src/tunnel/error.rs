@@ -79,6 +79,18 @@ pub enum ConnectError {
 }
 
 impl ConnectError {
+    /// Whether this destination, rather than the request or our side, is at fault: another one may do better. That
+    /// a policy forbids it (401) is nobody's fault.
+    #[must_use]
+    pub fn is_of_destination(&self) -> bool {
+        match self {
+            Self::Open(error) => !matches!(**error, OpenError::Identity(_)),
+            Self::Refused(status) => *status == StatusCode::SERVICE_UNAVAILABLE,
+            Self::AnswerTimeout(_) | Self::Http2(_) => true,
+            Self::Request(_) => false,
+        }
+    }
+
     /// The flag of this failure in metrics and logs.
     #[must_use]
     pub fn flag(&self) -> ResponseFlag {
