@@ -65,12 +65,21 @@ impl World {
     }
 
     pub(super) fn decide_from(&mut self, source: &str, ip: &str, destination: &str) -> Outbound {
+        self.decide_without(&[], (source, ip), destination)
+    }
+
+    fn decide_without(
+        &mut self,
+        avoid: &[Arc<Workload>],
+        (source, ip): (&str, &str),
+        destination: &str,
+    ) -> Outbound {
         let source = self.workload(source);
         let ask = OutboundQuery {
             source: &source,
             source_ip: ip.parse().unwrap(),
             destination: destination.parse().unwrap(),
-            avoid: &[],
+            avoid,
         };
         outbound(
             &self.mesh.read(),
@@ -87,6 +96,11 @@ impl World {
     /// The decision for a connection of `client`, as text.
     pub(super) fn ask(&mut self, destination: &str) -> String {
         show(&self.decide(destination))
+    }
+
+    /// As [`ask`](Self::ask), after these endpoints were tried in vain.
+    pub(super) fn ask_without(&mut self, tried: &[Arc<Workload>], destination: &str) -> String {
+        show(&self.decide_without(tried, ("client", "10.0.0.1"), destination))
     }
 
     /// How often each answer comes in `rounds` connections.

@@ -184,6 +184,30 @@ fn failover_uses_the_nearest_group_that_has_a_usable_endpoint() {
 }
 
 #[test]
+fn endpoints_that_were_tried_are_passed_over() {
+    let members = ["web-1", "web-2"].map(|name| {
+        let ip = name.replace("web-", "10.0.1.");
+        of(pod(name, &ip), "web", &[])
+    });
+    let mut world = World::new([web()], members);
+    let tried = [world.workload("web-1")];
+    for _ in 0..20 {
+        assert!(world.ask_without(&tried, WEB).ends_with("expects web-2"));
+    }
+    let all = [world.workload("web-1"), world.workload("web-2")];
+    assert!(
+        world
+            .ask_without(&all, WEB)
+            .starts_with("refused: no healthy upstream")
+    );
+    let by_address = world.ask_without(&tried, "10.0.1.1:80");
+    assert!(
+        by_address.ends_with("expects web-1"),
+        "it was dialled itself: {by_address}"
+    );
+}
+
+#[test]
 fn strict_scopes_must_all_agree() {
     use wire::load_balancing::{Mode, Scope};
     let elsewhere = with(of(pod("web-1", "10.0.0.2"), "web", &[]), |workload| {

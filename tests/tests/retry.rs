@@ -1,0 +1,107 @@
+//! Endpoints that cannot be reached, while others can.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    reason = "test code: a panic is a failed test"
+)]
+
+use std::{net::SocketAddr, sync::Arc};
+
+use testkit::{
+    Cluster, Mesh, Pod, PodSpec, World,
+    traffic::{self, Behaviour},
+    wait,
+};
+
+/// `web` calls a service of the other three pods: one on its node, two on the other.
+struct Stage {
+    world: World,
+    web: Arc<Pod>,
+    apps: [Arc<Pod>; 3],
+}
+
+const VIP: [u8; 4] = [10, 96, 0, 1];
+
+impl Stage {
+    fn new() -> Self {
+        let world = World::new(2).unwrap();
+        let pod = |node: usize, name| world.node(node).pod(&PodSpec::captured(name)).unwrap();
+        let apps = [pod(0, "app-0"), pod(1, "app-1"), pod(1, "app-2")];
+        Self {
+            web: pod(0, "web"),
+            apps,
+            world,
+        }
+    }
+
+    async fn start(&self) -> Cluster<'_> {
+        let [one, two, three] = &self.apps;
+        let pods = [&self.web, one, two, three];
+        let mut mesh = Mesh::of(&pods);
+        mesh.service("app", VIP.into(), &[(80, 8080)], &[one, two, three]);
+        Cluster::start(&self.world, &mesh, &pods).await.unwrap()
+    }
+
+    async fn call(&self) -> std::io::Result<Vec<u8>> {
+        self.web.ask(SocketAddr::from((VIP, 80)), b"hello").await
+    }
+}
+
+#[tokio::test]
+async fn a_restart_of_one_endpoint_after_the_other_loses_no_connection() {
+    let stage = Stage::new();
+    let cluster = stage.start().await;
+    let serve = |app: &Arc<Pod>| app.serve(8080, Behaviour::Echo).unwrap();
+    let mut servers: Vec<_> = stage.apps.iter().map(|app| Some(serve(app))).collect();
+    for (server, app) in servers.iter_mut().zip(&stage.apps) {
+        // The application is gone, and the mesh has not heard of it yet.
+        *server = None;
+        for _ in 0..20 {
+            assert_eq!(stage.call().await.unwrap(), b"hello");
+        }
+        *server = Some(serve(app));
+    }
+    let retries = cluster.proxy(0).metrics().await.unwrap();
+    let retries = retries.sum("istio_tcp_connection_retries_total", &[]);
+    assert!(
+        retries > 0.0,
+        "{retries} of 60 connections met a stopped endpoint"
+    );
+}
+
+#[tokio::test]
+async fn where_nobody_can_be_reached_the_connection_ends() {
+    let stage = Stage::new();
+    let cluster = stage.start().await;
+    let mut stream = stage
+        .web
+        .connect(SocketAddr::from((VIP, 80)))
+        .await
+        .unwrap();
+    traffic::closed(&mut stream, wait::SOON).await.unwrap();
+    let mut tried: Vec<_> = cluster
+        .proxy(0)
+        .log()
+        .since(0, |line| line.is_access("connection complete"))
+        .into_iter()
+        .filter(|line| line.field("direction") == "outbound")
+        .map(|line| line.field("dst.hbone_addr").to_owned())
+        .collect();
+    tried.sort();
+    tried.dedup();
+    assert_eq!(tried.len(), 3, "each endpoint is tried once: {tried:?}");
+}
+
+#[tokio::test]
+async fn an_endpoint_that_was_dialled_by_its_own_address_has_no_stand_in() {
+    let stage = Stage::new();
+    let cluster = stage.start().await;
+    let _others = stage.apps[1].serve(8080, Behaviour::Echo).unwrap();
+    let to = SocketAddr::new(stage.apps[2].ip4(), 8080);
+    let mut stream = stage.web.connect(to).await.unwrap();
+    traffic::closed(&mut stream, wait::SOON).await.unwrap();
+    let metrics = cluster.proxy(0).metrics().await.unwrap();
+    assert_eq!(metrics.sum("istio_tcp_connection_retries_total", &[]), 0.0);
+}
