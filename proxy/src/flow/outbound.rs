@@ -89,14 +89,14 @@ async fn open(pod: &Arc<Pod>, downstream: &TcpStream, peer: SocketAddr) -> Optio
         {
             return None;
         }
+        if !tried.is_empty() {
+            pod.shared().traffic.retried();
+        }
         let out_of_time = began.elapsed() >= pod.settings().sockets.connect_timeout;
         let last = tried.len() >= MAX_RETRIES || out_of_time;
         match attempt(pod, &plan, (peer, original), (!last).then_some(&*tried)).await {
             Ok(opened) => return Some(opened),
-            Err(Finality::MayTryAnother) if !last => {
-                pod.shared().traffic.retried();
-                tried.extend(plan.destination);
-            }
+            Err(Finality::MayTryAnother) if !last => tried.extend(plan.destination),
             Err(Finality::MayTryAnother | Finality::Final) => return None,
         }
     }
