@@ -1,91 +1,15 @@
 //! What a workload of a large mesh costs, measured with an allocator that counts.
-#![expect(
-    clippy::unwrap_used,
-    clippy::print_stdout,
-    reason = "tests fail by panicking, and tell what they measured"
-)]
-
-use std::{collections::HashMap, net::Ipv4Addr};
+#![expect(clippy::print_stdout, reason = "a test that measures tells what")]
 
 use culvert::mesh::{Mesh, Report, View};
 use prost::Message;
+use testkit::Population;
 use xds_client::{
     Batch, Extent, Kind,
     proto::{discovery::Resource, workload as pb},
 };
 
 const WORKLOADS: usize = 10_000;
-/// Pods per service and deployment.
-const REPLICAS: usize = 10;
-/// Pods per node.
-const PODS_PER_NODE: usize = 30;
-
-/// A pod as istiod describes it: uid of 63 bytes, name of 25, one address, one service, locality.
-fn pod(number: usize) -> pb::Workload {
-    let deployment = number / REPLICAS;
-    let owner = format!("checkout-{deployment:05}");
-    let name = format!("{owner}-{:05x}{:05x}", deployment * 31, number);
-    let namespace = format!("team-payments-{:03}", deployment / 20);
-    let ip = Ipv4Addr::from_bits(0x0a00_0000 + u32::try_from(number).unwrap());
-    let ports = pb::PortList {
-        ports: vec![port(80, 8080), port(9090, 9090)],
-    };
-    pb::Workload {
-        uid: format!("cluster-east-1//Pod/{namespace}/{name}"),
-        name,
-        namespace: namespace.clone(),
-        addresses: vec![ip.octets().into()],
-        network: "network-1".into(),
-        tunnel_protocol: pb::TunnelProtocol::Hbone.into(),
-        service_account: owner.clone(),
-        node: format!(
-            "ip-10-1-2-{:04}.compute.internal",
-            number % (WORKLOADS / PODS_PER_NODE)
-        ),
-        canonical_name: owner.clone(),
-        canonical_revision: "v1".into(),
-        workload_type: pb::WorkloadType::Pod.into(),
-        workload_name: owner.clone(),
-        services: HashMap::from([(
-            format!("{namespace}/{owner}.{namespace}.svc.cluster.local"),
-            ports,
-        )]),
-        cluster_id: "cluster-east-1".into(),
-        locality: Some(pb::Locality {
-            region: "eu-central-1".into(),
-            zone: format!("eu-central-1{}", number % 3),
-            subzone: String::new(),
-        }),
-        ..pb::Workload::default()
-    }
-}
-
-fn service(number: usize) -> pb::Service {
-    let pod = pod(number * REPLICAS);
-    let key = pod.services.keys().next().unwrap();
-    let (namespace, hostname) = key.split_once('/').unwrap();
-    let ip = Ipv4Addr::from_bits(0x0b00_0000 + u32::try_from(number).unwrap());
-    pb::Service {
-        name: pod.workload_name.clone(),
-        namespace: namespace.into(),
-        hostname: hostname.into(),
-        addresses: vec![pb::NetworkAddress {
-            network: "network-1".into(),
-            address: ip.octets().into(),
-            length: None,
-        }],
-        ports: vec![port(80, 8080), port(9090, 9090)],
-        ..pb::Service::default()
-    }
-}
-
-fn port(service_port: u32, target_port: u32) -> pb::Port {
-    pb::Port {
-        service_port,
-        target_port,
-        app_protocol: 0,
-    }
-}
 
 /// What a control plane sends: version and name as istiod makes them.
 fn push(extent: Extent, addresses: impl Iterator<Item = pb::Address>) -> Batch {
@@ -108,28 +32,17 @@ fn put(mesh: &Mesh, batch: &Batch) -> Report {
     report
 }
 
-fn pods() -> Batch {
-    push(
-        Extent::Changes,
-        (0..WORKLOADS).map(|number| pod(number).into()),
-    )
-}
-
 /// One test, so that nothing else allocates meanwhile.
 #[test]
 fn a_workload_costs_less_than_400_bytes_and_gives_them_back() {
-    let example = pod(WORKLOADS - 1);
-    assert!(
-        example.uid.len() >= 63 && example.name.len() >= 25,
-        "{example:?}"
-    );
+    let population = Population::new(u32::try_from(WORKLOADS).expect("a small number"));
     let mesh = Mesh::new(View {
         node_name: Some("ip-10-1-2-0007.compute.internal".into()),
         network: "network-1".into(),
         cluster_id: "cluster-east-1".into(),
     });
-    let services = (0..WORKLOADS / REPLICAS).map(|number| service(number).into());
-    let (services, pods) = (push(Extent::Changes, services), pods());
+    let services = push(Extent::Changes, population.services().map(Into::into));
+    let pods = push(Extent::Changes, population.pods().map(Into::into));
     let message: usize = pods
         .resources()
         .flatten()

@@ -56,6 +56,8 @@ struct Entry {
     content: Content,
     version: String,
     value: Bytes,
+    /// All of it as it goes over the wire, without aliases: a large answer shall cost little when its time comes.
+    wire: Bytes,
 }
 
 /// What a resource is to the stand-in.
@@ -69,6 +71,21 @@ enum Content {
 }
 
 impl Entry {
+    /// Policies have no version.
+    fn new(kind: Kind, name: &str, content: Content, value: Bytes, salt: u64) -> Self {
+        let mut entry = Self {
+            content,
+            version: String::new(),
+            value,
+            wire: Bytes::new(),
+        };
+        if kind == Kind::Address {
+            entry.version = version(&entry.value, salt);
+        }
+        entry.wire = entry.encode(kind, name, Vec::new());
+        entry
+    }
+
     fn address(address: Address, salt: u64) -> Option<(String, Self)> {
         let value: Bytes = address.encode_to_vec().into();
         let (name, content) = match address.r#type? {
@@ -80,13 +97,21 @@ impl Entry {
                 Content::Service(Box::new(service)),
             ),
         };
-        let version = version(&value, salt);
-        let entry = Self {
-            content,
-            version,
-            value,
-        };
+        let entry = Self::new(Kind::Address, &name, content, value, salt);
         Some((name, entry))
+    }
+
+    fn encode(&self, kind: Kind, name: &str, aliases: Vec<String>) -> Bytes {
+        let resource = Resource {
+            version: self.version.clone(),
+            resource: Some(Payload {
+                type_url: kind.url().to_owned(),
+                value: self.value.clone(),
+            }),
+            name: name.to_owned(),
+            aliases,
+        };
+        resource.encode_to_vec().into()
     }
 
     /// `network/ip` for each address, `network/ip/length` for each range.
@@ -168,11 +193,14 @@ impl Catalogue {
         let addresses = document.addresses.into_iter();
         let addresses = addresses.filter_map(|address| Entry::address(address, salt));
         let policies = document.policies.into_iter().map(|named| {
-            let entry = Entry {
-                content: Content::Policy,
-                version: String::new(),
-                value: named.policy.encode_to_vec().into(),
-            };
+            let value = named.policy.encode_to_vec().into();
+            let entry = Entry::new(
+                Kind::Authorization,
+                &named.name,
+                Content::Policy,
+                value,
+                salt,
+            );
             (named.name, entry)
         });
         self.shelf(Kind::Address, addresses.collect(), complete);
@@ -183,15 +211,7 @@ impl Catalogue {
     /// Any bytes under any name.
     pub(super) fn put_raw(&mut self, kind: Kind, name: &str, value: Bytes) -> u64 {
         self.generation += 1;
-        let version = match kind {
-            Kind::Address => version(&value, self.salt),
-            Kind::Authorization => String::new(),
-        };
-        let entry = Entry {
-            content: Content::Raw,
-            version,
-            value,
-        };
+        let entry = Entry::new(kind, name, Content::Raw, value, self.salt);
         self.shelf(kind, BTreeMap::from([(name.to_owned(), entry)]), false);
         self.generation
     }
@@ -209,8 +229,10 @@ impl Catalogue {
     /// Gives every address another version, as another replica of istiod may; pushes nothing.
     pub(super) fn reversion(&mut self) {
         self.salt = self.salt.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        for entry in self.shelves[Kind::Address as usize].entries.values_mut() {
+        let entries = &mut self.shelves[Kind::Address as usize].entries;
+        for (name, entry) in entries {
             entry.version = version(&entry.value, self.salt);
+            entry.wire = entry.encode(Kind::Address, name, Vec::new());
         }
     }
 
@@ -307,21 +329,11 @@ impl Catalogue {
     /// The resource as it goes over the wire.
     pub(super) fn encoded(&self, kind: Kind, name: &str, with_aliases: bool) -> Option<Bytes> {
         let entry = self.at(kind).entries.get(name)?;
-        let aliases = if with_aliases {
-            entry.aliases()
+        Some(if with_aliases {
+            entry.encode(kind, name, entry.aliases())
         } else {
-            Vec::new()
-        };
-        let resource = Resource {
-            version: entry.version.clone(),
-            resource: Some(Payload {
-                type_url: kind.url().to_owned(),
-                value: entry.value.clone(),
-            }),
-            name: name.to_owned(),
-            aliases,
-        };
-        Some(resource.encode_to_vec().into())
+            entry.wire.clone()
+        })
     }
 }
 

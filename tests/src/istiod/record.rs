@@ -43,6 +43,8 @@ pub struct Sent {
     pub resources: Vec<String>,
     /// Names of removed resources.
     pub removed: Vec<String>,
+    /// Length of the message.
+    pub bytes: usize,
 }
 
 #[derive(Debug, Clone, Default)]

@@ -124,16 +124,20 @@ impl Session {
     }
 
     fn send(&mut self, outgoing: Outgoing) -> DeltaDiscoveryResponse {
-        let response = match outgoing {
-            Outgoing::Response(kind, names) => self.build(kind, &names),
-            Outgoing::Injected(response) => response,
+        let (response, names) = match outgoing {
+            Outgoing::Response(kind, names) => self.build(kind, names),
+            Outgoing::Injected(response) => {
+                let names = response.resources.iter();
+                let names = names.map(|bytes| name_of(bytes)).collect();
+                (response, names)
+            }
         };
-        let names = response.resources.iter();
         let sent = Sent {
             type_url: response.type_url.clone(),
             nonce: response.nonce.clone(),
-            resources: names.map(|bytes| name_of(bytes)).collect(),
+            resources: names,
             removed: response.removed_resources.clone(),
+            bytes: response.encoded_len(),
         };
         let done = self.outbox.is_empty().then_some(self.generation);
         self.record(|stream| {
@@ -147,20 +151,24 @@ impl Session {
         response
     }
 
-    fn build(&mut self, kind: Kind, names: &Names) -> DeltaDiscoveryResponse {
+    /// A response, and the names of its resources.
+    fn build(&mut self, kind: Kind, names: Names) -> (DeltaDiscoveryResponse, Vec<String>) {
         self.nonces += 1;
         let catalogue = self.shared.catalogue.lock();
-        let resources = names.resources.iter();
-        let resources = resources
-            .filter_map(|name| catalogue.encoded(kind, name, names.with_aliases))
-            .collect();
-        DeltaDiscoveryResponse {
+        let with_aliases = names.with_aliases;
+        let resources = names.resources.into_iter().filter_map(|name| {
+            let encoded = catalogue.encoded(kind, &name, with_aliases)?;
+            Some((name, encoded))
+        });
+        let (there, resources) = resources.unzip();
+        let response = DeltaDiscoveryResponse {
             system_version_info: format!("stand-in/{}", catalogue.generation()),
             resources,
             type_url: kind.url().to_owned(),
             nonce: format!("stand-in/{}/{}", self.serial, self.nonces),
-            removed_resources: names.removed.clone(),
-        }
+            removed_resources: names.removed,
+        };
+        (response, there)
     }
 
     fn take(&mut self, request: DeltaDiscoveryRequest) -> Result<(), Status> {

@@ -10,9 +10,12 @@
     reason = "a program for people: the table goes to standard output, progress to standard error"
 )]
 
+mod control_plane;
 mod lab;
+mod latency;
 mod machine;
 mod memory;
+mod mesh;
 mod options;
 mod proxy;
 mod report;
@@ -66,7 +69,7 @@ async fn bench(options: &Options) -> anyhow::Result<bool> {
         let measured = match part {
             Part::OneNode | Part::TwoNodes => traffic::measure(options, part, &mut report).await,
             Part::Held => memory::held(options, &mut report).await,
-            Part::Mesh => memory::mesh(options, &mut report).await,
+            Part::Mesh => mesh::measure(options, &mut report).await,
         };
         if let Err(error) = measured {
             report.failed(format!("{part}: {error:#}"));

@@ -1,14 +1,10 @@
-//! Memory of the proxy: idle, with connections held open, after they closed, and by size of the mesh.
+//! Memory of the proxy: idle, with connections held open, and after they closed.
 
-use std::{
-    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
-    sync::Arc,
-};
+use std::{net::SocketAddr, sync::Arc};
 
 use anyhow::{Context as _, ensure};
 use testkit::{
     Mesh, Pod, PodSpec, ProxyOptions, World,
-    mesh::{Service, Workload},
     traffic::{self, Behaviour},
 };
 use tokio::{net::TcpStream, task::JoinSet, time::sleep};
@@ -96,110 +92,8 @@ async fn open(client: &Arc<Pod>, to: SocketAddr) -> anyhow::Result<Vec<TcpStream
     Ok(streams)
 }
 
-/// Memory per workload of meshes of several sizes, above that of an almost empty one.
-///
-/// # Errors
-/// When the proxy does not start.
-pub(crate) async fn mesh(options: &Options, report: &mut Report) -> anyhow::Result<()> {
-    let small = with_mesh(options, 0).await?;
-    report.push(Row::of("RSS, empty mesh", Unit::Megabytes, all(small)));
-    for size in options.mesh_sizes() {
-        let large = with_mesh(options, *size).await?;
-        let name = format!("RSS, mesh of {size} workloads");
-        report.push(Row::of(&name, Unit::Megabytes, all(large)));
-        let count = float(u64::try_from(*size)?);
-        let target = if *size == 10_000 { "< 400 B" } else { "" };
-        for (kind, bytes, target) in [
-            ("RSS", difference(large.all, small.all), target),
-            (
-                "RssAnon",
-                difference(large.anonymous, small.anonymous),
-                target,
-            ),
-        ] {
-            let name = format!("{kind} per workload at {size}");
-            report.push(Row::of(&name, Unit::Bytes, vec![bytes / count]).target(target));
-        }
-    }
-    Ok(())
-}
-
-/// Starts a proxy without pods on a mesh of this size; its memory once it has settled.
-async fn with_mesh(options: &Options, size: usize) -> anyhow::Result<Resident> {
-    let world = World::new(1)?;
-    generated(size)?.write(&ProxyOptions::mesh_file(&world))?;
-    eprintln!("mesh of {size} workloads: written");
-    let mut proxy = Proxy::start(options, &world, world.node(0), &[]).await?;
-    let resident = proxy.settled(options).await?;
-    proxy.check_alive()?;
-    eprintln!("mesh of {size} workloads: {resident:?}");
-    Ok(resident)
-}
-
-/// A mesh as a cluster has it: deployments of ten pods behind a service each, a hundred pods to a namespace, thirty to a node, both
-/// address families.
-fn generated(size: usize) -> anyhow::Result<Mesh> {
-    Ok(Mesh {
-        workloads: (0..u32::try_from(size)?).map(workload).collect(),
-        services: (0..u32::try_from(size.div_ceil(10))?)
-            .map(service)
-            .collect(),
-        policies: Vec::new(),
-    })
-}
-
-fn workload(index: u32) -> Workload {
-    let (app, namespace) = (index / 10, index / 100);
-    let name = format!(
-        "app-{app}-{:08x}-{:05x}",
-        app.wrapping_mul(0x9e37_79b9),
-        index
-    );
-    let ip4 = Ipv4Addr::from_bits(Ipv4Addr::new(10, 64, 0, 0).to_bits() + index);
-    let ip6 = Ipv6Addr::from_bits((0xfd40_u128 << 112) + u128::from(index));
-    Workload {
-        uid: format!("Kubernetes//Pod/team-{namespace}/{name}"),
-        name,
-        namespace: format!("team-{namespace}"),
-        service_account: format!("app-{app}"),
-        trust_domain: "cluster.local".to_owned(),
-        workload_ips: vec![IpAddr::V4(ip4), IpAddr::V6(ip6)],
-        protocol: "HBONE".to_owned(),
-        node: format!("worker-{}", index / 30),
-        cluster_id: "Kubernetes".to_owned(),
-        canonical_name: format!("app-{app}"),
-        canonical_revision: "v1".to_owned(),
-        workload_name: format!("app-{app}"),
-        workload_type: "deployment".to_owned(),
-        status: "Healthy".to_owned(),
-        capacity: 1,
-        services: [(format!("team-{namespace}/{}", hostname(app)), ports())].into(),
-        ..Workload::default()
-    }
-}
-
-fn service(app: u32) -> Service {
-    let vip = Ipv4Addr::from_bits(Ipv4Addr::new(10, 240, 0, 0).to_bits() + app);
-    Service {
-        name: format!("app-{app}"),
-        namespace: format!("team-{}", app / 10),
-        hostname: hostname(app),
-        vips: vec![format!("/{vip}")],
-        ports: ports(),
-        canonical: true,
-        ..Service::default()
-    }
-}
-
-fn hostname(app: u32) -> String {
-    format!("app-{app}.team-{}.svc.cluster.local", app / 10)
-}
-
-fn ports() -> testkit::mesh::Ports {
-    [(80, 8080)].into()
-}
-
-fn all(resident: Resident) -> Vec<f64> {
+/// All of it, as the one value of a figure.
+pub(crate) fn all(resident: Resident) -> Vec<f64> {
     vec![float(resident.all)]
 }
 
@@ -207,47 +101,16 @@ fn anonymous(resident: Resident) -> Vec<f64> {
     vec![float(resident.anonymous)]
 }
 
-fn difference(more: u64, less: u64) -> f64 {
+/// How much more, or below nought less.
+pub(crate) fn difference(more: u64, less: u64) -> f64 {
     float(more) - float(less)
 }
 
+/// As a figure.
 #[expect(
     clippy::cast_precision_loss,
     reason = "bytes of memory are far below 2^53"
 )]
-fn float(bytes: u64) -> f64 {
+pub(crate) fn float(bytes: u64) -> f64 {
     bytes as f64
-}
-
-#[cfg(test)]
-mod tests {
-    use std::collections::BTreeSet;
-
-    use super::*;
-
-    #[test]
-    fn generated_workloads_are_distinct_and_their_services_exist() {
-        let mesh = generated(1_234).unwrap();
-        let unique = |key: fn(&Workload) -> String| {
-            let keys: BTreeSet<String> = mesh.workloads.iter().map(key).collect();
-            keys.len()
-        };
-        assert_eq!(unique(|workload| workload.uid.clone()), 1_234);
-        assert_eq!(
-            unique(|workload| workload.workload_ips[0].to_string()),
-            1_234
-        );
-        let services: BTreeSet<String> = mesh
-            .services
-            .iter()
-            .map(|service| format!("{}/{}", service.namespace, service.hostname))
-            .collect();
-        assert_eq!(services.len(), 124);
-        for workload in &mesh.workloads {
-            assert!(
-                workload.services.keys().all(|key| services.contains(key)),
-                "{workload:?}"
-            );
-        }
-    }
 }

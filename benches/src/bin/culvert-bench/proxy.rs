@@ -1,8 +1,7 @@
 //! The proxy under load: started on a node, read from the outside.
 
 use std::{
-    collections::BTreeMap,
-    fs::{File, OpenOptions, read_to_string},
+    fs::{File, OpenOptions, read_to_string, write},
     net::{Ipv4Addr, SocketAddr},
     path::PathBuf,
     process::Stdio,
@@ -10,6 +9,7 @@ use std::{
 };
 
 use anyhow::{Context as _, bail, ensure};
+use benches::cpu::Threads;
 use testkit::{
     Agent, Metrics, Node, Pod, ProxyOptions, Session, World, http,
     proxy::{READINESS_PORT, STATS_PORT},
@@ -43,7 +43,7 @@ pub(crate) struct Resident {
 }
 
 impl Proxy {
-    /// Starts the proxy of a node, hands it these pods, and waits until it is ready.
+    /// Starts the proxy of a node with the world's mesh file, hands it these pods, and waits until it is ready.
     ///
     /// # Errors
     /// When it does not come up; the end of its log is in the text.
@@ -53,8 +53,32 @@ impl Proxy {
         node: &Node,
         pods: &[&Pod],
     ) -> anyhow::Result<Self> {
+        let settings = ProxyOptions::new(world, node);
+        Self::start_with(settings, options, world, node, pods).await
+    }
+
+    /// As [`Proxy::start`], with other settings: those of the command line go before them.
+    ///
+    /// # Errors
+    /// As [`Proxy::start`].
+    pub(crate) async fn start_with(
+        settings: ProxyOptions,
+        options: &Options,
+        world: &World,
+        node: &Node,
+        pods: &[&Pod],
+    ) -> anyhow::Result<Self> {
+        // The log level is the product's default: access lines are written, as in production.
+        let settings = options
+            .env
+            .iter()
+            .fold(
+                settings.env("RUST_LOG", "info"),
+                |settings, (key, value)| settings.env(key, value),
+            )
+            .binary(options.binary()?);
         let log_path = world.file(&format!("{}.log", node.name()));
-        let starting = Self::try_start(options, world, node, pods);
+        let starting = Self::try_start(&settings, world, node, pods);
         starting.await.with_context(|| {
             let log = read_to_string(&log_path).unwrap_or_default();
             let from = log.lines().count().saturating_sub(20);
@@ -68,7 +92,7 @@ impl Proxy {
     }
 
     async fn try_start(
-        options: &Options,
+        settings: &ProxyOptions,
         world: &World,
         node: &Node,
         pods: &[&Pod],
@@ -80,13 +104,7 @@ impl Proxy {
             .append(true)
             .open(&log_path)?;
         log.set_len(0)?;
-        // The log level is the product's default: access lines are written, as in production.
-        let settings = ProxyOptions::new(world, node).env("RUST_LOG", "info");
-        let settings = options
-            .env
-            .iter()
-            .fold(settings, |settings, (key, value)| settings.env(key, value));
-        let mut command = settings.binary(options.binary()?).command()?;
+        let mut command = settings.command()?;
         command
             .stdout(Stdio::from(log.try_clone()?))
             .stderr(Stdio::from(log.try_clone()?));
@@ -165,6 +183,33 @@ impl Proxy {
         processor_time(&read_to_string(format!("/proc/{}/stat", self.pid))?)
     }
 
+    /// Processor time that its threads used so far, to the nanosecond.
+    ///
+    /// # Errors
+    /// When it is gone.
+    pub(crate) fn threads(&self) -> anyhow::Result<Threads> {
+        Ok(Threads::of(self.pid)?)
+    }
+
+    /// Forgets how much memory was resident at most.
+    ///
+    /// # Errors
+    /// When it is gone.
+    pub(crate) fn forget_peak(&self) -> anyhow::Result<()> {
+        Ok(write(format!("/proc/{}/clear_refs", self.pid), "5")?)
+    }
+
+    /// The most that was resident since [`Proxy::forget_peak`], in bytes.
+    ///
+    /// # Errors
+    /// When it is gone.
+    pub(crate) fn peak(&self) -> anyhow::Result<u64> {
+        bytes_of(
+            &read_to_string(format!("/proc/{}/status", self.pid))?,
+            "VmHWM",
+        )
+    }
+
     /// Resident memory.
     ///
     /// # Errors
@@ -206,18 +251,20 @@ fn processor_time(stat: &str) -> anyhow::Result<Duration> {
 }
 
 fn resident(status: &str) -> anyhow::Result<Resident> {
-    let fields: BTreeMap<&str, &str> = status
+    Ok(Resident {
+        all: bytes_of(status, "VmRSS")?,
+        anonymous: bytes_of(status, "RssAnon")?,
+    })
+}
+
+/// A field of `/proc/<pid>/status` that is a size.
+fn bytes_of(status: &str, key: &str) -> anyhow::Result<u64> {
+    let field = status
         .lines()
         .filter_map(|line| line.split_once(':'))
-        .collect();
-    let bytes = |key: &str| -> anyhow::Result<u64> {
-        let value = fields.get(key).with_context(|| format!("no {key}"))?;
-        Ok(value.trim().trim_end_matches(" kB").parse::<u64>()? * 1024)
-    };
-    Ok(Resident {
-        all: bytes("VmRSS")?,
-        anonymous: bytes("RssAnon")?,
-    })
+        .find(|(name, _)| *name == key);
+    let (_, value) = field.with_context(|| format!("no {key}"))?;
+    Ok(value.trim().trim_end_matches(" kB").parse::<u64>()? * 1024)
 }
 
 #[cfg(test)]

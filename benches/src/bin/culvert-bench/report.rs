@@ -38,6 +38,9 @@ pub(crate) enum Unit {
     PerSecond,
     SecondsPerByte,
     Seconds,
+    /// Seconds, shown in thousandths.
+    #[serde(rename = "seconds")]
+    Milliseconds,
     Bytes,
     /// Bytes, shown in millions.
     #[serde(rename = "bytes")]
@@ -136,6 +139,7 @@ impl Unit {
             Self::PerSecond => format!("{value:.0} /s"),
             Self::SecondsPerByte => format!("{:.2} s/GB", value * 1e9),
             Self::Seconds => format!("{:.1} µs", value * 1e6),
+            Self::Milliseconds => format!("{:.2} ms", value * 1e3),
             Self::Bytes => format!("{value:.0} B"),
             Self::Megabytes => format!("{:.1} MB", value / 1e6),
         }
@@ -214,6 +218,7 @@ mod tests {
             (Unit::PerSecond, 1234.4, "1234 /s"),
             (Unit::SecondsPerByte, 1.4e-9, "1.40 s/GB"),
             (Unit::Seconds, 0.000_120, "120.0 µs"),
+            (Unit::Milliseconds, 0.012_345, "12.35 ms"),
             (Unit::Bytes, 399.6, "400 B"),
             (Unit::Megabytes, 11e6, "11.0 MB"),
         ] {
