@@ -7,13 +7,13 @@
     reason = "test code: a panic is a failed test"
 )]
 
-use std::{net::IpAddr, sync::Arc, time::Duration};
+use std::{sync::Arc, time::Duration};
 
 use prost::Message as _;
 use testkit::{
     Istiod, Mesh, NodeRun, Pod,
     istiod::{Kind, Stream},
-    mesh::{Policy, Workload},
+    mesh::Policy,
     raw::Hello,
     stage::{Steered, vip, web_port},
     traffic::{self, Behaviour},
@@ -22,6 +22,10 @@ use testkit::{
 use tokio::{net::TcpStream, task::JoinSet};
 use tokio_util::sync::CancellationToken;
 use tonic::Status;
+use xds_client::{
+    local::Document,
+    proto::workload::{TunnelProtocol, Workload},
+};
 
 const API: &str = "Kubernetes//Pod/shop/api";
 const TERMINATIONS: &str = "istio_xds_connection_terminations_total";
@@ -306,38 +310,34 @@ async fn a_connection_on_which_nothing_comes_is_given_up() {
     stage.istiod.synced_within(A_PAUSE).await;
 }
 
-/// Pods of a large cluster, with names as long as real ones.
-fn crowd(count: usize) -> Mesh {
+/// A mesh in a large cluster, whose pods have names as long as real ones.
+fn crowded(mesh: &Mesh, count: u32) -> Document {
+    let mut document = Document::from(mesh);
     let workloads = (0..count).map(|index| {
-        let bytes = u32::try_from(index).unwrap().to_be_bytes();
+        let [_, address @ ..] = index.to_be_bytes();
         let name = format!("recommendation-service-7d9c8b6f5d-{index:06}");
         Workload {
             uid: format!("Kubernetes//Pod/production/{name}"),
             name,
             namespace: "production".to_owned(),
-            workload_ips: vec![IpAddr::from([11, bytes[1], bytes[2], bytes[3]])],
-            protocol: "HBONE".to_owned(),
-            workload_type: "pod".to_owned(),
-            status: "Healthy".to_owned(),
+            addresses: vec![[&[11], &address[..]].concat()],
+            tunnel_protocol: TunnelProtocol::Hbone.into(),
             ..Workload::default()
         }
     });
-    Mesh {
-        workloads: workloads.collect(),
-        ..Mesh::default()
-    }
+    // Before the services, as istiod does.
+    let addresses = workloads.map(Into::into).chain(document.addresses);
+    document.addresses = addresses.collect();
+    document
 }
 
 /// Case 19.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn sixty_thousand_workloads_come_back_below_four_mebibytes() {
     let stage = Steered::new().unwrap();
-    let mut mesh = two_services(&stage);
-    mesh.workloads.extend(crowd(60_000).workloads);
-    let content = xds_client::local::Document::from(&mesh);
-    stage.istiod.set(content.clone());
     let run = stage.start().await.unwrap();
-    let limit = Duration::from_secs(60);
+    stage.istiod.set(crowded(&two_services(&stage), 60_000));
+    let limit = Duration::from_secs(120);
     stage.istiod.synced_within(limit).await;
     let _app = stage.api.serve(8080, Behaviour::Echo).unwrap();
     let _other = stage.db.serve(8080, Behaviour::Echo).unwrap();
@@ -368,9 +368,7 @@ async fn sixty_thousand_workloads_come_back_below_four_mebibytes() {
 #[tokio::test]
 async fn a_smaller_limit_than_expected_is_lived_with() {
     let stage = Steered::with(Istiod::options().request_limit(20_000)).unwrap();
-    let mut mesh = stage.mesh();
-    mesh.workloads.extend(crowd(500).workloads);
-    stage.istiod.set(&mesh);
+    stage.istiod.set(crowded(&stage.mesh(), 500));
     let _run = stage.start().await.unwrap();
     stage.istiod.synced().await;
     stage.istiod.cut();
