@@ -23,6 +23,7 @@ demo: ## Two nodes and four pods as network namespaces, real traffic through the
 
 test: ## Unit, property and end-to-end tests
 	@.ci/need $(BUILD) $(NETWORK) $(TRAFFIC)
+	@.ci/openbao >/dev/null
 	cargo build -p culvert -p tests --bins
 	cargo test --workspace --doc
 	TESTKIT_MESH=istiod cargo test -p tests --test routing --test policy --test app_tunnel

@@ -12,7 +12,7 @@ use super::{
     client::{Call, Client},
     failure::{Failure, Step},
     settings::is_path,
-    wire,
+    wire::{self, IssuerRef},
 };
 use crate::check::is_self_signed;
 
@@ -106,16 +106,19 @@ where
 impl Engine {
     /// The engine as it is now; what cannot be read stays as it was.
     async fn read(self, client: &Client, mount: &str) -> (Self, Result<(), Failure>) {
-        let names = match self.issuers(client, mount).await {
-            Ok(names) => names,
+        let issuers = match self.issuers(client, mount).await {
+            Ok(issuers) => issuers,
             Err(failure) => return (self, Err(failure)),
         };
         let (mut fresh, mut outcome) = (Self::default(), Ok(()));
         let mut complete = true;
-        for name in names {
+        for IssuerRef { name, has_key } in issuers {
             match self.issuer(client, mount, &name).await {
                 Ok(certificates) => fresh.roots.extend(certificates),
                 Err(failure) => (complete, outcome) = (false, outcome.and(Err(failure))),
+            }
+            if !has_key {
+                continue;
             }
             let before = self.crls.get(&name).cloned();
             let crl = match crl(client, mount, &name).await {
@@ -133,23 +136,23 @@ impl Engine {
         (fresh, outcome)
     }
 
-    async fn issuers(&self, client: &Client, mount: &str) -> Result<Vec<String>, Failure> {
+    async fn issuers(&self, client: &Client, mount: &str) -> Result<Vec<IssuerRef>, Failure> {
         let path = format!("{mount}/issuers?list=true");
-        let mut names = wire::issuers(&get(client, &path, MAX_JSON).await?)?;
-        names.retain(|name| is_path(name) && !name.contains('/'));
-        if names.len() > MAX_ISSUERS {
+        let mut issuers = wire::issuers(&get(client, &path, MAX_JSON).await?)?;
+        issuers.retain(|issuer| is_path(&issuer.name) && !issuer.name.contains('/'));
+        if issuers.len() > MAX_ISSUERS {
             tracing::warn!(
                 mount,
-                issuers = names.len(),
+                issuers = issuers.len(),
                 "too many issuers in an engine of OpenBao; the first {MAX_ISSUERS} are read"
             );
-            names.truncate(MAX_ISSUERS);
+            issuers.truncate(MAX_ISSUERS);
         }
-        if names.is_empty() {
+        if issuers.is_empty() {
             let reason = format!("the engine {mount} has no issuer");
             return Err(Failure::without_answer(Step::Read, reason));
         }
-        Ok(names)
+        Ok(issuers)
     }
 
     /// The self-signed ones among an issuer and those above it.
@@ -166,7 +169,7 @@ impl Engine {
     }
 }
 
-/// The revocation list of one issuer; `None` if it has none, as one whose key is elsewhere.
+/// The revocation list of one issuer; `None` if it has none.
 async fn crl(client: &Client, mount: &str, name: &str) -> Result<Option<Vec<u8>>, Failure> {
     let path = format!("{mount}/issuer/{name}/crl/der");
     let der = match get(client, &path, MAX_CRL).await {

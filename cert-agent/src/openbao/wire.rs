@@ -1,6 +1,6 @@
 //! The JSON that goes to OpenBao and comes back.
 
-use std::time::Duration;
+use std::{collections::HashMap, time::Duration};
 
 use bytes::Bytes;
 use http::HeaderValue;
@@ -101,10 +101,28 @@ pub(super) fn token_value(text: &str) -> Option<HeaderValue> {
     Some(value)
 }
 
-/// The references of all issuers of an engine.
-pub(super) fn issuers(body: &[u8]) -> Result<Vec<String>, Failure> {
+/// One issuer of an engine.
+#[derive(Debug)]
+pub(super) struct IssuerRef {
+    pub(super) name: String,
+    /// Whether the engine has its key, without which it makes no revocation list.
+    pub(super) has_key: bool,
+}
+
+/// All issuers of an engine.
+pub(super) fn issuers(body: &[u8]) -> Result<Vec<IssuerRef>, Failure> {
     let envelope: Envelope<Keys> = envelope(Step::Read, body)?;
-    Ok(envelope.data.keys)
+    let Keys { keys, key_info } = envelope.data;
+    let key_info = key_info.unwrap_or_default();
+    let has_key = |name: &str| {
+        let key = key_info.get(name).and_then(|info| info.key_id.as_deref());
+        key != Some("")
+    };
+    let issuers = keys.into_iter().map(|name| IssuerRef {
+        has_key: has_key(&name),
+        name,
+    });
+    Ok(issuers.collect())
 }
 
 /// The certificates of one issuer, its own first.
@@ -175,6 +193,12 @@ struct Auth {
 #[derive(Deserialize)]
 struct Keys {
     keys: Vec<String>,
+    key_info: Option<HashMap<String, KeyInfo>>,
+}
+
+#[derive(Deserialize)]
+struct KeyInfo {
+    key_id: Option<String>,
 }
 
 #[derive(Deserialize)]

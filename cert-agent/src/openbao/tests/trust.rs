@@ -51,6 +51,19 @@ impl Engines {
         self.set(&format!("{mount}/issuers?list=true"), keys);
     }
 
+    /// As an engine does that has certificates of issuers whose keys are elsewhere.
+    fn list_without_keys(&self, mount: &str, names: &[&str]) {
+        let info: BTreeMap<_, _> = names
+            .iter()
+            .map(|it| (*it, json!({ "key_id": "" })))
+            .collect();
+        let data = json!({ "keys": names, "key_info": info });
+        self.set(
+            &format!("{mount}/issuers?list=true"),
+            ok(&json!({ "data": data })),
+        );
+    }
+
     fn issuer(&self, mount: &str, name: &str, issuer: &Issuer, number: u64) {
         let data =
             json!({ "certificate": pem_text(issuer.der()), "ca_chain": [pem_text(issuer.der())] });
@@ -138,6 +151,21 @@ async fn the_bundle_is_the_union_of_all_self_signed_issuers() {
     poll(&stage).await;
     assert!(roots.has_changed().unwrap() && crls.has_changed().unwrap());
     assert_eq!(published(&stage), (ders(&[&two]), 1));
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_issuer_without_a_key_is_not_asked_for_its_list() {
+    let stage = stage();
+    let (one, engines) = (root("one"), Engines::default());
+    engines.serve(&stage);
+    engines.list_without_keys("pki-mesh", &["a"]);
+    engines.issuer("pki-mesh", "a", &one, 1);
+    engines.set(
+        "pki-mesh/issuer/a/crl/der",
+        errors(500, "unable to find CRL for issuer"),
+    );
+    assert!(poll(&stage).await);
+    assert_eq!(published(&stage), (ders(&[&one]), 0));
 }
 
 #[tokio::test(start_paused = true)]
