@@ -41,7 +41,7 @@
 //! requests without a name or with two; the agent refuses such certificates.
 //!
 //! # What is promised
-//! - Nothing is final: every failure is tried again, as soon as its kind makes sense ([`Retry`](crate::Retry)).
+//! - Nothing is final: every failure is tried again, as soon as its kind makes sense ([`Retry`]).
 //! - Answers are bounded in time and size; a redirection is followed over TLS, to the same path, in the same cluster only.
 //! - Tokens, JWTs and secret ids are kept in memory alone, wiped, and appear in no `Debug` or message.
 //! - Roots and revocation lists that were published are never emptied by an answer that is empty or fails.
@@ -69,7 +69,9 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
-use crate::{BoxFuture, ObtainError, SignedChain, Signer, SigningRequest, check::is_self_signed};
+use crate::{
+    BoxFuture, ObtainError, Retry, SignedChain, Signer, SigningRequest, check::is_self_signed,
+};
 use client::{Call, Client};
 use dial::{Dial, TlsDialler};
 use failure::{Failure, Step};
@@ -121,7 +123,7 @@ impl Authority {
             sign_path: format!("{}/sign/{}", settings.mount, settings.role),
             mounts,
             ttl: settings.ttl,
-            poll_interval: settings.poll_interval,
+            poll_interval: settings.poll_interval.min(MAX_POLL),
             unknown_root: Notify::new(),
             settings,
         })))
@@ -247,7 +249,11 @@ impl Inner {
                 Err(failure) => {
                     tracing::warn!(%failure, "trust roots and revocation lists stay as they were");
                     failures += 1;
-                    back_off(failures).min(self.poll_interval)
+                    let told = match failure.retry {
+                        Retry::After(pause) => pause,
+                        Retry::Soon | Retry::Slowly => Duration::ZERO,
+                    };
+                    back_off(failures).min(self.poll_interval).max(told)
                 }
             };
             let pause = pause.mul_f64(0.9 + 0.2 * rand::random::<f64>());
@@ -265,4 +271,5 @@ fn back_off(failures: u32) -> Duration {
 }
 
 const MAX_ANSWER: usize = 1024 * 1024;
+const MAX_POLL: Duration = Duration::from_hours(24);
 const MIN_PAUSE: Duration = Duration::from_secs(5);

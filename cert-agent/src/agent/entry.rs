@@ -382,6 +382,9 @@ impl Entry {
         let (since, attempts) =
             before.map_or((now.mono, 0), |failing| (failing.since, failing.attempts));
         let mut pause = back_off(attempts).mul_f64(jitter.back_off);
+        if retry == Retry::Slowly {
+            pause = pause.max(SLOW_PAUSE);
+        }
         if let Some(svid) = self.valid(now.wall) {
             pause = pause.min(svid.remaining(now.wall));
         }
@@ -445,6 +448,8 @@ fn back_off(attempts: u32) -> Duration {
 const MIN_SPACING: Duration = Duration::from_secs(1);
 /// The same after a failure that needs somebody's hand.
 const SLOW_SPACING: Duration = Duration::from_secs(5);
+/// And while nobody asks.
+const SLOW_PAUSE: Duration = Duration::from_secs(30);
 const MAX_BACK_OFF: Duration = Duration::from_secs(150);
 /// How long a source may have us wait: a slip of its must not take an identity out for a day.
 const MAX_HINT: Duration = Duration::from_secs(600);

@@ -69,7 +69,9 @@ impl Client {
             return Ok(answer.body);
         }
         let retry_after = answer.retry_after.unwrap_or(DEFAULT_RETRY_AFTER);
-        if answer.status == StatusCode::TOO_MANY_REQUESTS {
+        // Reading is not worth holding up a certificate.
+        let throttled = answer.status == StatusCode::TOO_MANY_REQUESTS;
+        if throttled && call.step != Step::Read {
             *self.not_before.lock() = Instant::now().checked_add(retry_after);
         }
         let texts = wire::error_texts(&answer.body);

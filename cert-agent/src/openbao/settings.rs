@@ -29,7 +29,7 @@ pub struct Settings {
     pub login: Login,
     /// How long certificates are asked to live; default 24 h.
     pub ttl: Duration,
-    /// How often issuers and revocation lists are read; default 5 min.
+    /// How often issuers and revocation lists are read; default 5 min, at most a day.
     pub poll_interval: Duration,
     /// Versions, suites and groups of the connection.
     pub tls: TlsOptions,

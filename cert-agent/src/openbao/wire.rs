@@ -84,7 +84,7 @@ impl LoggedIn {
         let text = Zeroizing::new(answer.auth.client_token);
         let token = token_value(&text)
             .ok_or_else(|| unusable(Step::Login, "the token cannot be a header"))?;
-        let life = Duration::from_secs(answer.auth.lease_duration);
+        let life = Duration::from_secs(answer.auth.lease_duration).min(MAX_LIFE);
         Ok(Self { token, life })
     }
 }
@@ -213,4 +213,6 @@ struct Errors {
     errors: Vec<String>,
 }
 
+/// A token that claims to live longer is replaced as if it did not.
+const MAX_LIFE: Duration = Duration::from_hours(365 * 24);
 const MAX_ERROR_TEXT: usize = 300;

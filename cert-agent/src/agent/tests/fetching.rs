@@ -156,6 +156,22 @@ async fn hopeless_failures_fail_at_once() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn hopeless_failures_are_tried_again_slowly() {
+    let world = world(24 * HOUR);
+    let refusals = [
+        Answer::Refusal(Retry::Slowly),
+        Answer::Refusal(Retry::Slowly),
+    ];
+    world.authority.answer_next(refusals);
+    world.agent.prefetch(&id(WEB));
+    sleep(29 * SECOND).await;
+    assert_eq!(world.authority.calls(), 1);
+    sleep(32 * SECOND).await;
+    assert_eq!(world.authority.calls(), 3);
+    assert_eq!(world.stage(WEB), Some(Stage::Held));
+}
+
+#[tokio::test(start_paused = true)]
 async fn waits_as_long_as_the_authority_asked() {
     let world = world(24 * HOUR);
     let wait = Retry::After(4 * SECOND);

@@ -147,6 +147,23 @@ async fn failures_of_a_login_are_tried_again() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn any_life_of_a_token_is_coped_with() {
+    for life in [0, 1, u64::MAX] {
+        let stage = stage();
+        stage.fake.script(move |seen| {
+            let auth = json!({ "client_token": "t", "lease_duration": life });
+            let answer = json!({ "auth": auth }).to_string();
+            seen.is_login().then(|| reply(200, answer))
+        });
+        stage.sign().await.unwrap();
+        advance(seconds(3600)).await;
+        stage.sign().await.unwrap();
+        let logins = if life == 1 { 2 } else { 1 };
+        assert_eq!(stage.fake.logins(), logins, "{life}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
 async fn the_other_methods() {
     let files = tempfile::tempdir().unwrap();
     let file = |name: &str, text: &str| -> PathBuf {

@@ -11,7 +11,7 @@ use serde_json::json;
 use tokio::time::Duration;
 use tokio_util::sync::CancellationToken;
 
-use super::server::{Reply, Stage, WEB, errors, ok, pem_text, reply, stage, stage_with};
+use super::server::{Reply, Stage, WEB, errors, header, ok, pem_text, reply, stage, stage_with};
 use crate::testing;
 
 type Issuer = CertifiedIssuer<'static, KeyPair>;
@@ -232,6 +232,24 @@ async fn issuers_are_polled_and_sooner_after_a_failure() {
         roots.changed().await.unwrap();
         let waited = start.elapsed().as_secs();
         assert!((270..=330).contains(&waited), "{waited}");
+        stop.cancel();
+    };
+    tokio::join!(stage.authority.run(stop.clone()), watching);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_rate_limit_on_reading_slows_reading_alone() {
+    let stage = stage();
+    stage.fake.script(|seen| {
+        let limit = || header(errors(429, "quota exceeded"), "retry-after", "60");
+        seen.path.contains("/issuers").then(limit)
+    });
+    let stop = CancellationToken::new();
+    let watching = async {
+        tokio::time::sleep(Duration::from_secs(30)).await;
+        stage.sign().await.unwrap();
+        let reads = |seen: &&super::server::Seen| seen.path.contains("/issuers");
+        assert_eq!(stage.fake.seen().iter().filter(reads).count(), 1);
         stop.cancel();
     };
     tokio::join!(stage.authority.run(stop.clone()), watching);
