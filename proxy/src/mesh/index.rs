@@ -1,6 +1,6 @@
 //! The two building blocks of the state: records under small ids, and hash indexes that hold ids.
 
-use std::hash::{BuildHasher, Hash};
+use std::hash::{BuildHasher, Hash, Hasher};
 
 use foldhash::fast::RandomState;
 use hashbrown::HashTable;
@@ -149,6 +149,23 @@ impl Index {
         Entry {
             hash: u32::try_from(hash).unwrap_or_default(),
             id,
+        }
+    }
+}
+
+/// A host name as a key: one for all spellings, as the letters of DNS have no case.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct HostKey<'a>(pub(super) &'a str);
+
+impl Hash for HostKey<'_> {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        let mut room = [0; 32];
+        for part in self.0.as_bytes().chunks(room.len()) {
+            if let Some(lower) = room.get_mut(..part.len()) {
+                lower.copy_from_slice(part);
+                lower.make_ascii_lowercase();
+                state.write(lower);
+            }
         }
     }
 }

@@ -52,6 +52,12 @@ impl Service {
         &self.hostname
     }
 
+    /// Whether it goes by this host name, in whatever spelling.
+    #[must_use]
+    pub fn is_named(&self, hostname: &str) -> bool {
+        self.hostname.eq_ignore_ascii_case(hostname)
+    }
+
     /// Virtual host addresses, IPv4-mapped ones in their IPv4 form.
     #[must_use]
     pub fn vips(&self) -> &[Vip] {

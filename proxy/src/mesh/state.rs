@@ -12,7 +12,7 @@ use hashbrown::HashMap;
 
 use super::{
     Policy, PortMap, Service, View, Workload,
-    index::{Index, Slab},
+    index::{HostKey, Index, Slab},
     origin::Origin,
 };
 use crate::config::WorkloadRef;
@@ -137,8 +137,9 @@ impl State {
     /// The workload that is known by a host name in a namespace; precedence as for [`workload_at`](Self::workload_at).
     #[must_use]
     pub fn workload_by_hostname(&self, namespace: &str, hostname: &str) -> Option<&Arc<Workload>> {
-        self.best_workload(self.by_hostname.find(hostname), |workload| {
-            &**workload.hostname() == hostname && &**workload.namespace() == namespace
+        self.best_workload(self.by_hostname.find(HostKey(hostname)), |workload| {
+            workload.hostname().eq_ignore_ascii_case(hostname)
+                && &**workload.namespace() == namespace
         })
     }
 
@@ -157,11 +158,11 @@ impl State {
     pub fn service(&self, namespace: &str, hostname: &str) -> Option<&Arc<Service>> {
         let found = self
             .by_host
-            .find(hostname)
+            .find(HostKey(hostname))
             .filter_map(|id| self.services.get(id));
         found
             .filter_map(Entry::service)
-            .find(|service| &*service.hostname == hostname && &*service.namespace == namespace)
+            .find(|service| service.is_named(hostname) && &*service.namespace == namespace)
     }
 
     /// The service that owns an address, as a client of this namespace sees it: by virtual address, else by range.
@@ -185,8 +186,9 @@ impl State {
         hostname: &str,
         client_namespace: Option<&str>,
     ) -> Option<&Arc<Service>> {
-        self.best_service(self.by_host.find(hostname), client_namespace, |service| {
-            (&*service.hostname == hostname).then_some(())
+        let candidates = self.by_host.find(HostKey(hostname));
+        self.best_service(candidates, client_namespace, |service| {
+            service.is_named(hostname).then_some(())
         })
     }
 
@@ -195,10 +197,10 @@ impl State {
         &'a self,
         hostname: &'a str,
     ) -> impl Iterator<Item = &'a Arc<Service>> {
-        let found = self.by_host.find(hostname);
+        let found = self.by_host.find(HostKey(hostname));
         found
             .filter_map(|id| self.services.get(id)?.service())
-            .filter(move |service| &*service.hostname == hostname)
+            .filter(move |service| service.is_named(hostname))
     }
 
     /// All endpoints of a service, whatever their health: who selects one, applies the health policy.

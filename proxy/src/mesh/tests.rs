@@ -418,6 +418,30 @@ fn finds_workloads_by_host_name() {
 }
 
 #[test]
+fn host_names_match_in_any_spelling_and_keep_their_own() {
+    let mesh = mesh();
+    let named = workload("w1", "", |w| {
+        w.hostname = "DB.example".into();
+        w.namespace = "a".into();
+    });
+    let long = "Api.A-Name-Of-More-Than-One-Block-Of-32-Bytes.example";
+    put(&mesh, [named.into(), service("a", long, &[]).into()]);
+    for spelling in [long.to_owned(), long.to_lowercase(), long.to_uppercase()] {
+        let state = mesh.read();
+        let found = state.service("a", &spelling).unwrap();
+        assert_eq!(&**found.hostname(), long);
+        assert!(state.service_by_host(&spelling, None).is_some());
+        assert_eq!(state.services_named(&spelling).count(), 1);
+    }
+    for spelling in ["db.example", "Db.Example"] {
+        let state = mesh.read();
+        assert_eq!(uid(state.workload_by_hostname("a", spelling)), Some("w1"));
+    }
+    let other = long.replace("32", "33");
+    assert!(mesh.read().service("a", &other).is_none());
+}
+
+#[test]
 fn collects_the_policies_of_a_workload() {
     let mesh = mesh();
     let policies = [

@@ -53,7 +53,7 @@ pub(super) fn names(config: &Config, mesh: &Mesh, registry: &mut Registry) -> Op
         upstreams: Upstreams::new(RESOLV_CONF),
         metrics: DnsMetrics::register(registry),
         sockets: config.sockets.clone(),
-        cluster_domain: Arc::clone(&config.identity.cluster_domain),
+        cluster_domain: config.identity.cluster_domain.to_ascii_lowercase().into(),
         preferred_namespace: config.control.preferred_service_namespace.clone(),
         listed_search: config.capture.mode != ProxyMode::Shared,
         workload_wait: config.capture.workload_wait,

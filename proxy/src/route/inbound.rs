@@ -136,7 +136,7 @@ pub fn guess_service<'a>(
 ) -> Option<&'a Arc<Service>> {
     let named = forwarded_host.and_then(|host| {
         let mut services = state.services_of(local).map(|(service, _)| service);
-        services.find(|service| &**service.hostname() == host)
+        services.find(|service| service.is_named(host))
     });
     named.or_else(|| {
         state

@@ -5,7 +5,7 @@ use std::{cmp::Reverse, collections::BTreeMap, net::IpAddr, sync::Arc};
 use ipnet::IpNet;
 
 use super::{Endpoint, State};
-use crate::mesh::{Service, origin::Origin};
+use crate::mesh::{Service, index::HostKey, origin::Origin};
 
 /// What is known under a service key.
 #[derive(Debug)]
@@ -202,8 +202,8 @@ impl State {
     }
 }
 
-fn host_of(key: &str) -> &str {
-    key.split_once('/').map_or(key, |(_, hostname)| hostname)
+fn host_of(key: &str) -> HostKey<'_> {
+    HostKey(key.split_once('/').map_or(key, |(_, hostname)| hostname))
 }
 
 /// How many ranges of each length there are: few lengths are in use, and only these are probed.

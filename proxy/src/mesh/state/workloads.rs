@@ -3,7 +3,7 @@
 use std::{net::IpAddr, sync::Arc};
 
 use super::State;
-use crate::mesh::{Workload, origin::Origin};
+use crate::mesh::{Workload, index::HostKey, origin::Origin};
 
 /// A workload and where it came from.
 #[derive(Debug)]
@@ -85,10 +85,10 @@ impl State {
         }
         if old.and_then(hostname_key) != new.and_then(hostname_key) {
             if let Some(key) = old.and_then(hostname_key) {
-                self.by_hostname.remove(key, id);
+                self.by_hostname.remove(HostKey(key), id);
             }
             if let Some(key) = new.and_then(hostname_key) {
-                self.by_hostname.insert(key, id);
+                self.by_hostname.insert(HostKey(key), id);
             }
         }
         let (was_local, is_local) = (
