@@ -9,11 +9,11 @@ use rand::seq::SliceRandom;
 use tokio::{
     net::{TcpListener, TcpStream, UdpSocket},
     sync::{OwnedSemaphorePermit, Semaphore},
-    task::JoinSet,
+    task::{JoinSet, coop::consume_budget},
     time::{Instant, timeout},
 };
 use tokio_util::{
-    codec::{Framed, LengthDelimitedCodec},
+    codec::{FramedRead, FramedWrite, LengthDelimitedCodec},
     sync::CancellationToken,
 };
 
@@ -96,6 +96,8 @@ impl Names {
                 readable = socket.readable() => {
                     if readable.is_ok() {
                         self.take_datagram(&socket, &mut waiting);
+                        // A pod that asks without end must not hold the thread that others need, too.
+                        consume_budget().await;
                     }
                 }
             }
@@ -169,11 +171,14 @@ impl Names {
         stream: TcpStream,
         stop: CancellationToken,
     ) -> io::Result<()> {
-        let mut frames = LengthDelimitedCodec::builder();
-        let frames = frames
-            .length_field_type::<u16>()
-            .max_frame_length(MAX_QUERY_BYTES);
-        let mut messages = Framed::new(stream, frames.new_codec());
+        let frames_up_to = |bytes| {
+            let mut frames = LengthDelimitedCodec::builder();
+            let frames = frames.length_field_type::<u16>();
+            frames.max_frame_length(bytes).new_codec()
+        };
+        let (reading, writing) = stream.into_split();
+        let mut queries = FramedRead::new(reading, frames_up_to(MAX_QUERY_BYTES));
+        let mut answers = FramedWrite::new(writing, frames_up_to(u16::MAX.into()));
         let mut running = FuturesUnordered::new();
         let mut ended = false;
         loop {
@@ -182,20 +187,16 @@ impl Names {
                 Some(answer) = running.next() => {
                     if let Some(answer) = answer {
                         let answer: Vec<u8> = answer;
-                        timeout(IDLE, messages.send(Bytes::from(answer))).await??;
+                        timeout(IDLE, answers.send(Bytes::from(answer))).await??;
                     }
                 }
-                read = timeout(IDLE, messages.next()), if may_read => match read {
+                read = timeout(IDLE, queries.next()), if may_read => match read {
                     Ok(Some(query)) => match self.begin(&query?, Transport::Tcp) {
                         Begun::Answered(Some(answer)) => {
-                            timeout(IDLE, messages.send(Bytes::from(answer))).await??;
+                            timeout(IDLE, answers.send(Bytes::from(answer))).await??;
                         }
                         Begun::Answered(None) => return Ok(()),
-                        Begun::Waits(query) => {
-                            let slot = Arc::clone(&self.waiting).acquire_owned().await;
-                            let slot = slot.map_err(io::Error::other)?;
-                            running.push(self.finish(*query, slot));
-                        }
+                        Begun::Waits(query) => running.push(self.finish_in_turn(*query)),
                     },
                     Ok(None) => ended = true,
                     Err(_) if running.is_empty() => return Ok(()),
@@ -295,6 +296,13 @@ impl Names {
             return answer;
         }
         self.relay(&request, &bytes, transport, &client).await
+    }
+
+    /// As [`finish`](Self::finish), when the pod has room for one more. The wait is part of the answer, and not of the
+    /// connection: those who hold the room must go on meanwhile.
+    async fn finish_in_turn(&self, waiting: Waiting) -> Option<Vec<u8>> {
+        let slot = Arc::clone(&self.waiting).acquire_owned().await.ok()?;
+        self.finish(waiting, slot).await
     }
 
     async fn relay(

@@ -132,9 +132,9 @@ impl Upstreams {
         }
         let first = self.preferred.load(Ordering::Relaxed);
         let mut turns = (0..count * plan.attempts).map(|turn| (first + turn) % count);
+        let mut fallback = Err(RelayError::Timeout(count, plan.limit));
         let relaying = async {
             let mut running = FuturesUnordered::new();
-            let mut last = Err(RelayError::Timeout(count, plan.limit));
             loop {
                 let more = turns.next();
                 let head_start = match more.and_then(|at| Some((at, *plan.servers.get(at)?))) {
@@ -144,25 +144,29 @@ impl Upstreams {
                         running.push(asking);
                         Instant::now() + HEAD_START
                     }
-                    None if running.is_empty() => return last,
+                    None if running.is_empty() => return None,
                     None => Instant::now() + plan.limit,
                 };
                 tokio::select! {
                     Some((at, outcome)) = running.next() => match outcome {
                         Ok(answer) if !wire::is_unhelpful(&answer) => {
                             self.preferred.store(at, Ordering::Relaxed);
-                            return Ok(answer);
+                            return Some(answer);
                         }
-                        other => last = other,
+                        // An answer that does not help is worth more than none.
+                        other if other.is_ok() || fallback.is_err() => fallback = other,
+                        _ => {}
                     },
                     () = sleep_until(head_start) => {}
                 }
             }
         };
         let limit = plan.limit;
-        timeout(limit, relaying)
-            .await
-            .unwrap_or(Err(RelayError::Timeout(count, limit)))
+        match timeout(limit, relaying).await {
+            Ok(Some(answer)) => Ok(answer),
+            Ok(None) => fallback,
+            Err(_) => fallback.or(Err(RelayError::Timeout(count, limit))),
+        }
     }
 }
 
@@ -178,7 +182,12 @@ impl Plan {
                 .take(MAX_SERVERS)
                 .map(|ip| (ip, 53).into())
                 .collect(),
-            search: config.get_search().into_iter().flatten().cloned().collect(),
+            search: config
+                .get_search()
+                .into_iter()
+                .flatten()
+                .map(|domain| domain.to_ascii_lowercase())
+                .collect(),
             attempts: attempts as usize,
             limit: (each * attempts).min(LONGEST),
         }

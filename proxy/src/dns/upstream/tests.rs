@@ -98,7 +98,7 @@ fn lying(query: Vec<u8>) -> Vec<Vec<u8>> {
 #[test]
 fn reads_what_resolvers_read() {
     let plan = Plan::of(
-        b"search shop.svc.cluster.local svc.cluster.local\nnameserver 10.96.0.10\nnonsense\n\
+        b"search Shop.svc.cluster.local svc.cluster.local\nnameserver 10.96.0.10\nnonsense\n\
           nameserver fd00::a\noptions ndots:5 timeout:2 attempts:3\n",
     );
     assert_eq!(
@@ -108,7 +108,7 @@ fn reads_what_resolvers_read() {
             "[fd00::a]:53".parse().unwrap()
         ]
     );
-    assert_eq!(plan.search.len(), 2);
+    assert_eq!(plan.search, ["shop.svc.cluster.local", "svc.cluster.local"]);
     assert_eq!((plan.attempts, plan.limit.as_secs()), (3, 6));
     assert_eq!(Plan::of(b"options timeout:30 attempts:5").limit, LONGEST);
 }
@@ -175,6 +175,15 @@ async fn an_unhelpful_answer_is_the_last_resort() {
         .await
         .unwrap();
     assert!(wire::is_unhelpful(&alone));
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_unhelpful_answer_outlives_the_silence_of_others() {
+    let (refuses, _serving) = server(refusing).await;
+    let (dead, _serving_too) = server(silent).await;
+    let upstreams = upstreams(&[refuses, dead], Duration::from_secs(3));
+    let answer = ask(&upstreams, Transport::Udp).await.unwrap();
+    assert!(wire::is_unhelpful(&answer));
 }
 
 #[tokio::test(start_paused = true)]
