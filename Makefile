@@ -9,6 +9,7 @@ SHELL := /bin/bash
 BUILD   := cc:gcc make:make git:git
 NETWORK := ip:iproute2 nft:nftables
 TRAFFIC := iperf3:iperf3 tcpdump:tcpdump
+NAMES   := dig:bind9-dnsutils dnsmasq:dnsmasq-base musl-gcc:musl-tools
 LOAD    := wrk:wrk nginx:nginx-light
 
 CARGO_DENY := 0.20.2
@@ -22,7 +23,7 @@ demo: ## Two nodes and four pods as network namespaces, real traffic through the
 	target/release/culvert demo $(ARGS)
 
 test: ## Unit, property and end-to-end tests
-	@.ci/need $(BUILD) $(NETWORK) $(TRAFFIC)
+	@.ci/need $(BUILD) $(NETWORK) $(TRAFFIC) $(NAMES)
 	@.ci/openbao >/dev/null
 	cargo build -p culvert -p tests --bins
 	cargo test --workspace --doc

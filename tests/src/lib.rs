@@ -24,6 +24,7 @@ pub mod agent;
 pub mod ca;
 pub mod capture;
 pub mod cluster;
+pub mod dns;
 pub mod http;
 pub mod istiod;
 pub mod logs;

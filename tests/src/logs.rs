@@ -41,7 +41,11 @@ impl Line {
     fn from_text(raw: &str) -> Option<Self> {
         let mut parts = raw.splitn(5, '\t');
         let (_time, level, scope) = (parts.next()?, parts.next()?, parts.next()?);
-        let (message, fields) = (parts.next()?, parts.next().unwrap_or(""));
+        // A tab follows every message; a record without one starts with its fields.
+        let (message, fields) = match (parts.next()?, parts.next()) {
+            (message, Some(fields)) => (message, fields),
+            (fields, None) => ("", fields),
+        };
         Some(Self {
             raw: raw.to_owned(),
             level: level.to_owned(),

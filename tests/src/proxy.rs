@@ -21,7 +21,7 @@ use tokio::{
 
 use crate::{
     ca::Authority,
-    http,
+    dns, http,
     istiod::Istiod,
     logs::Log,
     metrics::Metrics,
@@ -42,6 +42,7 @@ pub const ADMIN_PORT: u16 = 15000;
 pub struct ProxyOptions {
     env: BTreeMap<String, String>,
     wrapper: Vec<String>,
+    resolv_conf: Option<PathBuf>,
     arguments: Vec<String>,
     binary: Option<PathBuf>,
 }
@@ -71,6 +72,7 @@ impl ProxyOptions {
                 .map(|(key, value)| (key.to_owned(), value))
                 .collect(),
             wrapper: Vec::new(),
+            resolv_conf: None,
             arguments: vec!["proxy".to_owned(), "ztunnel".to_owned()],
             binary: None,
         }
@@ -147,6 +149,15 @@ impl ProxyOptions {
         Self { wrapper, ..self }
     }
 
+    /// Shows it another file as its `/etc/resolv.conf`.
+    #[must_use]
+    pub fn resolv_conf(self, file: PathBuf) -> Self {
+        Self {
+            resolv_conf: Some(file),
+            ..self
+        }
+    }
+
     /// Runs another binary, such as a release build.
     #[must_use]
     pub fn binary(self, path: PathBuf) -> Self {
@@ -174,7 +185,9 @@ impl ProxyOptions {
     /// When there is no binary and none can be built.
     pub fn command(&self) -> anyhow::Result<Command> {
         let binary = self.binary.clone().map_or_else(binary, Ok)?;
-        let mut command = match self.wrapper.as_slice() {
+        let shown = self.resolv_conf.as_deref().map(dns::with_resolv_conf);
+        let before = [&*self.wrapper, &*shown.unwrap_or_default()].concat();
+        let mut command = match before.as_slice() {
             [] => Command::new(binary),
             [program, words @ ..] => {
                 let mut wrapped = Command::new(program);

@@ -1,0 +1,637 @@
+//! Names that the mesh does not answer: asked of a real server, and of one that misbehaves.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    reason = "test code: a panic is a failed test"
+)]
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::SocketAddr,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
+
+use hickory_proto::{
+    op::{Edns, Message, OpCode, ResponseCode},
+    rr::{
+        DNSClass, RecordType,
+        rdata::opt::{EdnsCode, EdnsOption},
+    },
+};
+use testkit::{
+    Pod,
+    dns::{self, Asked, Scripted},
+    mesh::Service,
+    stage::{Named, RESOLVER, RESOLVER6, UPSTREAM, UPSTREAM6},
+    wait,
+};
+use tokio::time::Instant;
+
+const DNS: u16 = 53;
+
+/// What a proxy of `stage` asks, behaving as the first label of each name says.
+fn scripted(stage: &Named) -> Scripted {
+    let at = SocketAddr::new(UPSTREAM, DNS);
+    Scripted::start(stage.world.node(0).netns(), at, by_first_label).unwrap()
+}
+
+fn by_first_label(asked: &Asked) -> Vec<(Duration, Vec<u8>)> {
+    let (bytes, now) = (&asked.bytes, Duration::ZERO);
+    let message = dns::read(bytes);
+    let label = message.queries[0].name().iter().next().unwrap_or_default();
+    let right = dns::addresses(bytes, 1);
+    let edited = |edit: fn(&mut Vec<u8>)| {
+        let mut wrong = dns::addresses(bytes, 2);
+        edit(&mut wrong);
+        (now, wrong)
+    };
+    match label {
+        b"silent" => Vec::new(),
+        b"slow" => vec![(Duration::from_millis(300), right)],
+        // The identifier of another query, another question, a query, a stub of a header; and then the truth.
+        b"liar" => vec![
+            edited(|wrong| wrong[0] ^= 1),
+            edited(|wrong| wrong[14] ^= 0x02),
+            edited(|wrong| wrong[2] &= 0x7f),
+            edited(|wrong| wrong.truncate(11)),
+            (Duration::from_millis(50), right),
+        ],
+        b"garbage" => vec![(now, vec![0xff; 40]), (now, Vec::new())],
+        b"big" => vec![(now, dns::addresses(bytes, 255))],
+        b"cut" if !asked.tcp => {
+            let cut = |message: &mut Message| message.metadata.truncation = true;
+            vec![(now, dns::answer(bytes, cut))]
+        }
+        b"refused" => {
+            let refuse =
+                |message: &mut Message| message.metadata.response_code = ResponseCode::Refused;
+            vec![(now, dns::answer(bytes, refuse))]
+        }
+        _ => vec![(now, right)],
+    }
+}
+
+fn a(name: &str) -> Vec<u8> {
+    dns::query(name, RecordType::A).to_vec().unwrap()
+}
+
+fn with_edns(name: &str, payload: u16) -> Vec<u8> {
+    let mut message = dns::query(name, RecordType::A);
+    let mut edns = Edns::new();
+    edns.set_max_payload(payload);
+    message.set_edns(edns);
+    message.to_vec().unwrap()
+}
+
+/// A query that `edit` makes of one for `host.up.example`.
+fn odd(edit: impl FnOnce(&mut Message)) -> Vec<u8> {
+    let mut message = dns::query("host.up.example.", RecordType::A);
+    edit(&mut message);
+    message.to_vec().unwrap()
+}
+
+fn edns_with(option: EdnsOption) -> Edns {
+    let mut edns = Edns::new();
+    edns.set_max_payload(1232).set_dnssec_ok(true);
+    edns.options_mut().insert(option);
+    edns
+}
+
+/// Queries of all kinds that are none of the proxy's business.
+fn queries() -> Vec<Vec<u8>> {
+    let kinds = [
+        ("host.up.example.", RecordType::A),
+        ("HOST.up.Example.", RecordType::AAAA),
+        ("host.up.example.", RecordType::TXT),
+        ("mail.up.example.", RecordType::MX),
+        ("_x._tcp.up.example.", RecordType::SRV),
+        ("alias.up.example.", RecordType::A),
+        ("text.up.example.", RecordType::TXT),
+        ("text.up.example.", RecordType::ANY),
+        ("up.example.", RecordType::SOA),
+        ("up.example.", RecordType::NS),
+        ("nobody.up.example.", RecordType::A),
+        ("7.2.0.192.in-addr.arpa.", RecordType::PTR),
+        ("host.up.example.", RecordType::HTTPS),
+        ("host.up.example.", RecordType::Unknown(65400)),
+        ("outside.example.", RecordType::A),
+        ("localhost.", RecordType::A),
+        ("x.onion.", RecordType::A),
+        (".", RecordType::NS),
+    ];
+    let plain = kinds.map(|(name, kind)| dns::query(name, kind).to_vec().unwrap());
+    let cookie = EdnsOption::Unknown(10, vec![7; 8]);
+    let unheard_of = EdnsOption::Unknown(65001, b"whatever".to_vec());
+    let odd = [
+        odd(|query| query.metadata.checking_disabled = true),
+        odd(|query| query.metadata.authentic_data = true),
+        odd(|query| query.metadata.recursion_desired = false),
+        odd(|query| {
+            query.set_edns(edns_with(cookie));
+        }),
+        odd(|query| {
+            query.set_edns(edns_with(unheard_of));
+        }),
+        odd(|query| {
+            query.queries[0].set_query_class(DNSClass::CH);
+        }),
+    ];
+    assert_eq!(EdnsCode::from(10), EdnsCode::Cookie);
+    plain.into_iter().chain(odd).collect()
+}
+
+#[tokio::test]
+async fn what_a_real_server_says_arrives_byte_for_byte() {
+    let stage = Named::new().unwrap();
+    let records = [
+        "host-record=host.up.example,192.0.2.7,2001:db8::7",
+        "cname=alias.up.example,host.up.example",
+        "mx-host=mail.up.example,host.up.example,5",
+        "srv-host=_x._tcp.up.example,host.up.example,99",
+        "txt-record=text.up.example,a text,and another",
+    ];
+    let zone = "up.example";
+    let _upstream = stage
+        .dnsmasq(zone, &records.map(str::to_owned))
+        .await
+        .unwrap();
+    let cluster = stage.start(&stage.mesh()).await.unwrap();
+
+    let queries = queries();
+    let upstream = SocketAddr::new(UPSTREAM, DNS);
+    let (mut authority, mut edns) = (0, 0);
+    for query in &queries {
+        let direct = stage.desk.datagram(upstream, query).await.unwrap();
+        let relayed = stage.web.datagram(RESOLVER, query).await.unwrap();
+        let asked = dns::read(query);
+        assert_eq!(relayed, direct, "{:?}", asked.queries);
+        let answer = dns::read(&direct);
+        authority += answer.authorities.len();
+        edns += usize::from(answer.edns.is_some());
+
+        let one = std::slice::from_ref(query);
+        let direct = stage.desk.pipeline(upstream, one).await.unwrap();
+        let relayed = stage.web.pipeline(RESOLVER, one).await.unwrap();
+        assert_eq!(relayed, direct, "{:?} over TCP", asked.queries);
+    }
+    assert!(
+        authority >= 3 && edns >= 2,
+        "a server without SOA or EDNS proves nothing"
+    );
+
+    let total = queries.len() as f64;
+    for protocol in ["udp", "tcp"] {
+        let labels = [
+            ("request_protocol", protocol),
+            ("source_canonical_service", "web-app"),
+        ];
+        let metrics = cluster.proxy(0).metrics().await.unwrap();
+        for family in [
+            "requests_total",
+            "upstream_requests_total",
+            "upstream_request_duration_seconds_count",
+        ] {
+            let name = format!("istio_dns_{family}");
+            assert_eq!(metrics.sum(&name, &labels), total, "{name} {protocol}");
+        }
+        assert_eq!(
+            metrics.sum("istio_dns_upstream_failures_total", &labels),
+            0.0
+        );
+    }
+    let of = |kind| async move {
+        let labels = [("request_query_type", kind), ("request_protocol", "udp")];
+        let metrics = cluster.proxy(0).metrics().await.unwrap();
+        metrics.sum("istio_dns_requests_total", &labels)
+    };
+    assert_eq!(of("srv").await, 1.0);
+}
+
+#[tokio::test]
+async fn queries_and_answers_keep_every_byte_but_the_identifier_of_the_query() {
+    let stage = Named::new().unwrap();
+    let mut tail: Vec<u8> = (0..=255).collect();
+    tail.extend_from_slice(b"nothing that any parser of DNS would like");
+    let strange = tail.clone();
+    let at = SocketAddr::new(UPSTREAM, DNS);
+    let upstream = Scripted::start(stage.world.node(0).netns(), at, move |asked| {
+        let mut answer = dns::answer(&asked.bytes, |message| {
+            message.edns = None;
+            message.metadata.authentic_data = true;
+        });
+        // Claims records that it does not have.
+        answer[6..12].copy_from_slice(&[9; 6]);
+        answer.extend_from_slice(&strange);
+        vec![(Duration::ZERO, answer)]
+    })
+    .unwrap();
+    let _cluster = stage.start(&stage.mesh()).await.unwrap();
+    for query in queries() {
+        let answer = stage.web.datagram(RESOLVER, &query).await.unwrap();
+        let asked = upstream.asked().pop().unwrap().bytes;
+        assert_eq!(asked[2..], query[2..], "the query as it came");
+        assert_eq!(
+            answer[..2],
+            query[..2],
+            "the identifier that was asked under"
+        );
+        assert!(answer.ends_with(&tail), "{:?}", dns::read(&query).queries);
+    }
+    let identifiers: BTreeSet<_> = upstream
+        .asked()
+        .iter()
+        .map(|asked| asked.bytes[..2].to_vec())
+        .collect();
+    assert!(
+        identifiers.len() > 15,
+        "identifiers are drawn: {identifiers:?}"
+    );
+    let ports: BTreeSet<_> = upstream
+        .asked()
+        .iter()
+        .map(|asked| asked.from.port())
+        .collect();
+    assert!(ports.len() > 10, "so are ports: {ports:?}");
+    let from = upstream.asked().pop().unwrap().from;
+    assert_eq!(from.ip(), stage.web.ip4(), "asked from inside the pod");
+}
+
+#[tokio::test]
+async fn answers_are_cut_to_what_the_client_takes() {
+    let stage = Named::new().unwrap();
+    let _upstream = scripted(&stage);
+    let mut mesh = stage.mesh();
+    mesh.services.push(Service {
+        name: "crowd".to_owned(),
+        namespace: "shop".to_owned(),
+        hostname: "big.shop.svc.cluster.local".to_owned(),
+        vips: (0..=255).map(|last| format!("/10.97.0.{last}")).collect(),
+        ports: BTreeMap::from([(80, 80)]),
+        ..Service::default()
+    });
+    let _cluster = stage.start(&mesh).await.unwrap();
+    // One of the mesh, one of the upstream, which sends 4 KB no matter what it is asked.
+    for (name, count) in [("big.shop.svc.", 256), ("big.up.example.", 255)] {
+        for (query, room) in [
+            (a(name), 512),
+            (with_edns(name, 1232), 1232),
+            (with_edns(name, 100), 512),
+        ] {
+            let answer = stage.web.datagram(RESOLVER, &query).await.unwrap();
+            assert!(answer.len() <= room, "{name} {room}: {}", answer.len());
+            assert!(dns::read(&answer).metadata.truncation, "{name} {room}");
+        }
+        let wide = with_edns(name, 8192);
+        let answer = dns::read(&stage.web.datagram(RESOLVER, &wide).await.unwrap());
+        assert!(!answer.metadata.truncation, "{name}");
+        assert_eq!(answer.answers.len(), count, "{name}");
+        // dig asks again over TCP of its own accord.
+        let at = format!("@{}", RESOLVER.ip());
+        let dug = stage
+            .web
+            .dig(&[&at, "+bufsize=1232", name, "A"])
+            .await
+            .unwrap();
+        assert_eq!(dug.data("A").len(), count, "{name}");
+        assert!(dug.server.ends_with("(TCP)") && !dug.has("tc"), "{dug:?}");
+    }
+    let cut = dns::read(
+        &stage
+            .web
+            .datagram(RESOLVER, &a("cut.up.example."))
+            .await
+            .unwrap(),
+    );
+    assert!(cut.metadata.truncation, "as the upstream says");
+}
+
+#[tokio::test]
+async fn queries_of_one_connection_do_not_wait_for_each_other() {
+    let stage = Named::new().unwrap();
+    let _upstream = scripted(&stage);
+    let mut mesh = stage.mesh();
+    mesh.service("cart", [10, 96, 7, 1].into(), &[(80, 80)], &[]);
+    let _cluster = stage.start(&mesh).await.unwrap();
+    let names = [
+        "slow.up.example.",
+        "fast.up.example.",
+        "cart.",
+        "cart.shop.",
+    ];
+    let mut queries: Vec<_> = names.map(a).into();
+    queries.extend((0..40).map(|index| a(&format!("n{index}.up.example."))));
+    let answers = stage.web.pipeline(RESOLVER, &queries).await.unwrap();
+    let id = |message: &Vec<u8>| [message[0], message[1]];
+    let asked: BTreeSet<_> = queries.iter().map(id).collect();
+    assert_eq!(answers.iter().map(id).collect::<BTreeSet<_>>(), asked);
+    for answer in &answers {
+        assert_eq!(dns::read(answer).answers.len(), 1);
+    }
+    let slow = answers
+        .iter()
+        .position(|answer| id(answer) == id(&queries[0]));
+    assert!(slow.unwrap() > 4, "the slow one came as number {slow:?}");
+}
+
+#[tokio::test]
+async fn connections_that_together_ask_more_than_a_pod_may_are_served_in_turn() {
+    const AT_A_TIME: usize = 256;
+    let stage = Named::new().unwrap();
+    let (patience, at) = (Duration::from_secs(3), SocketAddr::new(UPSTREAM, DNS));
+    let netns = stage.world.node(0).netns();
+    let upstream = Scripted::start(netns, at, move |asked| {
+        vec![(patience, dns::addresses(&asked.bytes, 1))]
+    })
+    .unwrap();
+    let _cluster = stage.start(&stage.mesh()).await.unwrap();
+    let mut streams = Vec::new();
+    for _ in 0..40 {
+        streams.push(stage.web.connect(RESOLVER).await.unwrap());
+    }
+    // All connections come to hold some of the room before any of them needs more.
+    let query = a("one.up.example.");
+    for round in 1..=10 {
+        for stream in &mut streams {
+            dns::send(stream, &query).await.unwrap();
+        }
+        let expected = AT_A_TIME.min(40 * round);
+        let asked = async || (upstream.asked().len() >= expected).then_some(());
+        wait::until(wait::SOON, &format!("{expected} queries"), asked).await;
+    }
+    for stream in &mut streams {
+        for _ in 1..=10 {
+            let answer = wait::soon("an answer", dns::receive(stream)).await.unwrap();
+            assert_eq!(dns::read(&answer).answers.len(), 1);
+        }
+    }
+}
+
+#[tokio::test]
+async fn lies_are_passed_over_and_garbage_is_no_answer() {
+    let stage = Named::new().unwrap();
+    stage
+        .upstreams(&format!(
+            "nameserver {UPSTREAM}\noptions timeout:1 attempts:1\n"
+        ))
+        .unwrap();
+    let _upstream = scripted(&stage);
+    let cluster = stage.start(&stage.mesh()).await.unwrap();
+    let ask = async |name: &str| dns::read(&stage.web.datagram(RESOLVER, &a(name)).await.unwrap());
+
+    let truth = ask("liar.up.example.").await;
+    assert_eq!(truth.answers.len(), 1, "{truth:?}");
+    let refused = ask("refused.up.example.").await;
+    assert_eq!(refused.metadata.response_code, ResponseCode::Refused);
+    for name in ["garbage.up.example.", "silent.up.example."] {
+        let began = Instant::now();
+        let failed = ask(name).await;
+        assert_eq!(
+            failed.metadata.response_code,
+            ResponseCode::ServFail,
+            "{name}"
+        );
+        assert!(began.elapsed() >= Duration::from_millis(990), "{name}");
+    }
+    let proxy = cluster.proxy(0);
+    let metrics = proxy.metrics().await.unwrap();
+    let sum = |name, labels| metrics.sum(name, labels);
+    assert_eq!(sum("istio_dns_upstream_failures_total", &[]), 2.0);
+    assert_eq!(
+        sum("istio_dns_unanswered_total", &[("reason", "timeout")]),
+        2.0
+    );
+    assert_eq!(
+        sum("istio_dns_upstream_request_duration_seconds_count", &[]),
+        4.0
+    );
+    assert_eq!(
+        sum(
+            "istio_dns_upstream_request_duration_seconds_bucket",
+            &[("le", "0.1")]
+        ),
+        2.0
+    );
+
+    let silent = |line: &testkit::Line| line.field("domain") == "silent.up.example.";
+    let line = proxy.log().wait("the failure", silent).await;
+    assert!(
+        line.field("result").starts_with("forwarding failed ("),
+        "{line:?}"
+    );
+}
+
+#[tokio::test]
+async fn a_server_that_is_down_or_silent_is_stood_in_for_by_the_next() {
+    let stage = Named::new().unwrap();
+    let netns = stage.world.node(0).netns();
+    let mute = Scripted::start(netns, "10.20.0.1:53".parse().unwrap(), |_| Vec::new()).unwrap();
+    let at6 = SocketAddr::new(UPSTREAM6, DNS);
+    let _alive = Scripted::start(netns, at6, by_first_label).unwrap();
+    // Nobody listens at the second, nobody is at the third.
+    let servers = [
+        UPSTREAM.to_string(),
+        "172.31.0.1".into(),
+        "10.20.0.99".into(),
+        UPSTREAM6.to_string(),
+    ];
+    let listed = servers
+        .map(|server| format!("nameserver {server}\n"))
+        .concat();
+    stage
+        .upstreams(&format!("{listed}options timeout:2 attempts:5\n"))
+        .unwrap();
+    let _cluster = stage.start(&stage.mesh()).await.unwrap();
+
+    let answer = stage
+        .web
+        .datagram(RESOLVER, &a("one.up.example."))
+        .await
+        .unwrap();
+    assert_eq!(dns::read(&answer).answers.len(), 1);
+    assert_eq!(mute.asked().len(), 1, "in the order of the file");
+    for name in ["two.up.example.", "three.up.example."] {
+        let began = Instant::now();
+        stage.web.datagram(RESOLVER, &a(name)).await.unwrap();
+        assert!(
+            began.elapsed() < Duration::from_secs(1),
+            "who helped is asked first"
+        );
+    }
+    assert_eq!(mute.asked().len(), 1);
+}
+
+#[tokio::test]
+async fn a_changed_resolv_conf_counts_for_the_next_query() {
+    let stage = Named::new().unwrap();
+    let _upstream = scripted(&stage);
+    stage.upstreams("# nothing yet\n").unwrap();
+    let cluster = stage.start(&stage.mesh()).await.unwrap();
+    let ask = async || {
+        let answer = stage.web.datagram(RESOLVER, &a("one.up.example.")).await;
+        dns::read(&answer.unwrap()).metadata.response_code
+    };
+    assert_eq!(ask().await, ResponseCode::ServFail, "nobody to ask");
+    let labels = [("reason", "no_server")];
+    let metrics = cluster.proxy(0).metrics().await.unwrap();
+    assert_eq!(metrics.sum("istio_dns_unanswered_total", &labels), 1.0);
+    stage
+        .upstreams(&format!("nameserver {UPSTREAM}\n"))
+        .unwrap();
+    let answered = async || (ask().await == ResponseCode::NoError).then_some(());
+    wait::until(wait::SOON, "the new server is asked", answered).await;
+}
+
+#[tokio::test]
+async fn what_is_no_query_is_refused_and_what_is_no_message_is_dropped() {
+    let stage = Named::new().unwrap();
+    let upstream = scripted(&stage);
+    let cluster = stage.start(&stage.mesh()).await.unwrap();
+    for (query, code) in [
+        (
+            odd(|query| query.metadata.op_code = OpCode::Notify),
+            ResponseCode::NotImp,
+        ),
+        (odd(|query| query.queries.clear()), ResponseCode::FormErr),
+    ] {
+        let answer = dns::read(&stage.web.datagram(RESOLVER, &query).await.unwrap());
+        assert_eq!(answer.metadata.response_code, code);
+    }
+    let socket = stage.web.udp("0.0.0.0:0".parse().unwrap()).unwrap();
+    for nonsense in [&b""[..], b"x", &[0xff; 600], &[0; 12], &a("a.b.")[..14]] {
+        socket.send_to(nonsense, RESOLVER).await.unwrap();
+    }
+    let labels = [("request_query_type", "unknown")];
+    let proxy = cluster.proxy(0);
+    proxy
+        .metric("istio_dns_requests_total", &labels, |now| now >= 4.0)
+        .await;
+    assert!(
+        stage
+            .web
+            .datagram(RESOLVER, &a("still.there."))
+            .await
+            .is_ok()
+    );
+    assert_eq!(
+        upstream.asked().len(),
+        1,
+        "only the last was anybody's business"
+    );
+}
+
+#[tokio::test]
+async fn queries_leave_the_pod_with_the_mark_and_in_a_zone_of_their_own() {
+    let stage = Named::new().unwrap();
+    let _upstream = stage.dnsmasq("up.example", &[]).await.unwrap();
+    let _cluster = stage.start(&stage.mesh()).await.unwrap();
+    let web = stage.web.netns();
+    web.command("nft", &["-f", "-"], COUNTERS).unwrap();
+    for (resolver, option) in [
+        (RESOLVER, "+notcp"),
+        (RESOLVER6, "+notcp"),
+        (RESOLVER, "+tcp"),
+    ] {
+        let at = format!("@{}", resolver.ip());
+        let dug = stage
+            .web
+            .dig(&[&at, option, "up.example", "NS"])
+            .await
+            .unwrap();
+        assert_eq!(dug.status, "NOERROR");
+    }
+    let packets = |counter: &str| {
+        let listed = web.command("nft", &["list", "counter", "inet", "probe", counter], "");
+        let listed = listed.unwrap();
+        let words: Vec<_> = listed.split_whitespace().map(str::to_owned).collect();
+        let at = words.iter().position(|word| word == "packets").unwrap();
+        words[at + 1].parse::<u32>().unwrap()
+    };
+    assert_eq!(packets("asked"), 2, "UDP queries with mark and zone");
+    assert_eq!(packets("answered"), 2, "UDP answers in the same zone");
+    assert!(packets("connected") > 2, "TCP with the mark");
+    assert_eq!(packets("astray"), 0, "port 53 without the mark");
+}
+
+const COUNTERS: &str = r#"table inet probe {
+  counter asked {}
+  counter answered {}
+  counter connected {}
+  counter astray {}
+  chain out {
+    type filter hook postrouting priority 200; policy accept;
+    oifname != "eth0" accept
+    udp dport 53 meta mark & 0xfff == 0x539 ct zone 1 counter name asked accept
+    tcp dport 53 meta mark & 0xfff == 0x539 counter name connected accept
+    meta l4proto { tcp, udp } th dport 53 counter name astray
+  }
+  chain in {
+    type filter hook input priority 200; policy accept;
+    iifname "eth0" udp sport 53 ct zone 1 counter name answered
+  }
+}
+"#;
+
+/// Sends the same datagram from a pod again and again, until dropped.
+struct Flood {
+    stop: Arc<AtomicBool>,
+    thread: Option<std::thread::JoinHandle<()>>,
+}
+
+impl Flood {
+    fn start(pod: &Pod, query: Vec<u8>) -> Self {
+        let open = || std::net::UdpSocket::bind("0.0.0.0:0");
+        let socket = pod.netns().run(open).unwrap();
+        socket.connect(RESOLVER).unwrap();
+        let stop = Arc::new(AtomicBool::new(false));
+        let told = Arc::clone(&stop);
+        let thread = std::thread::spawn(move || {
+            while !told.load(Ordering::Relaxed) {
+                let _ = socket.send(&query);
+            }
+        });
+        Self {
+            stop,
+            thread: Some(thread),
+        }
+    }
+}
+
+impl Drop for Flood {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+        let _ = self.thread.take().map(std::thread::JoinHandle::join);
+    }
+}
+
+#[tokio::test]
+async fn a_flood_from_one_pod_leaves_the_queries_of_others_served() {
+    let stage = Named::new().unwrap();
+    let _upstream = scripted(&stage);
+    let mut mesh = stage.mesh();
+    mesh.service("cart", [10, 96, 7, 1].into(), &[(80, 80)], &[]);
+    let one_thread = stage
+        .options()
+        .env("ZTUNNEL_WORKER_THREADS", "1")
+        .env("RUST_LOG", "info");
+    let cluster = stage.start_with(&mesh, &one_thread).await.unwrap();
+    let floods = ["silent.up.example.", "cart."].map(|name| Flood::start(&stage.web, a(name)));
+    let proxy = cluster.proxy(0);
+    let dropped = [("reason", "too_many")];
+    proxy
+        .metric("istio_dns_unanswered_total", &dropped, |now| now > 1000.0)
+        .await;
+    for round in 0..20 {
+        for name in ["cart.", "one.up.example."] {
+            let answer = stage.shopper.datagram(RESOLVER, &a(name)).await;
+            let answer = answer.unwrap_or_else(|error| panic!("round {round}, {name}: {error}"));
+            assert_eq!(dns::read(&answer).answers.len(), 1, "{name}");
+        }
+    }
+    drop(floods);
+}
