@@ -6,7 +6,7 @@ use cert_agent::{Agent, AgentOptions, CsrSource, InProcessCa, SpiffeId, Svid};
 use culvert::{
     config,
     relay::{Buffers, Count, pump},
-    tunnel::{Credentials, Dial, Incoming, Key, Pool, Request, accept, serve},
+    tunnel::{Credentials, Cut, Dial, Incoming, Key, Pool, Request, accept, serve},
 };
 use futures_util::future::BoxFuture;
 use http::HeaderValue;
@@ -148,7 +148,14 @@ async fn serve_all(listener: TcpListener, svid: Arc<Svid>, to: SocketAddr, buffe
                 .unwrap();
             let config = config::Tunnel::default();
             let handler = |incoming: Incoming| deliver(incoming, to, buffers.clone());
-            let _ = serve(tls, &config, CancellationToken::new(), handler).await;
+            let _ = serve(
+                tls,
+                &config,
+                CancellationToken::new(),
+                Cut::never(),
+                handler,
+            )
+            .await;
         });
     }
 }
@@ -190,6 +197,7 @@ impl Dial for Loopback {
             Ok(Credentials {
                 config: self.0.client_config(&key.expected),
                 not_after: self.0.not_after(),
+                tracker: None,
             })
         })
     }

@@ -16,7 +16,9 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
-use crate::{Clock, SanRule, Source, SpiffeId, Svid, TlsOptions, TrustBundle, svid::TlsContext};
+use crate::{
+    Clock, Revocations, SanRule, Source, SpiffeId, Svid, TlsOptions, TrustBundle, svid::TlsContext,
+};
 use entry::Entry;
 use metrics::Metrics;
 use snapshot::IdentityStatus;
@@ -35,6 +37,8 @@ pub struct AgentOptions {
     pub tls: TlsOptions,
     /// Roots that peers may have besides those that came with a certificate.
     pub trust: TrustBundle,
+    /// Which peers count no longer.
+    pub revocations: Revocations,
     /// Which name a certificate must carry.
     pub san_rule: SanRule,
     /// How long a connection waits for a certificate. Default 10 s.
@@ -59,6 +63,7 @@ impl Default for AgentOptions {
         Self {
             tls: TlsOptions::default(),
             trust: TrustBundle::default(),
+            revocations: Revocations::off(),
             san_rule: SanRule::Requested,
             wait: Duration::from_secs(10),
             fetch_deadline: Duration::from_secs(90),
@@ -87,7 +92,8 @@ impl Agent {
         Self(Arc::new(Inner {
             source,
             context: TlsContext::new(options.tls.clone(), options.san_rule)
-                .trusting(options.trust.clone()),
+                .trusting(options.trust.clone())
+                .checking(options.revocations.clone()),
             options,
             entries: RwLock::default(),
             metrics: Metrics::new(),
@@ -99,6 +105,12 @@ impl Agent {
     #[must_use]
     pub fn trust(&self) -> &TrustBundle {
         &self.0.options.trust
+    }
+
+    /// Which peers count no longer.
+    #[must_use]
+    pub fn revocations(&self) -> &Revocations {
+        &self.0.options.revocations
     }
 
     /// Exports what the agent does and holds through `registry`, under `istio_certificate_`.

@@ -94,3 +94,6 @@ pub(crate) fn to_tls(error: webpki::Error) -> Error {
 
 /// Beyond the leaf. A path may have six.
 const MAX_INTERMEDIATES: usize = 12;
+
+#[cfg(test)]
+mod tests;

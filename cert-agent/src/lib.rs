@@ -39,6 +39,7 @@ mod bundle;
 mod chain;
 mod check;
 mod clock;
+mod crl;
 mod error_text;
 mod file;
 mod id;
@@ -61,6 +62,7 @@ pub use agent::{
 pub use bundle::{BundleError, RootSourceStatus, TrustBundle};
 pub use check::{Rejection, SanRule};
 pub use clock::Clock;
+pub use crl::{CrlError, RevocationStatus, Revocations, SideCounts, Standing, Tracked, Tracker};
 pub use id::{SpiffeId, SpiffeIdError};
 pub use in_process::{InProcessCa, InProcessCaError, RootPair};
 pub use key::{CsrError, PrivateKey};

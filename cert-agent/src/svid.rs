@@ -12,9 +12,10 @@ use parking_lot::{Mutex, MutexGuard};
 use rustls::{ClientConfig, ServerConfig, pki_types::CertificateDer, sign::CertifiedKey};
 
 use crate::{
-    KeyedChain, SpiffeId,
+    KeyedChain, SpiffeId, Tracker,
     anchors::Roots,
     bundle::IdentityTrust,
+    chain::Side,
     check::{Accepted, Rejection, check_chain},
 };
 use configs::Configs;
@@ -131,6 +132,19 @@ impl Svid {
     #[must_use]
     pub fn client_config(&self, expected: &Arc<[SpiffeId]>) -> Arc<ClientConfig> {
         self.tls().client(expected)
+    }
+
+    /// Has the client that a handshake with [`server_config`](Self::server_config) has verified checked again whenever
+    /// revocation lists change; `None` if revocation is off.
+    #[must_use]
+    pub fn client_tracker(&self) -> Option<Tracker> {
+        self.tls().tracker(Side::Server)
+    }
+
+    /// The same for the server that a handshake with [`client_config`](Self::client_config) has verified.
+    #[must_use]
+    pub fn server_tracker(&self) -> Option<Tracker> {
+        self.tls().tracker(Side::Client)
     }
 
     /// The configurations for the trust anchors of this moment.

@@ -8,8 +8,9 @@ use std::{
 };
 
 use rcgen::{
-    BasicConstraints, CertificateParams, CertifiedIssuer, DistinguishedName, DnType,
-    ExtendedKeyUsagePurpose, IsCa, KeyPair, SanType,
+    BasicConstraints, CertificateParams, CertificateRevocationListParams, CertifiedIssuer,
+    DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose,
+    RevokedCertParams, SanType, SerialNumber,
 };
 use rustls::{
     ClientConfig, ServerConfig,
@@ -26,6 +27,7 @@ pub(crate) fn id(text: &str) -> SpiffeId {
 
 /// A root, possibly with an intermediate below it that issues.
 pub(crate) struct Authority {
+    name: String,
     root: CertifiedIssuer<'static, KeyPair>,
     intermediate: Option<CertifiedIssuer<'static, KeyPair>>,
 }
@@ -35,14 +37,22 @@ impl Authority {
         let root =
             CertifiedIssuer::self_signed(ca_params(name), KeyPair::generate().unwrap()).unwrap();
         Self {
+            name: name.to_owned(),
             root,
             intermediate: None,
         }
     }
 
-    pub(crate) fn with_intermediate(mut self) -> Self {
+    pub(crate) fn with_intermediate(self) -> Self {
+        self.with_intermediate_for(&[KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign])
+    }
+
+    /// With an intermediate that may be used for this.
+    pub(crate) fn with_intermediate_for(mut self, usages: &[KeyUsagePurpose]) -> Self {
         let key = KeyPair::generate().unwrap();
-        let issuer = CertifiedIssuer::signed_by(ca_params("intermediate"), key, &self.root);
+        let mut params = ca_params(INTERMEDIATE);
+        params.key_usages = usages.to_vec();
+        let issuer = CertifiedIssuer::signed_by(params, key, &self.root);
         self.intermediate = Some(issuer.unwrap());
         self
     }
@@ -86,10 +96,66 @@ impl Authority {
         )
     }
 
+    /// A revocation list of whoever issues leaves here.
+    pub(crate) fn crl(&self, revoked: &[&CertificateDer<'_>]) -> Vec<u8> {
+        self.crl_for(HOUR + HOUR, revoked)
+    }
+
+    /// The same, long out of date.
+    pub(crate) fn stale_crl(&self, revoked: &[&CertificateDer<'_>]) -> Vec<u8> {
+        self.crl_for(HOUR / 2, revoked)
+    }
+
+    /// A revocation list of the root.
+    pub(crate) fn root_crl(&self, revoked: &[&CertificateDer<'_>]) -> Vec<u8> {
+        crl(&self.name, &self.root, HOUR + HOUR, revoked)
+    }
+
+    fn crl_for(&self, life: Duration, revoked: &[&CertificateDer<'_>]) -> Vec<u8> {
+        match &self.intermediate {
+            Some(intermediate) => crl(INTERMEDIATE, intermediate, life, revoked),
+            None => crl(&self.name, &self.root, life, revoked),
+        }
+    }
+
     /// A certificate in use.
     pub(crate) fn svid(&self, id: &str, options: &TlsOptions) -> Svid {
         accept(id, self.issue(id), options)
     }
+}
+
+/// A list that was made an hour ago and is to be replaced after `life`, whether or not its issuer may make lists.
+fn crl(
+    name: &str,
+    issuer: &CertifiedIssuer<'static, KeyPair>,
+    life: Duration,
+    revoked: &[&CertificateDer<'_>],
+) -> Vec<u8> {
+    let key = KeyPair::try_from(issuer.key().serialize_der()).unwrap();
+    let issuer = Issuer::new(ca_params(name), key);
+    let made = SystemTime::now() - HOUR;
+    let params = CertificateRevocationListParams {
+        this_update: made.into(),
+        next_update: (made + life).into(),
+        crl_number: 1_u64.into(),
+        issuing_distribution_point: None,
+        revoked_certs: revoked
+            .iter()
+            .map(|certificate| RevokedCertParams {
+                serial_number: serial(certificate),
+                revocation_time: made.into(),
+                reason_code: None,
+                invalidity_date: None,
+            })
+            .collect(),
+        key_identifier_method: rcgen::KeyIdMethod::Sha256,
+    };
+    params.signed_by(&issuer).unwrap().der().to_vec()
+}
+
+fn serial(certificate: &CertificateDer<'_>) -> SerialNumber {
+    let (_, parsed) = x509_parser::parse_x509_certificate(certificate).unwrap();
+    SerialNumber::from_slice(parsed.raw_serial())
 }
 
 fn ca_params(name: &str) -> CertificateParams {
@@ -97,6 +163,7 @@ fn ca_params(name: &str) -> CertificateParams {
     params.distinguished_name = DistinguishedName::new();
     params.distinguished_name.push(DnType::CommonName, name);
     params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+    params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
     params
 }
 
@@ -144,4 +211,5 @@ pub(crate) fn paused_clock() -> Clock {
     Clock::new(move || wall + mono.elapsed())
 }
 
+const INTERMEDIATE: &str = "intermediate";
 pub(crate) const HOUR: Duration = Duration::from_secs(3600);

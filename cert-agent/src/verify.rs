@@ -11,7 +11,7 @@ use rustls::{
 };
 
 use crate::{
-    SpiffeId,
+    Revocations, SpiffeId,
     anchors::Anchors,
     chain::{self, Chain, Side, Terms},
     check::to_system_time,
@@ -130,11 +130,12 @@ impl<T: fmt::Display> fmt::Display for List<'_, T> {
     }
 }
 
-/// Verifies the peers of one identity: a chain to its trust anchors, then who the peer is. No host name.
+/// Verifies the peers of one identity: a chain to its trust anchors with nothing revoked, then who the peer is. No host name.
 #[derive(Debug)]
 pub(crate) struct PeerVerifier {
     pub(crate) anchors: Arc<Anchors>,
     pub(crate) algorithms: WebPkiSupportedAlgorithms,
+    pub(crate) revocations: Revocations,
     pub(crate) whom: Whom,
 }
 
@@ -167,7 +168,9 @@ impl PeerVerifier {
             side: self.whom.side(),
             now,
         };
-        chain.verify(&terms, None).map_err(chain::to_tls)?;
+        self.revocations
+            .verify(chain, &terms)
+            .map_err(chain::to_tls)?;
         self.whom
             .admits(identities(leaf))
             .map_err(|error| Error::Other(OtherError(Arc::new(error))))

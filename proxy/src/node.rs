@@ -10,6 +10,7 @@ mod launch;
 mod mesh_metrics;
 mod openbao;
 mod parts;
+mod revocation;
 mod source;
 mod target;
 mod tasks;
@@ -79,6 +80,7 @@ async fn serve(config: &Config, log: &LogGuard, data: &Handle) -> Result<(), Sta
     let shared = Arc::new(parts::shared(config, agent, &mut registry));
     start.certificates(&shared, openbao);
     start.trust(&shared, &mut registry);
+    start.revocations(&shared, &mut registry);
     start.trimming(&shared);
     let known = start.mesh(&shared, &mut registry).await?;
     let names = parts::names(config, &shared.mesh, &mut registry);
@@ -151,8 +153,14 @@ impl<'a> Start<'a> {
         self.here(CERTIFICATES, async move { agent.run(stop).await });
         if let Some(authority) = openbao {
             let (trust, stop) = (shared.agent.trust().clone(), self.background.clone());
+            let revocations = shared.agent.revocations().clone();
             self.here(OPENBAO, async move {
-                let following = trust.follow(trust::OPENBAO, authority.roots());
+                let following = async {
+                    tokio::join!(
+                        trust.follow(trust::OPENBAO, authority.roots()),
+                        revocations.follow(revocation::OPENBAO, authority.crls()),
+                    )
+                };
                 tokio::join!(
                     authority.run(stop.clone()),
                     stop.run_until_cancelled(following)
@@ -169,6 +177,19 @@ impl<'a> Start<'a> {
             let stop = self.background.clone();
             self.here(TRUST, async move {
                 let following = trust.follow_file(trust::ROOT_FILE, path);
+                stop.run_until_cancelled(following).await;
+            });
+        }
+    }
+
+    /// Follows the revocation lists, if any are wanted.
+    fn revocations(&mut self, shared: &Shared, registry: &mut Registry) {
+        let revocations = shared.agent.revocations().clone();
+        revocation::register(&revocations, registry);
+        if let Some(path) = self.config.control.crl_path.clone() {
+            let stop = self.background.clone();
+            self.here(REVOCATION, async move {
+                let following = revocations.follow_file(revocation::CRL_FILE, path);
                 stop.run_until_cancelled(following).await;
             });
         }
@@ -286,14 +307,7 @@ impl<'a> Start<'a> {
             "stopping: nothing new is accepted, open connections may finish"
         );
         self.stop.accept.cancel();
-        let serving = self.tasks.finished_but(&[
-            CERTIFICATES,
-            CONTROL_PLANE,
-            MESH_FILE,
-            OPENBAO,
-            TRIMMING,
-            TRUST,
-        ]);
+        let serving = self.tasks.finished_but(&BACKGROUND);
         tokio::select! {
             _ = timeout(deadline + LAST_WORK, serving) => {}
             () = signals.interrupted_again() => {}
@@ -346,8 +360,19 @@ const CERTIFICATES: &str = "certificates";
 const CONTROL_PLANE: &str = "control plane";
 const MESH_FILE: &str = "mesh file";
 const OPENBAO: &str = "OpenBao";
+const REVOCATION: &str = "revocation lists";
 const TRIMMING: &str = "buffers";
 const TRUST: &str = "trust anchors";
+/// What flows need until the last of them has ended.
+const BACKGROUND: [&str; 7] = [
+    CERTIFICATES,
+    CONTROL_PLANE,
+    MESH_FILE,
+    OPENBAO,
+    REVOCATION,
+    TRIMMING,
+    TRUST,
+];
 /// How often unused buffers are let go.
 const TRIM_INTERVAL: Duration = Duration::from_secs(5);
 /// What may still run when everything was told to end.

@@ -7,6 +7,7 @@
 
 mod age;
 pub mod client;
+mod cut;
 mod error;
 pub mod headers;
 mod io;
@@ -25,8 +26,9 @@ mod window;
 pub use self::{
     age::Retirement,
     client::{Answer, Request},
+    cut::Cut,
     error::{ConnectError, OpenError, ServeError},
-    pool::{Credentials, Dial, Key, Pool},
+    pool::{Credentials, Dial, Fate, Key, Pool},
     server::{Connect, Incoming, Responder, serve},
     stream::{Buffered, Stream},
     tls::{AcceptError, RecordError, Tls, accept},

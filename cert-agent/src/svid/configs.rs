@@ -12,8 +12,9 @@ use rustls::{
 };
 
 use crate::{
-    SanRule, SpiffeId, TlsOptions, TrustBundle,
+    Revocations, SanRule, SpiffeId, TlsOptions, Tracker, TrustBundle,
     anchors::Anchors,
+    chain::Side,
     verify::{PeerVerifier, Whom},
 };
 
@@ -24,6 +25,7 @@ pub(crate) struct TlsContext {
     pub(crate) provider: Arc<CryptoProvider>,
     pub(crate) san_rule: SanRule,
     pub(crate) trust: TrustBundle,
+    pub(crate) revocations: Revocations,
 }
 
 impl TlsContext {
@@ -33,6 +35,7 @@ impl TlsContext {
             options,
             san_rule,
             trust: TrustBundle::default(),
+            revocations: Revocations::off(),
         }
     }
 
@@ -40,10 +43,18 @@ impl TlsContext {
         Self { trust, ..self }
     }
 
+    pub(crate) fn checking(self, revocations: Revocations) -> Self {
+        Self {
+            revocations,
+            ..self
+        }
+    }
+
     fn verifier(&self, anchors: &Arc<Anchors>, whom: Whom) -> Arc<PeerVerifier> {
         Arc::new(PeerVerifier {
             anchors: Arc::clone(anchors),
             algorithms: self.provider.signature_verification_algorithms,
+            revocations: self.revocations.clone(),
             whom,
         })
     }
@@ -135,6 +146,16 @@ impl Configs {
             .dangerous()
             .set_certificate_verifier(self.context.verifier(&self.anchors, whom));
         config
+    }
+
+    pub(super) fn tracker(&self, side: Side) -> Option<Tracker> {
+        let revocations = &self.context.revocations;
+        revocations.is_armed().then(|| Tracker {
+            revocations: revocations.clone(),
+            anchors: Arc::clone(&self.anchors),
+            algorithms: self.context.provider.signature_verification_algorithms,
+            side,
+        })
     }
 
     #[cfg(test)]

@@ -66,6 +66,7 @@ fn foreign_client(svid: &Svid, provider: CryptoProvider, tls12: bool) -> Arc<Cli
         .with_custom_certificate_verifier(Arc::new(PeerVerifier {
             anchors: svid.trust.anchors(),
             algorithms: aws_lc_rs::default_provider().signature_verification_algorithms,
+            revocations: crate::Revocations::off(),
             whom: Whom::Servers(set(&[DB])),
         }))
         .with_client_cert_resolver(Arc::new(SingleCertAndKey::from(Arc::clone(

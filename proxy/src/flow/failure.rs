@@ -22,6 +22,9 @@ pub(super) enum Failure {
     /// A policy change forbids what was allowed when the flow began.
     #[error("connection closed due to policy change")]
     Revoked,
+    /// The certificate of the tunnel's peer was revoked while the flow ran.
+    #[error("connection closed: peer certificate revoked by CRL")]
+    PeerRevoked,
     /// The application, or a destination outside the mesh, could not be reached.
     #[error("connection failed")]
     Unreachable(#[source] listen::ConnectError),
@@ -64,6 +67,7 @@ impl Failure {
             Self::Tunnel(error) => error.is_of_destination(),
             Self::Denied(_)
             | Self::Revoked
+            | Self::PeerRevoked
             | Self::Header(_)
             | Self::Answer(_)
             | Self::Abandoned
@@ -82,6 +86,7 @@ impl Failure {
             | Self::Relay(_)
             | Self::Uncarried(_)
             | Self::Abandoned => ResponseFlag::Connect,
+            Self::PeerRevoked => ResponseFlag::CertRevoked,
             Self::NoIdentity => ResponseFlag::IdentityError,
             Self::Answer(_) => ResponseFlag::H2HandshakeFailure,
             Self::Tunnel(error) => error.flag(),
@@ -98,6 +103,7 @@ impl Failure {
             | Self::Answer(_)
             | Self::Abandoned
             | Self::NoIdentity
+            | Self::PeerRevoked
             | Self::Uncarried(_)
             | Self::Relay(_) => StatusCode::SERVICE_UNAVAILABLE,
         }

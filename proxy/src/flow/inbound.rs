@@ -3,11 +3,14 @@
 use std::{
     error::Error,
     net::{IpAddr, SocketAddr},
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
-use cert_agent::{SpiffeId, SvidError, peer_id};
+use cert_agent::{SpiffeId, SvidError, Tracker, peer_id};
 use http::StatusCode;
 use tokio::{
     net::{TcpListener, TcpStream},
@@ -31,7 +34,7 @@ use crate::{
         self, Authority, AuthorityError, ClientAddress, InboundQuery, InboundRefusal, InboundRoute,
     },
     telemetry::{self, Access, Labels, Party, Reporter, Route, Security},
-    tunnel::{self, AcceptError, Incoming, Responder, Retirement, ServeError, Stream, Tls},
+    tunnel::{self, AcceptError, Cut, Incoming, Responder, Retirement, ServeError, Stream, Tls},
 };
 
 /// Serves the HBONE listener of `pod`.
@@ -61,19 +64,25 @@ async fn connection(
         shaken = Box::pin(shake(&pod, socket, peer, here)) => shaken,
     };
     drop(slot);
-    let (tls, caller, age) = match shaken {
+    let (tls, caller, (age, tracker)) = match shaken {
         Ok(shaken) => shaken,
         Err(refused) => return telemetry::reject(Reporter::Destination, peer, here, &refused),
     };
     let (caller, settings) = (Arc::new(caller), Arc::clone(&pod.settings().tunnel));
+    let cut = {
+        let caller = Arc::clone(&caller);
+        let first = move || caller.cut.store(true, Ordering::Release);
+        Cut::new(tracker, tls.peer_certificates(), first)
+    };
     let handler = move |incoming| stream(Arc::clone(&pod), Arc::clone(&caller), incoming);
     let retire = draining.child_token();
-    let serving = Box::pin(tunnel::serve(tls, &settings, retire.clone(), handler));
+    let serving = Box::pin(tunnel::serve(tls, &settings, retire.clone(), cut, handler));
     match age.retire(&retire, serving).await {
         Ok(()) => {}
         Err(error @ ServeError::PrefaceTimeout(_)) => {
             telemetry::reject(Reporter::Destination, peer, here, &error);
         }
+        Err(error @ ServeError::Cut) => tracing::info!(%peer, "{error}"),
         Err(error) => {
             tracing::debug!(%peer, error = &error as &dyn Error, "HBONE connection ended");
         }
@@ -86,6 +95,14 @@ struct Caller {
     peer: SocketAddr,
     here: SocketAddr,
     identity: SpiffeId,
+    /// Whether the connection was cut because the peer's certificate is revoked.
+    cut: AtomicBool,
+}
+
+impl Caller {
+    fn is_cut(&self) -> bool {
+        self.cut.load(Ordering::Acquire)
+    }
 }
 
 /// Why a TLS connection did not come to be.
@@ -114,7 +131,7 @@ async fn shake(
     socket: TcpStream,
     peer: SocketAddr,
     here: Option<SocketAddr>,
-) -> Result<(Tls<TcpStream>, Caller, Retirement), Refused> {
+) -> Result<(Tls<TcpStream>, Caller, (Retirement, Option<Tracker>)), Refused> {
     let here = here.ok_or(Refused::NoAddress)?;
     let settings = &pod.settings().tunnel;
     let limit = settings.handshake_timeout;
@@ -139,8 +156,9 @@ async fn shake(
             peer,
             here,
             identity,
+            cut: AtomicBool::new(false),
         },
-        age,
+        (age, svid.client_tracker()),
     ))
 }
 
@@ -162,7 +180,7 @@ async fn stream(pod: Arc<Pod>, caller: Arc<Caller>, incoming: Incoming) {
         &pod.shared().buffers,
     );
     let end = Guarded::new(&told.entry, pump).await;
-    told.close(end);
+    told.close(report::unless_cut(caller.is_cut(), end));
 }
 
 struct Opened {

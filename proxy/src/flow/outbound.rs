@@ -37,8 +37,10 @@ pub(super) async fn carry(pod: Arc<Pod>, downstream: TcpStream, peer: SocketAddr
         Upstream::Socket(stream) => {
             Guarded::new(&told.entry, relay::pump(downstream, stream, meter, buffers)).await
         }
-        Upstream::Tunnel(stream) => {
-            Guarded::new(&told.entry, relay::pump(downstream, stream, meter, buffers)).await
+        Upstream::Tunnel(stream, fate) => {
+            let pump = relay::pump(downstream, stream, meter, buffers);
+            let end = Guarded::new(&told.entry, pump).await;
+            report::unless_cut(fate.is_cut(), end)
         }
     };
     told.close(end);
@@ -51,7 +53,7 @@ struct Opened {
 
 enum Upstream {
     Socket(TcpStream),
-    Tunnel(tunnel::Stream),
+    Tunnel(tunnel::Stream, tunnel::Fate),
 }
 
 /// A decision that can be carried, with what the reports tell of it.
@@ -135,7 +137,9 @@ async fn attempt(
                 .await
                 .map(|up| Upstream::Socket(up.stream))
                 .map_err(Failure::Unreachable),
-            Some(hop) => tunnel_to(pod, plan, hop, peer).await.map(Upstream::Tunnel),
+            Some(hop) => tunnel_to(pod, plan, hop, peer)
+                .await
+                .map(|answer| Upstream::Tunnel(answer.stream, answer.fate)),
         }
     };
     tokio::pin!(reaching);
@@ -255,7 +259,7 @@ async fn tunnel_to(
     plan: &Plan,
     hop: &Hop,
     peer: SocketAddr,
-) -> Result<tunnel::Stream, Failure> {
+) -> Result<tunnel::Answer, Failure> {
     let key = tunnel::Key {
         source: plan.source.identity().ok_or(Failure::NoIdentity)?.clone(),
         expected: Arc::clone(&hop.expected),
@@ -270,12 +274,10 @@ async fn tunnel_to(
         TraceParent::random(&mut rand::rng()).to_value(),
     )
     .map_err(Failure::Tunnel)?;
-    let answer = pod
-        .pool()
+    pod.pool()
         .connect(&key, &request)
         .await
-        .map_err(Failure::Tunnel)?;
-    Ok(answer.stream)
+        .map_err(Failure::Tunnel)
 }
 
 fn opened(pod: &Pod, plan: &Plan, peer: SocketAddr) -> Access {

@@ -296,6 +296,7 @@ impl tunnel::Dial for Dialer {
             Ok(tunnel::Credentials {
                 config: svid.client_config(&key.expected),
                 not_after: svid.not_after(),
+                tracker: svid.server_tracker(),
             })
         })
     }

@@ -21,6 +21,11 @@ pub(super) fn close(access: Access, end: Result<(), Failure>) {
     }
 }
 
+/// The end of a flow whose tunnel broke because it was `cut`, however it looked from inside.
+pub(super) fn unless_cut(cut: bool, end: Result<(), Failure>) -> Result<(), Failure> {
+    if cut { Err(Failure::PeerRevoked) } else { end }
+}
+
 /// Logs one remark of a policy verdict.
 pub(super) fn note(log: AuthorizationLog, note: &Note) {
     let policy = note.policy.as_deref().unwrap_or_default();

@@ -3,8 +3,8 @@
 use std::{fs, path::Path, sync::Arc};
 
 use cert_agent::{
-    Agent, AgentOptions, BoxFuture, CsrSource, InProcessCa, SanRule, Source, TlsOptions,
-    TrustBundle,
+    Agent, AgentOptions, BoxFuture, CsrSource, InProcessCa, Revocations, SanRule, Source,
+    TlsOptions, TrustBundle,
     istio::{Caller, Connect, ConnectError, IstioCa, IstioOptions},
 };
 use tonic::{metadata::MetadataMap, transport::Channel};
@@ -24,6 +24,7 @@ pub(super) struct Certificates {
 pub(super) fn build(config: &Config) -> Result<Certificates, StartError> {
     let mut options = AgentOptions::default();
     options.tls = tls_options(config);
+    options.revocations = revocations(config);
     options.trust = TrustBundle::new(config.tls.trust_grace);
     let mut authority = None;
     let source: Arc<dyn Source> = match &config.control.certificates {
@@ -46,6 +47,16 @@ pub(super) fn build(config: &Config) -> Result<Certificates, StartError> {
         agent: Agent::new(source, options),
         openbao: authority,
     })
+}
+
+/// Armed if there is any source of revocation lists.
+fn revocations(config: &Config) -> Revocations {
+    let from_openbao = matches!(config.control.certificates, CertificateSource::OpenBao(_));
+    if from_openbao || config.control.crl_path.is_some() {
+        Revocations::armed()
+    } else {
+        Revocations::off()
+    }
 }
 
 fn in_process<P: AsRef<Path>>(

@@ -22,7 +22,7 @@ use super::{
     error::{ConnectError, OpenError},
     headers::{BAGGAGE, FORWARDED, NETWORK, TRACEPARENT},
     keepalive::Keepalive,
-    pool::Lease,
+    pool::{Fate, Lease},
     stream::Stream,
     tls::{self, Tls},
     turn::{Turn, Turnwise, turnwise},
@@ -105,6 +105,8 @@ pub struct Answer {
     pub stream: Stream,
     /// Headers of the 200.
     pub headers: HeaderMap,
+    /// Why the stream broke, if it does.
+    pub fate: Fate,
 }
 
 /// Opens TLS and HTTP/2 over `io` to a peer at `address`, and waits for its SETTINGS.
@@ -219,7 +221,9 @@ impl Sender {
             return Err(Failed::Final(ConnectError::Refused(answer.status())));
         }
         let (head, receiver) = answer.into_parts();
+        let fate = lease.as_ref().map(Lease::fate).unwrap_or_default();
         Ok(Answer {
+            fate,
             stream: Stream::new(sender, receiver, lease),
             headers: head.headers,
         })

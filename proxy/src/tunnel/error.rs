@@ -123,6 +123,9 @@ pub enum ServeError {
     /// The client did not answer a PING.
     #[error("no PONG within {0:?}")]
     Silent(Duration),
+    /// The client's certificate was revoked.
+    #[error("connection closed: peer certificate revoked by CRL")]
+    Cut,
 }
 
 /// A request that is answered with 400 before anybody sees it.

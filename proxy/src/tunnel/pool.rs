@@ -19,7 +19,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use cert_agent::SpiffeId;
+use cert_agent::{SpiffeId, Tracker};
 use futures_util::future::BoxFuture;
 use parking_lot::Mutex;
 use rustls::ClientConfig;
@@ -39,6 +39,7 @@ use self::{
 use super::{
     age::Retirement,
     client::{self, Answer, Driver, Failed, Request, Sender},
+    cut::Cut,
     error::{ConnectError, OpenError},
     tls,
 };
@@ -74,7 +75,7 @@ pub trait Dial: Send + Sync + 'static {
     /// [`io::ErrorKind::TimedOut`].
     fn dial(&self, to: SocketAddr) -> BoxFuture<'_, io::Result<Self::Io>>;
 
-    /// The current TLS configuration of `key.source` that accepts `key.expected`.
+    /// How `key.source` speaks TLS now, with peers of `key.expected`.
     fn tls<'a>(
         &'a self,
         key: &'a Key,
@@ -89,6 +90,20 @@ pub struct Credentials {
     pub config: Arc<ClientConfig>,
     /// The end of the certificate.
     pub not_after: SystemTime,
+    /// Has the peer's certificates checked while the connection lives.
+    pub tracker: Option<Tracker>,
+}
+
+/// What became of the connection below a stream.
+#[derive(Debug, Clone, Default)]
+pub struct Fate(Option<Arc<Load>>);
+
+impl Fate {
+    /// Whether the connection was cut because the peer's certificate is revoked.
+    #[must_use]
+    pub fn is_cut(&self) -> bool {
+        self.0.as_ref().is_some_and(|load| load.is_cut())
+    }
 }
 
 /// The pool of one pod. Dropping it ends all its connections and the streams on them.
@@ -207,15 +222,21 @@ struct Task<D> {
     load: Arc<Load>,
 }
 
+/// What ends a connection that works.
+struct Ends {
+    age: Retirement,
+    cut: Cut,
+}
+
 impl<D: Dial> Task<D> {
     async fn run(self, opened: watch::Sender<State>) {
         match Box::pin(self.open()).await {
-            Ok((sender, driver, age)) => {
+            Ok((sender, driver, ends)) => {
                 self.load.limit_to(driver.peer_limit());
                 opened.send_replace(State::Ready(sender));
                 // The state now lives as long as the shelf or a lease holds it.
                 drop(opened);
-                self.drive(driver, age).await;
+                self.drive(driver, ends).await;
             }
             Err(error) => {
                 // First off the shelf: who comes later starts a new attempt.
@@ -226,9 +247,13 @@ impl<D: Dial> Task<D> {
         self.shelf.remove(&self.key, &self.load);
     }
 
-    async fn open(&self) -> Result<(Sender, Driver<TlsIo<D>>, Retirement), OpenError> {
+    async fn open(&self) -> Result<(Sender, Driver<TlsIo<D>>, Ends), OpenError> {
         let (to, settings) = (self.key.destination, &self.config);
-        let Credentials { config, not_after } = self
+        let Credentials {
+            config,
+            not_after,
+            tracker,
+        } = self
             .dial
             .tls(&self.key)
             .await
@@ -243,14 +268,17 @@ impl<D: Dial> Task<D> {
         })?;
         let limit = settings.handshake_timeout;
         let io = tls::connect(io, config, to.ip(), &self.buffers, limit).await?;
-        let age = Retirement::new(settings.max_age, not_after, io.peer_certificates());
+        let ends = Ends {
+            age: Retirement::new(settings.max_age, not_after, io.peer_certificates()),
+            cut: Cut::new(tracker, io.peer_certificates(), || {}),
+        };
         let (sender, driver) = client::handshake(io, settings).await?;
-        Ok((sender, driver, age))
+        Ok((sender, driver, ends))
     }
 
     /// Runs the connection; once it was idle for long or has reached its age, takes it off the shelf, whereupon it closes
-    /// with its last stream.
-    async fn drive(&self, mut driver: Driver<TlsIo<D>>, age: Retirement) {
+    /// with its last stream. Once the peer is revoked, closes it at once.
+    async fn drive(&self, mut driver: Driver<TlsIo<D>>, Ends { age, cut }: Ends) {
         let load = &self.load;
         let running = poll_fn(|cx| {
             driver.poll_run(cx, |limit| {
@@ -258,16 +286,26 @@ impl<D: Dial> Task<D> {
                 load.streams()
             })
         });
-        pin!(running);
+        let retiring = async {
+            pin!(running);
+            select! {
+                () = &mut running => return,
+                () = self.idle() => {}
+                () = age.due() => {
+                    load.close();
+                    self.shelf.remove(&self.key, load);
+                }
+            }
+            running.await;
+        };
         select! {
-            () = &mut running => return,
-            () = self.idle() => {}
-            () = age.due() => {
-                load.close();
+            () = retiring => {}
+            () = cut.fired() => {
+                // First off the shelf, so that nobody else gets a stream that is about to break.
+                load.cut();
                 self.shelf.remove(&self.key, load);
             }
         }
-        running.await;
     }
 
     /// Ready when the connection was retired because nobody used it.

@@ -21,6 +21,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::{
     client::SEND_BUFFER,
+    cut::Cut,
     error::{Malformed, ServeError},
     headers::{self, Baggage, TraceParent},
     keepalive::Keepalive,
@@ -135,16 +136,17 @@ impl Responder {
 
 /// Serves one established session: gives each CONNECT to `handler`, which runs as a task of its
 /// own until the connection or this future ends. After `stop` the client is told to go away, and
-/// open streams run on until they end or this future is dropped.
+/// open streams run on until they end or this future is dropped. When `cut` fires, all is over at once.
 ///
 /// # Errors
-/// If the client breaks the protocol or falls silent.
+/// If the client breaks the protocol or falls silent, or the connection is cut.
 /// # Cancel safety
 /// Dropping the future ends the connection and all its streams.
 pub async fn serve<T, H, F>(
     io: T,
     config: &config::Tunnel,
     stop: CancellationToken,
+    cut: Cut,
     handler: H,
 ) -> Result<(), ServeError>
 where
@@ -174,13 +176,10 @@ where
         streams: JoinSet::new(),
         handler,
     };
-    let end = poll_until(&stop, |cx| serving.poll_run(cx)).await;
-    let end = match end {
-        Some(end) => end,
-        None => {
-            serving.connection.graceful_shutdown();
-            poll_fn(|cx| serving.poll_run(cx)).await
-        }
+    let end = tokio::select! {
+        biased; // a cut connection carries nothing more
+        () = cut.fired() => End::Cut,
+        end = serving.run(&stop) => end,
     };
     let end = match end {
         End::Closed => Ok(()),
@@ -188,6 +187,10 @@ where
         End::Silent => {
             say_farewell(&mut serving.connection).await;
             Err(ServeError::Silent(config.ping_timeout))
+        }
+        End::Cut => {
+            say_farewell(&mut serving.connection).await;
+            Err(ServeError::Cut)
         }
     };
     let mut streams = serving.streams;
@@ -226,6 +229,7 @@ enum End {
     Closed,
     Failed(h2::Error),
     Silent,
+    Cut,
 }
 
 impl<T, H, F> Serving<T, H>
@@ -234,6 +238,18 @@ where
     H: Fn(Incoming) -> F,
     F: Future<Output = ()> + Send + 'static,
 {
+    /// Runs the connection to its end, a graceful one after `stop`.
+    async fn run(&mut self, stop: &CancellationToken) -> End {
+        let end = poll_until(stop, |cx| self.poll_run(cx)).await;
+        match end {
+            Some(end) => end,
+            None => {
+                self.connection.graceful_shutdown();
+                poll_fn(|cx| self.poll_run(cx)).await
+            }
+        }
+    }
+
     fn poll_run(&mut self, cx: &mut Context<'_>) -> Poll<End> {
         ready!(self.turn.poll_begin(cx));
         while let Poll::Ready(Some(ended)) = self.streams.poll_join_next(cx) {

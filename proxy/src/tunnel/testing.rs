@@ -13,7 +13,7 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    Incoming,
+    Cut, Incoming,
     client::{self, Driver, Request, Sender},
     serve,
 };
@@ -78,7 +78,7 @@ where
 {
     let stop = stop.clone();
     tasks.spawn(async move {
-        let _ = serve(io, &config::Tunnel::default(), stop, handler).await;
+        let _ = serve(io, &config::Tunnel::default(), stop, Cut::never(), handler).await;
     });
 }
 

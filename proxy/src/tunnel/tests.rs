@@ -11,7 +11,7 @@ use tokio::{io::duplex, time::Instant};
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    ConnectError, Incoming, OpenError, Stream, accept,
+    ConnectError, Cut, Incoming, OpenError, Stream, accept,
     client::handshake,
     serve,
     testing::{
@@ -299,7 +299,7 @@ async fn a_tunnel_runs_inside_a_stream() {
             let tls = accept(io, server, &buffers, Duration::from_secs(5));
             let config = config::Tunnel::default();
             let stop = CancellationToken::new();
-            serve(tls.await.unwrap(), &config, stop, echo)
+            serve(tls.await.unwrap(), &config, stop, Cut::never(), echo)
                 .await
                 .unwrap();
         }

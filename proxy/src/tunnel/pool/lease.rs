@@ -11,7 +11,7 @@ use std::{
 use parking_lot::Mutex;
 use tokio::{sync::watch, time::Instant};
 
-use super::{OpenError, Sender};
+use super::{Fate, OpenError, Sender};
 
 /// How far a connection is.
 #[derive(Clone)]
@@ -29,6 +29,7 @@ pub(super) struct Load {
     configured: usize,
     idle_since: Mutex<Instant>,
     closing: AtomicBool,
+    cut: AtomicBool,
 }
 
 impl Load {
@@ -40,6 +41,7 @@ impl Load {
             configured,
             idle_since: Mutex::new(Instant::now()),
             closing: AtomicBool::new(false),
+            cut: AtomicBool::new(false),
         }
     }
 
@@ -62,6 +64,16 @@ impl Load {
     /// Marks the connection as one that gets no more streams.
     pub(super) fn close(&self) {
         self.closing.store(true, Ordering::Relaxed);
+    }
+
+    /// Notes that the connection is cut because its peer is revoked; its streams break after this.
+    pub(super) fn cut(&self) {
+        self.close();
+        self.cut.store(true, Ordering::Release);
+    }
+
+    pub(super) fn is_cut(&self) -> bool {
+        self.cut.load(Ordering::Acquire)
     }
 
     /// Takes a slot if there is one. Called under the lock of the shelf.
@@ -125,6 +137,10 @@ impl Lease {
         Arc::clone(&self.tunnel)
     }
 
+    pub(in crate::tunnel) fn fate(&self) -> Fate {
+        Fate(Some(Arc::clone(&self.tunnel.load)))
+    }
+
     /// The connection, once it is open.
     pub(super) async fn sender(&self) -> Result<Sender, Arc<OpenError>> {
         let mut state = self.tunnel.state.clone();
@@ -150,6 +166,12 @@ impl Drop for Lease {
         if !self.returned {
             self.tunnel.load.leave();
         }
+    }
+}
+
+impl fmt::Debug for Load {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Load({} streams)", self.streams())
     }
 }
 

@@ -20,7 +20,7 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    Credentials, Dial, Key, Pool, Shelf,
+    Credentials, Cut, Dial, Key, Pool, Shelf,
     lease::{Load, State, Tunnel},
 };
 use crate::{
@@ -94,6 +94,7 @@ impl Dial for World {
             Ok(Credentials {
                 config: svid.client_config(&key.expected),
                 not_after: svid.not_after(),
+                tracker: None,
             })
         })
     }
@@ -113,7 +114,7 @@ fn echoing() -> Serving {
     Arc::new(|tls| {
         Box::pin(async move {
             let config = config::Tunnel::default();
-            let _ = serve(tls, &config, CancellationToken::new(), echo).await;
+            let _ = serve(tls, &config, CancellationToken::new(), Cut::never(), echo).await;
         })
     })
 }
@@ -269,7 +270,7 @@ async fn after_goaway_streams_finish_and_the_next_uses_a_new_connection() {
     let pool = World::new(Arc::new(move |tls| {
         let stop = stopping.child_token();
         Box::pin(async move {
-            let _ = serve(tls, &config::Tunnel::default(), stop, echo).await;
+            let _ = serve(tls, &config::Tunnel::default(), stop, Cut::never(), echo).await;
         })
     }))
     .await
@@ -323,7 +324,7 @@ async fn an_unused_connection_is_released_and_closes() {
         let seen = Arc::clone(&seen);
         Box::pin(async move {
             let config = config::Tunnel::default();
-            let end = serve(tls, &config, CancellationToken::new(), echo).await;
+            let end = serve(tls, &config, CancellationToken::new(), Cut::never(), echo).await;
             end.expect("closed with GOAWAY(NO_ERROR)");
             seen.fetch_add(1, SeqCst);
         })

@@ -11,7 +11,7 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     config,
     tunnel::{
-        ServeError,
+        Cut, ServeError,
         client::handshake,
         serve,
         testing::{Tasks, client, echo, request, serve_in, soon},
@@ -160,7 +160,7 @@ async fn a_flood_of_resets_ends_the_connection() {
 async fn a_client_without_preface_is_let_go() {
     let (_peer, far) = duplex(64 << 10);
     let config = config::Tunnel::default();
-    let end = serve(far, &config, CancellationToken::new(), echo).await;
+    let end = serve(far, &config, CancellationToken::new(), Cut::never(), echo).await;
     assert!(matches!(end, Err(ServeError::PrefaceTimeout(_))));
 }
 
