@@ -1,13 +1,18 @@
 //! Certificates of the test mesh: a root that proxies share through files, and leaves of any kind for raw peers.
 
-use std::path::{Path, PathBuf};
+use std::{
+    path::{Path, PathBuf},
+    time::{Duration, SystemTime},
+};
 
 use anyhow::Context as _;
 use rcgen::{
-    BasicConstraints, Certificate, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa,
-    Issuer, KeyPair, KeyUsagePurpose, PublicKeyData, SanType, date_time_ymd,
+    BasicConstraints, Certificate, CertificateParams, CertificateRevocationListParams, DnType,
+    ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose, PublicKeyData,
+    RevokedCertParams, SanType, SerialNumber, date_time_ymd,
 };
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
+use x509_parser::prelude::{FromDer as _, X509Certificate};
 
 /// A certificate authority: `FAKE_CA_ROOT_CERT` and `FAKE_CA_ROOT_KEY`.
 #[derive(Debug)]
@@ -158,6 +163,42 @@ impl Authority {
         key: &impl PublicKeyData,
     ) -> anyhow::Result<String> {
         Ok(params.signed_by(key, &self.issuer)?.pem())
+    }
+
+    /// As [`Authority::issue`], but it ends after `life`.
+    ///
+    /// # Errors
+    /// As [`Authority::issue`].
+    pub fn issue_for(&self, spiffe_id: &str, life: Duration) -> anyhow::Result<Identity> {
+        let mut params = Self::leaf(spiffe_id)?;
+        params.not_after = (SystemTime::now() + life).into();
+        self.sign(&params)
+    }
+
+    /// A list as PEM that revokes these certificates of this authority.
+    ///
+    /// # Errors
+    /// When a certificate does not parse, or signing fails.
+    pub fn crl(&self, revoked: &[&CertificateDer<'_>]) -> anyhow::Result<String> {
+        let now = SystemTime::now();
+        let one = |certificate: &&CertificateDer<'_>| {
+            let (_, parsed) = X509Certificate::from_der(certificate)?;
+            anyhow::Ok(RevokedCertParams {
+                serial_number: SerialNumber::from_slice(parsed.raw_serial()),
+                revocation_time: now.into(),
+                reason_code: None,
+                invalidity_date: None,
+            })
+        };
+        let list = CertificateRevocationListParams {
+            this_update: now.into(),
+            next_update: (now + Duration::from_secs(3600)).into(),
+            crl_number: 1_u64.into(),
+            issuing_distribution_point: None,
+            revoked_certs: revoked.iter().map(one).collect::<anyhow::Result<_>>()?,
+            key_identifier_method: rcgen::KeyIdMethod::Sha256,
+        };
+        Ok(list.signed_by(&self.issuer)?.pem()?)
     }
 
     fn leaf(spiffe_id: &str) -> anyhow::Result<CertificateParams> {
