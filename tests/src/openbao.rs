@@ -3,8 +3,10 @@
 //! Its program comes from PyPI, once for all working copies: see `.ci/openbao`.
 
 mod api;
+mod kubernetes;
 mod pki;
 
+pub use kubernetes::TokenReviews;
 pub use pki::{Issued, MESH, ROLE, ROOT};
 
 use std::{

@@ -154,8 +154,10 @@ async fn two_pods_talk_once_the_role_lets_them() {
     bao.set_role(json!({ "use_csr_sans": false }))
         .await
         .unwrap();
-    let (jwt, approle) = (bao.jwt().await.unwrap(), bao.approle().await.unwrap());
-    let cluster = stage.start(&bao, [&jwt, &approle], "1h").await;
+    let jwt = bao.jwt().await.unwrap();
+    let kubernetes = bao.kubernetes(&stage.world, &stage.home).await;
+    let (account, _reviews) = kubernetes.unwrap();
+    let cluster = stage.start(&bao, [&jwt, &account], "1h").await;
     let log = cluster.proxy(0).log();
     log.wait("a certificate without the name is refused", |line| {
         line.raw.contains("did not find expected SAN")
@@ -193,7 +195,7 @@ async fn two_pods_talk_once_the_role_lets_them() {
         .map(|it| it.issuer)
         .collect();
     assert_eq!(issued, ["mesh one".to_owned()].into());
-    for (_, value) in jwt.iter().chain(&approle) {
+    for (_, value) in jwt.iter().chain(&account) {
         let Ok(secret) = std::fs::read_to_string(value) else {
             continue;
         };

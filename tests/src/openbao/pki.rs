@@ -251,18 +251,23 @@ fn read(pem: &str) -> anyhow::Result<Option<Issued>> {
     Ok(id.map(|id| Issued { id, issuer }))
 }
 
-fn variables<const N: usize>(pairs: [(&str, String); N]) -> Vec<(String, String)> {
+pub(super) fn variables<const N: usize>(pairs: [(&str, String); N]) -> Vec<(String, String)> {
     let owned = pairs.map(|(key, value)| (key.to_owned(), value));
     owned.into_iter().collect()
 }
 
 /// A service-account token as an API server signs it, good for an hour.
-fn account_token(key: &KeyPair) -> anyhow::Result<String> {
+pub(super) fn account_token(key: &KeyPair) -> anyhow::Result<String> {
     let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH)?;
     let claims = json!({
         "aud": ["openbao"],
         "exp": now.as_secs() + 3600,
         "iat": now.as_secs(),
+        "iss": "https://kubernetes.default.svc",
+        "kubernetes.io": {
+            "namespace": "istio-system",
+            "serviceaccount": { "name": "ztunnel", "uid": "uid-1" },
+        },
         "sub": ACCOUNT,
     });
     let header = json!({ "alg": "ES256", "typ": "JWT" });
@@ -307,4 +312,4 @@ fn base64(bytes: &[u8]) -> String {
     text
 }
 
-const ACCOUNT: &str = "system:serviceaccount:istio-system:ztunnel";
+pub(super) const ACCOUNT: &str = "system:serviceaccount:istio-system:ztunnel";
