@@ -35,14 +35,19 @@ pub(super) struct Names {
 }
 
 impl Names {
-    /// Serves a pod. Without its DNS sockets the pod is served all the same: its connections matter more.
+    /// Binds the sockets of a pod, and serves them. Without them the pod is served all the same: its connections matter more.
     ///
     /// The sockets register with the runtime that this runs on.
-    async fn serve(self, who: WorkloadRef, netns: Arc<Netns>, stop: CancellationToken) {
+    fn serve(
+        self,
+        who: WorkloadRef,
+        netns: Arc<Netns>,
+        stop: CancellationToken,
+    ) -> Option<impl Future<Output = ()> + Send + use<>> {
         match listen::bind_dns(&netns, &self.shared.sockets, &self.capture) {
             Ok(sockets) => {
                 let names = dns::Names::new(self.shared, who, netns);
-                names.serve(sockets, stop).await;
+                Some(names.serve(sockets, stop))
             }
             Err(error) => {
                 let error = &error as &dyn std::error::Error;
@@ -50,13 +55,14 @@ impl Names {
                     namespace, name, ..
                 } = &who;
                 tracing::error!(%namespace, %name, error, "names are not served to this pod");
+                None
             }
         }
     }
 }
 
 impl Launcher {
-    /// Serves one workload: its connections and its names.
+    /// Serves one workload: its connections and its names. When it returns, the sockets of both are there.
     fn serve(
         &self,
         who: WorkloadRef,
@@ -64,7 +70,7 @@ impl Launcher {
         listeners: PodListeners,
         stop: Stop,
     ) -> impl Future<Output = ()> + Send + use<> {
-        let names = self.names.clone().map(|names| {
+        let names = self.names.clone().and_then(|names| {
             let stop = stop.accept.clone();
             names.serve(who.clone(), Arc::clone(&netns), stop)
         });
@@ -91,10 +97,9 @@ pub(super) fn dedicated(
     stop: Stop,
 ) -> Result<impl Future<Output = ()> + Send + use<>, StartError> {
     let netns = Netns::current().map_err(StartError::Netns)?;
-    let listeners = {
-        let _registered_there = data.enter();
-        listen::bind(&netns, &config.sockets, &config.ports).map_err(StartError::Listen)?
-    };
+    let _registered_there = data.enter();
+    let listeners = listen::bind(&netns, &config.sockets, &config.ports);
+    let listeners = listeners.map_err(StartError::Listen)?;
     let serving = launcher.serve(who.clone(), netns, listeners, stop.clone());
     Ok(with_deadline(serving, stop, config.drain.deadline))
 }

@@ -2,6 +2,7 @@
 
 use std::{collections::HashMap, error::Error, sync::Arc, time::Duration};
 
+use futures_util::future::BoxFuture;
 use tokio::{
     task::{Id, JoinError, JoinSet},
     time::sleep,
@@ -115,10 +116,8 @@ impl Stage for Instances {
             data,
             ..
         } = &*self.settings;
-        let listeners = {
-            let _register_here = data.enter();
-            listen::bind(netns, sockets, ports).map_err(|error| error_chain(&error))?
-        };
+        let _register_here = data.enter();
+        let listeners = listen::bind(netns, sockets, ports).map_err(|error| error_chain(&error))?;
         let pod = Pod {
             uid: Arc::clone(uid),
             who: who.clone(),
@@ -126,8 +125,10 @@ impl Stage for Instances {
             listeners,
         };
         let stop = self.stop.child();
-        let serve = serve(Arc::clone(&self.launch), pod, stop.clone());
-        let id = self.tasks.spawn_on(serve, data).id();
+        // Here and not in the task: what it binds must be there when the agent is told so.
+        let serving = self.launch.launch(pod, stop.clone());
+        let task = until_forced(serving, Arc::clone(uid), stop.force.clone());
+        let id = self.tasks.spawn_on(task, data).id();
         let served = Served {
             uid: Arc::clone(uid),
             who: who.clone(),
@@ -147,12 +148,10 @@ impl Stage for Instances {
 }
 
 /// The task of one pod. Whoever ignores the force token is dropped.
-async fn serve(launch: Arc<dyn Launch>, pod: Pod, stop: Stop) {
-    let uid = Arc::clone(&pod.uid);
-    let overdue = overdue(stop.force.clone());
+async fn until_forced(serving: BoxFuture<'static, ()>, uid: Arc<str>, force: CancellationToken) {
     tokio::select! {
-        () = launch.launch(pod, stop) => {}
-        () = overdue => warn!(%uid, "the proxy of a pod did not stop in time and was dropped"),
+        () = serving => {}
+        () = overdue(force) => warn!(%uid, "the proxy of a pod did not stop in time and was dropped"),
     }
 }
 

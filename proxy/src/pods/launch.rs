@@ -29,5 +29,8 @@ pub trait Launch: Send + Sync + 'static {
     /// Serves one pod until `stop`. The future owns everything that belongs to the pod: what is
     /// left is dropped with it, soon after [`Stop::force`]. If it ends, or panics, unasked, the
     /// pod is started again.
+    ///
+    /// Called within the runtime that polls the future, and before the agent hears that the pod
+    /// is served: what else the pod needs is bound here, and not by the future.
     fn launch(&self, pod: Pod, stop: Stop) -> BoxFuture<'static, ()>;
 }
