@@ -27,6 +27,15 @@ pub fn query(name: &str, kind: RecordType) -> Message {
     message
 }
 
+/// A query for the IPv4 addresses of a name.
+///
+/// # Panics
+/// As [`query`].
+#[must_use]
+pub fn address_query(name: &str) -> Message {
+    query(name, RecordType::A)
+}
+
 /// The answer to `query` that `edit` makes of an empty one.
 ///
 /// # Panics

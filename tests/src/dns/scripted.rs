@@ -2,6 +2,7 @@
 
 use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 
+use hickory_proto::op::{Message, ResponseCode};
 use parking_lot::Mutex;
 use tokio::{
     net::{TcpStream, UdpSocket},
@@ -9,7 +10,7 @@ use tokio::{
     time::sleep,
 };
 
-use super::{receive, send};
+use super::{addresses, answer, read, receive, send};
 use crate::{sys::Netns, traffic};
 
 /// Serves datagrams and connections until it is dropped.
@@ -70,6 +71,15 @@ impl Scripted {
         })
     }
 
+    /// Behaves as the first label of each name says: `silent`, `slow` (300 ms), `liar` (the answer comes last), `garbage`, `big`
+    /// (4 KB), `cut` (over UDP), `refused`; with one address otherwise.
+    ///
+    /// # Errors
+    /// As [`Scripted::start`].
+    pub fn by_first_label(netns: &Netns, at: SocketAddr) -> io::Result<Self> {
+        Self::start(netns, at, as_the_name_says)
+    }
+
     /// The queries so far.
     #[must_use]
     pub fn asked(&self) -> Vec<Asked> {
@@ -126,5 +136,42 @@ async fn serve_tcp<F: Fn(&Asked) -> Replies>(
                 return;
             }
         }
+    }
+}
+
+/// What [`Scripted::by_first_label`] answers.
+fn as_the_name_says(asked: &Asked) -> Replies {
+    let (bytes, now) = (&asked.bytes, Duration::ZERO);
+    let message = read(bytes);
+    let label = message.queries[0].name().iter().next().unwrap_or_default();
+    let right = addresses(bytes, 1);
+    let edited = |edit: fn(&mut Vec<u8>)| {
+        let mut wrong = addresses(bytes, 2);
+        edit(&mut wrong);
+        (now, wrong)
+    };
+    match label {
+        b"silent" => Vec::new(),
+        b"slow" => vec![(Duration::from_millis(300), right)],
+        // The identifier of another query, another question, a query, a stub of a header; and then the truth.
+        b"liar" => vec![
+            edited(|wrong| wrong[0] ^= 1),
+            edited(|wrong| wrong[14] ^= 0x02),
+            edited(|wrong| wrong[2] &= 0x7f),
+            edited(|wrong| wrong.truncate(11)),
+            (Duration::from_millis(50), right),
+        ],
+        b"garbage" => vec![(now, vec![0xff; 40]), (now, Vec::new())],
+        b"big" => vec![(now, addresses(bytes, 255))],
+        b"cut" if !asked.tcp => {
+            let cut = |message: &mut Message| message.metadata.truncation = true;
+            vec![(now, answer(bytes, cut))]
+        }
+        b"refused" => {
+            let refuse =
+                |message: &mut Message| message.metadata.response_code = ResponseCode::Refused;
+            vec![(now, answer(bytes, refuse))]
+        }
+        _ => vec![(now, right)],
     }
 }

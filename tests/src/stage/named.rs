@@ -8,7 +8,7 @@ use std::{
 
 use crate::{
     cluster::Cluster,
-    dns::Dnsmasq,
+    dns::{Dnsmasq, Scripted},
     mesh::Mesh,
     proxy::ProxyOptions,
     redirect::Redirect,
@@ -109,6 +109,15 @@ impl Named {
     pub async fn dnsmasq(&self, zone: &str, records: &[String]) -> anyhow::Result<Dnsmasq> {
         let netns = self.world.node(0).netns();
         Dnsmasq::start(netns, &[UPSTREAM, UPSTREAM6], zone, records).await
+    }
+
+    /// A server at the address that the proxy asks, which behaves as the first label of each name says.
+    ///
+    /// # Errors
+    /// When it does not start.
+    pub fn scripted(&self) -> std::io::Result<Scripted> {
+        let at = SocketAddr::new(UPSTREAM, 53);
+        Scripted::by_first_label(self.world.node(0).netns(), at)
     }
 
     /// What pods have as `/etc/resolv.conf`, in a cluster.
