@@ -9,7 +9,8 @@ SHELL := /bin/bash
 BUILD   := cc:gcc make:make git:git
 NETWORK := ip:iproute2 nft:nftables
 TRAFFIC := iperf3:iperf3 tcpdump:tcpdump
-NAMES   := dig:bind9-dnsutils dnsmasq:dnsmasq-base musl-gcc:musl-tools
+NAMES   := dnsmasq:dnsmasq-base
+ASKING  := dig:bind9-dnsutils musl-gcc:musl-tools
 LOAD    := wrk:wrk nginx:nginx-light
 
 CARGO_DENY := 0.20.2
@@ -23,7 +24,7 @@ demo: ## Two nodes and four pods as network namespaces, real traffic through the
 	target/release/culvert demo $(ARGS)
 
 test: ## Unit, property and end-to-end tests
-	@.ci/need $(BUILD) $(NETWORK) $(TRAFFIC) $(NAMES)
+	@.ci/need $(BUILD) $(NETWORK) $(TRAFFIC) $(NAMES) $(ASKING)
 	@.ci/openbao >/dev/null
 	cargo build -p culvert -p tests --bins
 	cargo test --workspace --doc
@@ -48,7 +49,7 @@ lint: ## Formatting, clippy, documentation, dependencies; warnings are errors
 	fi
 
 bench: ## Criterion benchmarks, then load through the proxy compared with direct traffic
-	@.ci/need $(BUILD) $(NETWORK) $(TRAFFIC) $(LOAD)
+	@.ci/need $(BUILD) $(NETWORK) $(TRAFFIC) $(LOAD) $(NAMES)
 	cargo build --release -p culvert -p benches --bins
 	cargo bench -p benches
 	target/release/culvert-bench $(ARGS)

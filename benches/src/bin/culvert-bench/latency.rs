@@ -180,7 +180,8 @@ fn ended(stream: &mut TcpStream) -> io::Result<()> {
 }
 
 impl Distribution {
-    fn new(mut taken: Vec<Duration>) -> Self {
+    /// Of requests in any order.
+    pub(crate) fn new(mut taken: Vec<Duration>) -> Self {
         taken.sort_unstable();
         Self(taken)
     }

@@ -11,6 +11,7 @@
 )]
 
 mod control_plane;
+mod dns;
 mod lab;
 mod latency;
 mod machine;
@@ -70,6 +71,7 @@ async fn bench(options: &Options) -> anyhow::Result<bool> {
             Part::OneNode | Part::TwoNodes => traffic::measure(options, part, &mut report).await,
             Part::Held => memory::held(options, &mut report).await,
             Part::Mesh => mesh::measure(options, &mut report).await,
+            Part::Dns => dns::measure(options, &mut report).await,
         };
         if let Err(error) = measured {
             report.failed(format!("{part}: {error:#}"));

@@ -45,6 +45,8 @@ pub(crate) enum Part {
     Held,
     /// What the mesh costs: memory, processor time, and latency while it changes.
     Mesh,
+    /// Names: services of a large mesh, and those of others.
+    Dns,
 }
 
 impl Options {
@@ -84,6 +86,11 @@ impl Options {
         }
     }
 
+    /// Number of services where names are asked for.
+    pub(crate) fn services(&self) -> u32 {
+        if self.quick { 10_000 } else { 100_000 }
+    }
+
     /// The proxy binary.
     ///
     /// # Errors
@@ -103,6 +110,7 @@ impl fmt::Display for Part {
             Self::TwoNodes => "two nodes",
             Self::Held => "held connections",
             Self::Mesh => "mesh",
+            Self::Dns => "names",
         })
     }
 }
@@ -121,7 +129,7 @@ mod tests {
     fn quick_is_one_short_round_of_all_parts() {
         let options = Options::parse_from(["culvert-bench", "--rounds", "7", "--quick"]);
         assert_eq!((options.rounds(), options.seconds()), (1, 1));
-        assert_eq!(options.parts().len(), 4);
+        assert_eq!(options.parts().len(), 5);
     }
 
     #[test]
