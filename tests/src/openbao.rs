@@ -3,9 +3,11 @@
 //! Its program comes from PyPI, once for all working copies: see `.ci/openbao`.
 
 mod api;
+mod issuer;
 mod kubernetes;
 mod pki;
 
+pub use issuer::Issuer;
 pub use kubernetes::TokenReviews;
 pub use pki::{Issued, MESH, ROLE, ROOT};
 
@@ -15,7 +17,6 @@ use std::{
     os::unix::fs::PermissionsExt as _,
     path::{Path, PathBuf},
     process::{Command, Stdio},
-    sync::Arc,
     time::Duration,
 };
 
@@ -30,16 +31,15 @@ use tokio::{
 use crate::{
     logs::Log,
     proxy::ProxyOptions,
-    sys::{Netns, Running},
+    sys::Running,
     world::{Pod, World},
 };
+use api::{Endpoint, LIMIT};
 
 /// A running server. Dropping it kills it.
 #[derive(Debug)]
 pub struct OpenBao {
-    netns: Netns,
-    address: SocketAddr,
-    tls: Arc<rustls::ClientConfig>,
+    endpoint: Endpoint,
     root_file: PathBuf,
     directory: PathBuf,
     root_token: String,
@@ -128,9 +128,11 @@ impl OpenBao {
         readers.spawn(copy_lines(stdout.context("stdout")?, log.clone()));
         readers.spawn(copy_lines(stderr.context("stderr")?, log.clone()));
         Ok(Self {
-            netns: home.netns().duplicate()?,
-            address,
-            tls: api::trusting(world.authority().root())?,
+            endpoint: Endpoint {
+                from: home.netns().duplicate()?,
+                server: address,
+                tls: api::trusting(world.authority().root())?,
+            },
             root_file,
             directory: world.directory().to_owned(),
             root_token: String::new(),
@@ -161,11 +163,9 @@ impl OpenBao {
         path: &str,
         body: &Value,
     ) -> anyhow::Result<(http::StatusCode, Value)> {
-        let stream = crate::traffic::connect(&self.netns, self.address).await?;
-        let request = api::request(self.address, method, path, &self.root_token, body)?;
-        let talk = api::exchange(&self.tls, stream, self.address, request);
-        let answer = tokio::time::timeout(LIMIT, talk).await;
-        answer.with_context(|| format!("{method} {path}"))?
+        self.endpoint
+            .call((method, path), &self.root_token, body)
+            .await
     }
 
     /// Seals it: every call is refused with 503 from now on.
@@ -190,7 +190,7 @@ impl OpenBao {
     /// Where it is reached over TLS.
     #[must_use]
     pub fn address(&self) -> SocketAddr {
-        self.address
+        self.endpoint.server
     }
 
     /// Who signed its certificate, as a PEM file.
@@ -211,7 +211,7 @@ impl OpenBao {
         let options = options
             .env("FAKE_CA", "false")
             .env("CA_PROVIDER", "openbao")
-            .env("OPENBAO_ADDRESS", &format!("https://{}", self.address))
+            .env("OPENBAO_ADDRESS", &format!("https://{}", self.address()))
             .env("OPENBAO_ROOT_CA", &self.root_file.display().to_string())
             .env("OPENBAO_MOUNT", MESH)
             .env("OPENBAO_ROOT_MOUNTS", ROOT)
@@ -272,4 +272,3 @@ async fn copy_lines(stream: impl AsyncRead + Unpin, log: Log) {
 }
 
 const PORT: u16 = 8200;
-const LIMIT: Duration = Duration::from_secs(20);

@@ -7,17 +7,15 @@
     reason = "test code: a panic is a failed test"
 )]
 
-use std::{collections::BTreeSet, net::SocketAddr, sync::Arc, time::Duration};
+use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
 use serde_json::json;
 use testkit::{
-    Cluster, Mesh, OpenBao, Pod, PodSpec, ProxyOptions, World,
-    openbao::{self, Issued},
+    Cluster, Mesh, OpenBao, Pod, PodSpec, ProxyOptions, World, openbao,
+    stage::Steady,
     traffic::{self, Behaviour, Server},
     wait,
 };
-use tokio::task::JoinSet;
-use tokio_util::sync::CancellationToken;
 
 /// `web` on one node, `api` on another; OpenBao beside `web`.
 struct Stage {
@@ -75,76 +73,13 @@ impl Stage {
 
     /// Waits until both have been issued `count` certificates in all by an issuer of this name.
     async fn issued(&self, bao: &OpenBao, issuer: &str, count: usize) {
-        let what = format!("{count} certificates each from {issuer}");
-        wait::until(Duration::from_secs(25), &what, async || {
-            let issued = bao.issued().await.ok()?;
-            let enough = |id: &String| {
-                let mine = |one: &&Issued| one.id == *id && one.issuer == issuer;
-                issued.iter().filter(mine).count() >= count
-            };
-            self.ids().iter().all(enough).then_some(())
-        })
-        .await;
+        bao.until_issued(&self.ids(), issuer, count).await;
     }
 
-    fn traffic(&self) -> Traffic {
-        let (stop, mut flows) = (CancellationToken::new(), JoinSet::new());
-        flows.spawn(one_flow(
-            Arc::clone(&self.web),
-            self.app.address,
-            stop.clone(),
-        ));
-        flows.spawn(many_flows(
-            Arc::clone(&self.web),
-            self.app.address,
-            stop.clone(),
-        ));
-        Traffic { flows, stop }
+    fn traffic(&self) -> Steady {
+        Steady::start(&self.web, self.app.address)
     }
 }
-
-/// A flow that lasts, and new ones all the time.
-struct Traffic {
-    flows: JoinSet<usize>,
-    stop: CancellationToken,
-}
-
-impl Traffic {
-    /// Ends it; nothing was lost.
-    async fn end(self) {
-        self.stop.cancel();
-        for turns in self.flows.join_all().await {
-            assert!(turns > 20, "{turns}");
-        }
-    }
-}
-
-async fn one_flow(web: Arc<Pod>, to: SocketAddr, stop: CancellationToken) -> usize {
-    let mut flow = web.connect(to).await.unwrap();
-    let mut turns = 0;
-    while !stop.is_cancelled() {
-        traffic::ping(&mut flow, b"still there?")
-            .await
-            .unwrap_or_else(|error| panic!("the lasting flow after {turns} turns: {error}"));
-        turns += 1;
-        tokio::time::sleep(TURN).await;
-    }
-    turns
-}
-
-async fn many_flows(web: Arc<Pod>, to: SocketAddr, stop: CancellationToken) -> usize {
-    let mut turns = 0;
-    while !stop.is_cancelled() {
-        let answer = web.ask(to, b"another one").await;
-        let answer = answer.unwrap_or_else(|error| panic!("flow {turns}: {error}"));
-        assert_eq!(answer, b"another one", "flow {turns}");
-        turns += 1;
-        tokio::time::sleep(TURN).await;
-    }
-    turns
-}
-
-const TURN: Duration = Duration::from_millis(50);
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn two_pods_talk_once_the_role_lets_them() {

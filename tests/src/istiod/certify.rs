@@ -1,16 +1,24 @@
 //! What tests tell the certificate service, and ask it.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use tonic::Status;
 
 use super::{Istiod, csr::CertificateCall, signing::Flaw, signing::Signing};
-use crate::wait;
+use crate::{openbao::Issuer, wait};
 
 impl Istiod {
     /// Signs certificates like this from now on; at first there is one fresh root.
     pub fn sign_by(&self, signing: Signing) {
         self.shared.signer.sign_by(signing);
+    }
+
+    /// Has a real OpenBao sign from now on, as an istio-csr does by way of cert-manager; leaves may be as it likes, and neither
+    /// [`Istiod::sign_by`] nor [`Istiod::sign_wrongly`] changes them.
+    pub fn sign_through(&self, issuer: Issuer) {
+        let set =
+            |settings: &mut super::signing::Settings| settings.issuer = Some(Arc::new(issuer));
+        self.shared.signer.set(set);
     }
 
     /// The root of the certificates that it signs, the first if there are several.

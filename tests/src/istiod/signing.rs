@@ -23,7 +23,7 @@ use super::{
     csr::{CertificateCall, Outcome},
     server::{self, Hello},
 };
-use crate::ca::Authority;
+use crate::{ca::Authority, openbao::Issuer};
 
 /// Who signs, and what the answers hold.
 #[derive(Debug)]
@@ -154,6 +154,40 @@ impl Signing {
     }
 }
 
+/// As istio-csr, with its answers where something is wrong.
+async fn sign_through(
+    issuer: &Issuer,
+    call: &CertificateCall,
+    id: &str,
+    lifetime: Duration,
+) -> Result<Vec<String>, Status> {
+    let names = call.csr.as_ref().map(|csr| &*csr.uris);
+    if names != Some(&[id.to_owned()]) {
+        return Err(Status::unauthenticated("request authenticate failure"));
+    }
+    let refused = |said: &'static str| {
+        move |error: anyhow::Error| {
+            tell(id, &error);
+            Status::internal(said)
+        }
+    };
+    let signed = issuer.sign(&call.csr_pem, id, lifetime).await;
+    let signed = signed.map_err(refused("failed to sign certificate request"))?;
+    signed.verify().map_err(refused(
+        "failed to parse and verify signed certificate from issuer",
+    ))?;
+    Ok(signed.into_elements())
+}
+
+/// The cause of an answer that hides it.
+#[expect(
+    clippy::print_stderr,
+    reason = "the log of an istio-csr; shown when a test fails"
+)]
+fn tell(id: &str, error: &anyhow::Error) {
+    eprintln!("{id}: {error:#}");
+}
+
 /// What istiod puts into a leaf.
 fn leaf(lifetime: Duration) -> CertificateParams {
     let mut params = CertificateParams::default();
@@ -191,6 +225,8 @@ pub(super) struct Settings {
     /// For the next calls only, one each.
     pub(super) refusals: Vec<Status>,
     pub(super) latency: Duration,
+    /// Signs instead of the stand-in.
+    pub(super) issuer: Option<Arc<Issuer>>,
 }
 
 struct Terms {
@@ -209,6 +245,7 @@ impl Signer {
                 refusal: None,
                 refusals: Vec::new(),
                 latency: Duration::ZERO,
+                issuer: None,
             }),
             calls: watch::Sender::default(),
         })
@@ -227,16 +264,18 @@ impl Signer {
         self.signing.lock().roots[0].clone()
     }
 
-    fn answer(&self, call: &CertificateCall) -> Result<Vec<String>, Status> {
+    /// The settings for one call, unless it is to be refused.
+    fn settings(&self) -> Result<Settings, Status> {
         let mut settings = self.settings.lock();
         let refusal = settings.refusal.clone().or_else(|| {
             let next = !settings.refusals.is_empty();
             next.then(|| settings.refusals.remove(0))
         });
-        let settings = settings.clone();
-        if let Some(refusal) = refusal {
-            return Err(refusal);
-        }
+        refusal.map_or_else(|| Ok(settings.clone()), Err)
+    }
+
+    async fn answer(&self, call: &CertificateCall) -> Result<Vec<String>, Status> {
+        let settings = self.settings()?;
         let asked = match u64::try_from(call.validity_seconds) {
             Ok(0) | Err(_) => Duration::from_secs(24 * 60 * 60),
             Ok(seconds) => Duration::from_secs(seconds),
@@ -246,6 +285,9 @@ impl Signer {
             flaw: settings.flaw,
         };
         let id = call.impersonated.clone().unwrap_or(settings.caller);
+        if let Some(issuer) = settings.issuer {
+            return sign_through(&issuer, call, &id, terms.lifetime).await;
+        }
         let signing = self.signing.lock();
         signing
             .sign(&[id], &call.csr_pem, &terms)
@@ -273,9 +315,10 @@ impl IstioCertificateService for Certificates {
         let latency = signer.settings.lock().latency;
         sleep(latency).await;
         let refused = |_| Status::unauthenticated("request authenticate failure");
-        let answer = admitted
-            .map_err(refused)
-            .and_then(|()| signer.answer(&call));
+        let answer = match admitted.map_err(refused) {
+            Ok(()) => signer.answer(&call).await,
+            Err(status) => Err(status),
+        };
         noted.end(match &answer {
             Ok(_) => Outcome::Answered,
             Err(status) => Outcome::Refused(status.code()),

@@ -1,7 +1,8 @@
-//! One HTTPS call.
+//! HTTPS calls, one connection each.
 
-use std::{net::SocketAddr, sync::Arc};
+use std::{net::SocketAddr, sync::Arc, time::Duration};
 
+use anyhow::Context as _;
 use bytes::Bytes;
 use http::{Request, StatusCode};
 use hyper::client::conn::http1;
@@ -15,6 +16,34 @@ use serde_json::Value;
 use tokio::net::TcpStream;
 use tokio_rustls::TlsConnector;
 
+use crate::{sys::Netns, traffic};
+
+/// The server, as reached from one namespace.
+#[derive(Debug)]
+pub(super) struct Endpoint {
+    pub(super) from: Netns,
+    pub(super) server: SocketAddr,
+    pub(super) tls: Arc<ClientConfig>,
+}
+
+impl Endpoint {
+    /// Makes a call, whatever the answer.
+    pub(super) async fn call(
+        &self,
+        (method, path): (&str, &str),
+        token: &str,
+        body: &Value,
+    ) -> anyhow::Result<(StatusCode, Value)> {
+        let talk = async {
+            let stream = traffic::connect(&self.from, self.server).await?;
+            let request = request(self.server, method, path, token, body)?;
+            exchange(&self.tls, stream, self.server, request).await
+        };
+        let answer = tokio::time::timeout(LIMIT, talk).await;
+        answer.with_context(|| format!("{method} {path}"))?
+    }
+}
+
 pub(super) fn trusting(root: &CertificateDer<'static>) -> anyhow::Result<Arc<ClientConfig>> {
     let mut roots = RootCertStore::empty();
     roots.add(root.clone())?;
@@ -27,7 +56,7 @@ pub(super) fn trusting(root: &CertificateDer<'static>) -> anyhow::Result<Arc<Cli
 }
 
 /// `PATCH` is a merge patch; the body goes with methods that have one.
-pub(super) fn request(
+fn request(
     server: SocketAddr,
     method: &str,
     path: &str,
@@ -56,7 +85,7 @@ pub(super) fn request(
 
 type Body = http_body_util::Full<Bytes>;
 
-pub(super) async fn exchange(
+async fn exchange(
     tls: &Arc<ClientConfig>,
     stream: TcpStream,
     server: SocketAddr,
@@ -84,3 +113,6 @@ pub(super) async fn exchange(
         () = driving => anyhow::bail!("unreachable: the other one ends"),
     }
 }
+
+/// For connecting, asking and the answer.
+pub(super) const LIMIT: Duration = Duration::from_secs(20);

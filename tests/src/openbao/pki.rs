@@ -1,11 +1,14 @@
 //! Engines, roles, policies and logins of a mesh, set up as an operator would.
 
+use std::time::Duration;
+
 use anyhow::Context as _;
 use rcgen::{KeyPair, SigningKey as _};
 use serde_json::{Value, json};
 use x509_parser::prelude::{FromDer as _, GeneralName, X509Certificate};
 
 use super::OpenBao;
+use crate::wait;
 
 /// The engine with the root.
 pub const ROOT: &str = "pki-root";
@@ -141,6 +144,17 @@ impl OpenBao {
     /// # Errors
     /// When the server refuses.
     pub async fn approle(&self) -> anyhow::Result<Vec<(String, String)>> {
+        let pair = self.approle_pair().await?;
+        let file = |name: &str, key: &str| self.file(name, pair[key].as_str().unwrap_or_default());
+        Ok(variables([
+            ("OPENBAO_AUTH_METHOD", "approle".to_owned()),
+            ("OPENBAO_ROLE_ID_PATH", file("role-id", "role_id")?),
+            ("OPENBAO_SECRET_ID_PATH", file("secret-id", "secret_id")?),
+        ]))
+    }
+
+    /// Sets up `approle`; what a client logs in with.
+    pub(super) async fn approle_pair(&self) -> anyhow::Result<Value> {
         self.call("POST", "sys/auth/approle", json!({ "type": "approle" }))
             .await?;
         let path = "auth/approle/role/node";
@@ -152,18 +166,8 @@ impl OpenBao {
         let made = self
             .call("POST", &format!("{path}/secret-id"), json!({}))
             .await?;
-        let file = |name: &str, value: &Value| self.file(name, value.as_str().unwrap_or_default());
-        Ok(variables([
-            ("OPENBAO_AUTH_METHOD", "approle".to_owned()),
-            (
-                "OPENBAO_ROLE_ID_PATH",
-                file("role-id", &role_id["data"]["role_id"])?,
-            ),
-            (
-                "OPENBAO_SECRET_ID_PATH",
-                file("secret-id", &made["data"]["secret_id"])?,
-            ),
-        ]))
+        let (role_id, secret_id) = (&role_id["data"]["role_id"], &made["data"]["secret_id"]);
+        Ok(json!({ "role_id": role_id, "secret_id": secret_id }))
     }
 
     /// Ends all tokens that `approle` gave.
@@ -232,6 +236,23 @@ impl OpenBao {
             issued.extend(read(pem)?);
         }
         Ok(issued)
+    }
+
+    /// Waits until an issuer of this name has signed `count` certificates for each of `ids` in all.
+    ///
+    /// # Panics
+    /// When it has not within 25 seconds.
+    pub async fn until_issued(&self, ids: &[String], issuer: &str, count: usize) {
+        let what = format!("{count} certificates each from {issuer}");
+        wait::until(Duration::from_secs(25), &what, async || {
+            let issued = self.issued().await.ok()?;
+            let enough = |id: &String| {
+                let mine = |one: &&Issued| one.id == *id && one.issuer == issuer;
+                issued.iter().filter(mine).count() >= count
+            };
+            ids.iter().all(enough).then_some(())
+        })
+        .await;
     }
 }
 
