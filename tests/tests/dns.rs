@@ -380,7 +380,8 @@ async fn sockets_are_there_when_the_pod_is_acknowledged_and_unknown_pods_wait_fo
     let uid = workload_uid(&stage.web);
     let mut without = mesh.clone();
     without.workloads.retain(|one| one.uid != uid);
-    let cluster: Cluster<'_> = stage.start(&without).await.unwrap();
+    let options = stage.options().env("WORKLOAD_WAIT", "4s");
+    let cluster: Cluster<'_> = stage.start_with(&without, &options).await.unwrap();
     let loopback = (std::net::Ipv4Addr::LOCALHOST, 15053).into();
     traffic::connect(stage.web.netns(), loopback).await.unwrap();
 
