@@ -23,6 +23,8 @@ struct Stage {
     world: World,
     web: Arc<Pod>,
     api: Arc<Pod>,
+    /// Outside.
+    peer: Arc<Pod>,
     front: Istiod,
     bao: OpenBao,
     app: Server,
@@ -34,8 +36,8 @@ impl Stage {
         let world = World::new(2).unwrap();
         let web = world.node(0).pod(&PodSpec::captured("web")).unwrap();
         let api = world.node(1).pod(&PodSpec::captured("api")).unwrap();
-        let [home, outside] =
-            ["openbao", "istio-csr"].map(|name| world.node(0).pod(&PodSpec::plain(name)).unwrap());
+        let [home, outside, peer] = ["openbao", "istio-csr", "peer"]
+            .map(|name| world.node(0).pod(&PodSpec::plain(name)).unwrap());
         let mesh = Mesh::of(&[&web, &api]);
         mesh.write(&ProxyOptions::mesh_file(&world)).unwrap();
         let app = api.serve(8080, Behaviour::Echo).unwrap();
@@ -51,6 +53,7 @@ impl Stage {
             world,
             web,
             api,
+            peer,
             front,
             bao,
             app,
@@ -102,6 +105,11 @@ impl Stage {
         self.bao.until_issued(&self.ids(), issuer, 1).await;
     }
 
+    /// A foreign peer with a certificate of the same server gets through, and sees one of the same intermediate.
+    async fn welcomes_a_peer(&self) {
+        self.bao.visit(&self.peer, &self.api, &self.app).await;
+    }
+
     fn traffic(&self) -> Steady {
         Steady::start(&self.web, self.app.address)
     }
@@ -125,6 +133,8 @@ async fn what_is_held_outlasts_a_sealed_server_behind_the_authority() {
         assert!(stage.ids().contains(&issued.id), "{issued:?}");
         assert_eq!(issued.issuer, "mesh one");
     }
+
+    stage.welcomes_a_peer().await;
 
     let traffic = stage.traffic();
     stage.renewed().await;
@@ -153,6 +163,7 @@ async fn roots_are_replaced_behind_the_authority_under_traffic() {
     stage.bao.add_intermediate("two").await.unwrap();
     stage.renewed().await;
     stage.issued("mesh two").await;
+    stage.welcomes_a_peer().await;
     for engine in [openbao::MESH, openbao::ROOT] {
         stage.bao.remove_old_issuers(engine).await.unwrap();
     }

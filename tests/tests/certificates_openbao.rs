@@ -122,6 +122,8 @@ async fn two_pods_talk_once_the_role_lets_them() {
         (line.field("src.identity"), line.field("dst.identity")),
         (&*web, &*api)
     );
+    // And with a foreign peer below the same root.
+    bao.visit(&stage.home, &stage.api, &stage.app).await;
     let issued: BTreeSet<_> = bao
         .issued()
         .await

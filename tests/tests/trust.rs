@@ -9,6 +9,7 @@
 
 use std::{fs, os::unix::fs::symlink, path::PathBuf};
 
+use rustls::crypto::aws_lc_rs::kx_group;
 use testkit::{
     Authority, Cluster, Identity, Mesh, Pod, PodSpec, World,
     proxy::Proxy,
@@ -171,8 +172,10 @@ async fn every_handshake_is_full_and_every_name_gets_the_same_certificate() {
     let foreign = ForeignClient::new().unwrap();
     let _cluster = foreign.cluster().await.unwrap();
     let mut chains = Vec::new();
-    for _ in 0..2 {
-        let mut stream = foreign.tls().await;
+    let hello = foreign.hello();
+    for hello in [hello.clone(), hello.server_name("another.example")] {
+        let connected = hello.connect(foreign.peer.netns(), foreign.hbone());
+        let mut stream = connected.await.unwrap();
         let mut settings = [0; 9];
         stream.read_exact(&mut settings).await.unwrap();
         let session = stream.get_ref().1;
@@ -181,6 +184,21 @@ async fn every_handshake_is_full_and_every_name_gets_the_same_certificate() {
         chains.push(session.peer_certificates().unwrap().to_vec());
     }
     assert_eq!(chains[0], chains[1]);
+}
+
+#[tokio::test]
+async fn the_policy_for_quantum_computers_leaves_one_group() {
+    let foreign = ForeignClient::new().unwrap();
+    let _cluster = foreign
+        .cluster_with(&[("COMPLIANCE_POLICY", "pqc")])
+        .await
+        .unwrap();
+    let hybrid = foreign.hello().groups(&[kx_group::X25519MLKEM768]);
+    drop(foreign.try_client(&hybrid).await.unwrap());
+    let classic = [kx_group::X25519, kx_group::SECP256R1, kx_group::SECP384R1];
+    let error = foreign.try_client(&foreign.hello().groups(&classic)).await;
+    let error = format!("{:#}", error.unwrap_err());
+    assert!(error.contains("HandshakeFailure"), "{error}");
 }
 
 #[tokio::test]

@@ -4,11 +4,18 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use rcgen::{KeyPair, SigningKey as _};
+use rustls::pki_types::PrivatePkcs8KeyDer;
 use serde_json::{Value, json};
 use x509_parser::prelude::{FromDer as _, GeneralName, X509Certificate};
 
 use super::OpenBao;
-use crate::wait;
+use crate::{
+    ca::Identity,
+    raw::{Hello, RawClient},
+    traffic::Server,
+    wait,
+    world::Pod,
+};
 
 /// The engine with the root.
 pub const ROOT: &str = "pki-root";
@@ -219,6 +226,40 @@ impl OpenBao {
             ("OPENBAO_AUTH_METHOD", "token".to_owned()),
             ("OPENBAO_TOKEN_PATH", self.file("token", token)?),
         ]))
+    }
+
+    /// A certificate of [`ROLE`] for a foreign peer, with the intermediate that signed it and a key.
+    ///
+    /// # Errors
+    /// When the server refuses.
+    async fn identity(&self, id: &str) -> anyhow::Result<Identity> {
+        let wish = json!({ "uri_sans": id, "private_key_format": "pkcs8" });
+        let path = format!("{MESH}/issue/{ROLE}");
+        let made = self.call("POST", &path, wish).await?;
+        let der = |name: &str| -> anyhow::Result<Vec<u8>> {
+            let text = made["data"][name].as_str().context("no PEM")?;
+            Ok(pem::parse(text)?.into_contents())
+        };
+        Ok(Identity {
+            chain: vec![der("certificate")?.into(), der("issuing_ca")?.into()],
+            key: PrivatePkcs8KeyDer::from(der("private_key")?).into(),
+        })
+    }
+
+    /// Has a foreign peer with a certificate of this server talk to an application in a captured pod, which presents one of
+    /// the same intermediate.
+    ///
+    /// # Panics
+    /// When it does not get through.
+    pub async fn visit(&self, peer: &Pod, pod: &Pod, app: &Server) {
+        let identity = self.identity(&peer.spiffe_id()).await.unwrap();
+        let hello = Hello::new(&identity);
+        let client = RawClient::connect(peer.netns(), pod.at(15008), &hello);
+        let client = client.await.unwrap();
+        assert_eq!(client.server_id, Some(pod.spiffe_id()));
+        assert_eq!(client.server_chain[1..], identity.chain[1..]);
+        let mut tunnel = client.tunnel(&app.address.to_string()).await.unwrap();
+        tunnel.ping(b"hello").await.unwrap();
     }
 
     /// All certificates with a URI that [`MESH`] issued, in no order.

@@ -7,7 +7,9 @@ use rustls::{
     ClientConfig, DigitallySignedStruct, DistinguishedName, RootCertStore, ServerConfig,
     SignatureScheme, SupportedProtocolVersion,
     client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
-    crypto::{CryptoProvider, aws_lc_rs, verify_tls12_signature, verify_tls13_signature},
+    crypto::{
+        CryptoProvider, SupportedKxGroup, aws_lc_rs, verify_tls12_signature, verify_tls13_signature,
+    },
     pki_types::{CertificateDer, ServerName, UnixTime},
     server::WebPkiClientVerifier,
     version::{TLS12, TLS13},
@@ -24,6 +26,8 @@ pub struct Hello {
     identity: Option<Identity>,
     alpn: Vec<Vec<u8>>,
     version: &'static SupportedProtocolVersion,
+    groups: Vec<&'static dyn SupportedKxGroup>,
+    server_name: Option<ServerName<'static>>,
 }
 
 impl Hello {
@@ -43,6 +47,8 @@ impl Hello {
             identity: None,
             alpn: vec![b"h2".to_vec()],
             version: &TLS13,
+            groups: aws_lc_rs::DEFAULT_KX_GROUPS.to_vec(),
+            server_name: None,
         }
     }
 
@@ -67,6 +73,27 @@ impl Hello {
         }
     }
 
+    /// Offering these groups only.
+    #[must_use]
+    pub fn groups(self, groups: &[&'static dyn SupportedKxGroup]) -> Self {
+        Self {
+            groups: groups.to_vec(),
+            ..self
+        }
+    }
+
+    /// Asking for a server of this name, as Envoy and browsers may; no name is sent otherwise.
+    ///
+    /// # Panics
+    /// When it cannot be one.
+    #[must_use]
+    pub fn server_name(self, name: &str) -> Self {
+        Self {
+            server_name: Some(name.to_owned().try_into().unwrap()),
+            ..self
+        }
+    }
+
     /// Connects from inside a namespace and shakes hands.
     ///
     /// With TLS 1.3 a server's dislike of the certificate shows only at the first read.
@@ -80,7 +107,8 @@ impl Hello {
     ) -> anyhow::Result<client::TlsStream<TcpStream>> {
         let connect = async {
             let socket = traffic::connect(netns, to).await.context("TCP")?;
-            let name = ServerName::IpAddress(to.ip().into());
+            let address = || ServerName::IpAddress(to.ip().into());
+            let name = self.server_name.clone().unwrap_or_else(address);
             let connector = TlsConnector::from(Arc::new(self.config()?));
             connector.connect(name, socket).await.context("TLS")
         };
@@ -89,7 +117,11 @@ impl Hello {
 
     fn config(&self) -> anyhow::Result<ClientConfig> {
         let verifier = Arc::new(AcceptAny(Arc::new(aws_lc_rs::default_provider())));
-        let builder = ClientConfig::builder_with_provider(Arc::new(aws_lc_rs::default_provider()))
+        let provider = CryptoProvider {
+            kx_groups: self.groups.clone(),
+            ..aws_lc_rs::default_provider()
+        };
+        let builder = ClientConfig::builder_with_provider(Arc::new(provider))
             .with_protocol_versions(&[self.version])?
             .dangerous()
             .with_custom_certificate_verifier(verifier);
@@ -100,7 +132,7 @@ impl Hello {
             None => builder.with_no_client_auth(),
         };
         config.alpn_protocols.clone_from(&self.alpn);
-        config.enable_sni = false;
+        config.enable_sni = self.server_name.is_some();
         Ok(config)
     }
 }

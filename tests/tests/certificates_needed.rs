@@ -1,0 +1,117 @@
+//! Which certificates a node asks for, and how often.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    reason = "test code: a panic is a failed test"
+)]
+
+use std::sync::Arc;
+
+use testkit::{
+    Istiod, Mesh, NodeRun, Pod, PodSpec, ProxyOptions, World,
+    istiod::{CertificateCall, Kind},
+    mesh::workload_uid,
+    traffic::{Behaviour, Server},
+};
+
+/// Three pods of one account on one node, and a stand-in that is control plane and authority.
+struct Stage {
+    world: World,
+    pods: [Arc<Pod>; 3],
+    istiod: Istiod,
+    app: Server,
+}
+
+impl Stage {
+    fn new() -> Self {
+        let world = World::new(1).unwrap();
+        let node = world.node(0);
+        let pods = ["one", "two", "three"].map(|name| {
+            let spec = PodSpec::captured(name).service_account("shared");
+            node.pod(&spec).unwrap()
+        });
+        let home = node.pod(&PodSpec::plain("istiod")).unwrap();
+        let istiod = Istiod::options().start(&world, &home).unwrap();
+        istiod.set(&Mesh::of(&[&pods[0], &pods[1], &pods[2]]));
+        let app = pods[1].serve(8080, Behaviour::Echo).unwrap();
+        Self {
+            world,
+            pods,
+            istiod,
+            app,
+        }
+    }
+
+    async fn start(&self) -> NodeRun<'_> {
+        let node = self.world.node(0);
+        let options = ProxyOptions::new(&self.world, node)
+            .follow(&self.istiod)
+            .certified_by(&self.istiod);
+        let pods: Vec<&Pod> = self.pods.iter().map(Arc::as_ref).collect();
+        NodeRun::start(&self.world, node, &options, &pods)
+            .await
+            .unwrap()
+    }
+
+    /// The first pod gets an answer of the second.
+    async fn echoes(&self) {
+        let answer = self.pods[0].ask(self.app.address, b"hello").await;
+        assert_eq!(answer.unwrap(), b"hello");
+    }
+
+    /// For whom certificates were asked, in order.
+    fn asked(&self) -> Vec<String> {
+        let calls = self.istiod.certificate_calls().into_iter();
+        calls
+            .filter_map(|call: CertificateCall| call.impersonated)
+            .collect()
+    }
+}
+
+/// Cases 11 and 12.
+#[tokio::test]
+async fn one_request_serves_all_pods_of_an_account_and_none_is_made_for_others() {
+    let stage = Stage::new();
+    let node = stage.world.node(0);
+    let [outside, elsewhere, last] =
+        ["outside", "elsewhere", "last"].map(|name| node.pod(&PodSpec::plain(name)).unwrap());
+    let mut mesh = Mesh::default();
+    mesh.pod(&outside);
+    let remote = mesh.pod(&elsewhere);
+    "HBONE".clone_into(&mut remote.protocol);
+    "another-node".clone_into(&mut remote.node);
+    stage.istiod.put(&mesh);
+    let _run = stage.start().await;
+    stage.echoes().await;
+
+    // Its certificate is asked for after any that the others would have needed.
+    let mut mesh = Mesh::default();
+    "HBONE".clone_into(&mut mesh.pod(&last).protocol);
+    stage.istiod.put(&mesh);
+    stage.istiod.certified(&last.spiffe_id(), 1).await;
+    assert_eq!(stage.asked(), [stage.pods[0].spiffe_id(), last.spiffe_id()]);
+}
+
+/// Case 21, but for the end of the grace, which is tested where the clock can be moved.
+#[tokio::test]
+async fn an_account_that_comes_back_at_once_finds_its_certificate() {
+    let stage = Stage::new();
+    let run = stage.start().await;
+    stage.echoes().await;
+    let uids = [0, 1, 2].map(|pod: usize| workload_uid(&stage.pods[pod]));
+    let uids = uids.each_ref().map(String::as_str);
+    stage.istiod.remove(Kind::Address, &uids);
+    let id = stage.pods[0].spiffe_id();
+    let forgotten = [("identity", &*id), ("state", "forgotten")];
+    let name = "istio_certificate_state";
+    let is_one = |value: f64| value.total_cmp(&1.0).is_eq();
+    run.proxy.metric(name, &forgotten, is_one).await;
+
+    stage
+        .istiod
+        .put(&Mesh::of(&[&stage.pods[0], &stage.pods[1]]));
+    stage.echoes().await;
+    assert_eq!(stage.asked(), [id]);
+}
