@@ -181,20 +181,20 @@ impl Collector for Identities {
         times(
             &mut encoder,
             "istio_certificate_expiry_timestamp_seconds",
-            "When the certificate of an identity ends, in seconds since 1970 (unstable)",
+            "When the certificate of an identity ends, in seconds since 1970 (unstable).",
             &overviews,
             |overview| Some(overview.svid.as_ref()?.not_after()),
         )?;
         times(
             &mut encoder,
             "istio_certificate_last_renewal_timestamp_seconds",
-            "When the certificate of an identity was obtained, in seconds since 1970 (unstable)",
+            "When the certificate of an identity was obtained, in seconds since 1970 (unstable).",
             &overviews,
             |overview| overview.obtained_at,
         )?;
         let mut family = encoder.encode_descriptor(
             "istio_certificate_state",
-            "1 for the state that an identity is in (unstable)",
+            "1 for the state that an identity is in (unstable).",
             None,
             MetricType::Gauge,
         )?;

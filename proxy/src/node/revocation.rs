@@ -58,7 +58,7 @@ impl Collector for Counted {
             }
         }
         let reloads = [("loaded", status.updates), ("failed", status.failures)];
-        let help = "How often revocation lists were loaded, or not usable (unstable)";
+        let help = "How often revocation lists were loaded, or not usable (unstable).";
         let mut family =
             encoder.encode_descriptor("istio_crl_reloads", help, None, MetricType::Counter)?;
         for (result, count) in reloads {
@@ -68,12 +68,12 @@ impl Collector for Counted {
         let held = [
             (
                 "istio_crl_lists",
-                "Revocation lists in force (unstable)",
+                "Revocation lists in force (unstable).",
                 status.lists,
             ),
             (
                 "istio_crl_revoked_certificates",
-                "Certificates that revocation lists name (unstable)",
+                "Certificates that revocation lists name (unstable).",
                 status.revoked,
             ),
         ];

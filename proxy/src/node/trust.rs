@@ -29,12 +29,12 @@ type Number = (&'static str, &'static str, fn(&RootSourceStatus) -> u64);
 const GAUGES: [Number; 2] = [
     (
         "istio_trust_bundle_roots",
-        "Roots that a source of the trust bundle names (unstable)",
+        "Roots that a source of the trust bundle names (unstable).",
         |source| count(source.roots),
     ),
     (
         "istio_trust_bundle_leaving_roots",
-        "Roots that a source names no longer, trusted for a while more (unstable)",
+        "Roots that a source names no longer, trusted for a while more (unstable).",
         |source| count(source.leaving),
     ),
 ];
@@ -42,12 +42,12 @@ const GAUGES: [Number; 2] = [
 const COUNTERS: [Number; 2] = [
     (
         "istio_trust_bundle_updates",
-        "How often a source of the trust bundle was taken over (unstable)",
+        "How often a source of the trust bundle was taken over (unstable).",
         |source| source.updates,
     ),
     (
         "istio_trust_bundle_failures",
-        "How often a source of the trust bundle was not usable (unstable)",
+        "How often a source of the trust bundle was not usable (unstable).",
         |source| source.failures,
     ),
 ];
