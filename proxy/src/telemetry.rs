@@ -12,12 +12,16 @@ mod labels;
 pub mod logging;
 mod process;
 mod readiness;
+mod reason;
+mod refusals;
 mod traffic;
 
-pub use access::{Access, HboneTarget, Route, reject};
+pub use access::{Access, Attempt, HboneTarget, Route};
 pub use authorization::{AuthorizationEvent, AuthorizationLog};
 pub use dns::{DnsLabels, DnsMetrics, DnsProtocol};
 pub use labels::{Label, LabelValue, Labels, Party, Reporter, ResponseFlag, Security, ServiceName};
 pub use process::{PodMetrics, register_process};
 pub use readiness::{Readiness, ReadinessTask};
-pub use traffic::{Meter, SocketGuard, Traffic};
+pub use reason::Reason;
+pub use refusals::{Phase, Refusal, Refusals};
+pub use traffic::{Meter, Series, SocketGuard, Traffic, Watch};

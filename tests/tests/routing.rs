@@ -147,6 +147,10 @@ async fn a_service_address_leads_to_its_endpoint_and_target_port() {
     stage
         .refused(&cluster, at(1, 81), "no healthy upstream: 10.96.0.1:81")
         .await;
+    let metrics = cluster.proxy(0).metrics().await.unwrap();
+    let cause = [("reporter", "source"), ("reason", "no-healthy-upstream")];
+    assert_eq!(metrics.sum("culvert_flows_refused_total", &cause), 1.0);
+    assert_eq!(metrics.sum("culvert_flows_failed_total", &[]), 0.0);
     assert!(
         wire.packets(|packet| packet.to.ip() == vip(1)).is_empty(),
         "a packet left for the service address"

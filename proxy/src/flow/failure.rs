@@ -9,7 +9,7 @@ use crate::{
     listen,
     policy::Denied,
     relay::{Ending, Outcome},
-    telemetry::ResponseFlag,
+    telemetry::Reason,
     tunnel,
 };
 
@@ -77,19 +77,20 @@ impl Failure {
         }
     }
 
-    /// How metrics call it.
-    pub(super) fn flag(&self) -> ResponseFlag {
+    /// What metrics and logs call it.
+    pub(super) fn reason(&self) -> Reason {
         match self {
-            Self::Denied(_) | Self::Revoked => ResponseFlag::Deny,
-            Self::Unreachable(_)
-            | Self::Header(_)
-            | Self::Relay(_)
-            | Self::Uncarried(_)
-            | Self::Abandoned => ResponseFlag::Connect,
-            Self::PeerRevoked => ResponseFlag::CertRevoked,
-            Self::NoIdentity => ResponseFlag::IdentityError,
-            Self::Answer(_) => ResponseFlag::H2HandshakeFailure,
-            Self::Tunnel(error) => error.flag(),
+            Self::Denied(_) => Reason::PolicyDenied,
+            Self::Revoked => Reason::PolicyChanged,
+            Self::PeerRevoked => Reason::Revoked,
+            Self::Unreachable(error) => error.reason(),
+            Self::Header(_) => Reason::ProxyHeader,
+            Self::Tunnel(error) => error.reason(),
+            Self::Answer(_) => Reason::Http2,
+            Self::Abandoned => Reason::ClientGone,
+            Self::NoIdentity => Reason::NoIdentity,
+            Self::Uncarried(_) => Reason::Unsupported,
+            Self::Relay(_) => Reason::Broken,
         }
     }
 

@@ -24,6 +24,7 @@ use super::{
     parties,
     proxy_header::ProxyHeader,
     report::{self, Guarded, Told},
+    table::Entry,
 };
 use crate::{
     listen,
@@ -33,7 +34,7 @@ use crate::{
     route::{
         self, Authority, AuthorityError, ClientAddress, InboundQuery, InboundRefusal, InboundRoute,
     },
-    telemetry::{self, Access, Labels, Party, Reporter, Route, Security},
+    telemetry::{Access, Attempt, Labels, Party, Reason, Reporter, Route, Security},
     tunnel::{self, AcceptError, Cut, Incoming, Responder, Retirement, ServeError, Stream, Tls},
 };
 
@@ -66,7 +67,7 @@ async fn connection(
     drop(slot);
     let (tls, caller, (age, tracker)) = match shaken {
         Ok(shaken) => shaken,
-        Err(refused) => return telemetry::reject(Reporter::Destination, peer, here, &refused),
+        Err(refused) => return reject(&pod, (peer, here), refused.reason(), &refused),
     };
     let (caller, settings) = (Arc::new(caller), Arc::clone(&pod.settings().tunnel));
     let cut = {
@@ -74,13 +75,16 @@ async fn connection(
         let first = move || caller.cut.store(true, Ordering::Release);
         Cut::new(tracker, tls.peer_certificates(), first)
     };
-    let handler = move |incoming| stream(Arc::clone(&pod), Arc::clone(&caller), incoming);
+    let handler = {
+        let pod = Arc::clone(&pod);
+        move |incoming| stream(Arc::clone(&pod), Arc::clone(&caller), incoming)
+    };
     let retire = draining.child_token();
     let serving = Box::pin(tunnel::serve(tls, &settings, retire.clone(), cut, handler));
     match age.retire(&retire, serving).await {
         Ok(()) => {}
         Err(error @ ServeError::PrefaceTimeout(_)) => {
-            telemetry::reject(Reporter::Destination, peer, here, &error);
+            reject(&pod, (peer, here), Reason::Http2, &error);
         }
         Err(error @ ServeError::Cut) => tracing::info!(%peer, "{error}"),
         Err(error) => {
@@ -124,6 +128,20 @@ enum Refused {
     Tls(#[from] AcceptError),
     #[error("the peer's certificate carries no SPIFFE identity")]
     Stranger,
+}
+
+impl Refused {
+    fn reason(&self) -> Reason {
+        match self {
+            Self::NoAddress => Reason::NoSocket,
+            Self::Crowded => Reason::Overloaded,
+            Self::UnknownLocal => Reason::UnknownLocal,
+            Self::NoIdentity => Reason::NoIdentity,
+            Self::NoCertificate(_) | Self::Certificate(_) => Reason::NoCertificate,
+            Self::Tls(error) => error.reason(),
+            Self::Stranger => Reason::PeerIdentityMismatch,
+        }
+    }
 }
 
 async fn shake(
@@ -199,12 +217,8 @@ async fn open(pod: &Arc<Pod>, caller: &Caller, incoming: Incoming) -> Option<Ope
     let decision = match decide(pod, caller, &connect).await {
         Ok(decision) => decision,
         Err(early) => {
-            telemetry::reject(
-                Reporter::Destination,
-                caller.peer,
-                Some(caller.here),
-                &early,
-            );
+            let addresses = (caller.peer, Some(caller.here));
+            reject(pod, addresses, early.reason(), &early);
             responder.refuse(early.status());
             return None;
         }
@@ -212,18 +226,19 @@ async fn open(pod: &Arc<Pod>, caller: &Caller, incoming: Incoming) -> Option<Ope
     let source = source(pod, caller, &connect).await;
     let access = opened(pod, caller, source.as_deref(), (&decision, &connect));
     let destination = decision.route.destination;
-    let entry = pod.flows().enter(Direction::Inbound {
+    let direction = Direction::Inbound {
         source: caller.peer,
         destination,
         identity: Some(caller.identity.clone()),
         service: connect.forwarded_host().map(Into::into),
-    });
+    };
+    let entry = pod.flows().enter(direction, access.meter().watch());
     let judged = Connection {
         source: caller.peer,
         destination,
         identity: Some(&caller.identity),
     };
-    let dialled = match authorize(pod, &decision.local, &judged) {
+    let dialled = match authorize(pod, &decision.local, &judged, &entry) {
         Err(denied) => Err(Failure::Denied(denied)),
         Ok(permit) => dial(pod, permit, caller, &decision.route, &mut responder).await,
     };
@@ -265,6 +280,13 @@ enum Early {
 }
 
 impl Early {
+    fn reason(&self) -> Reason {
+        match self {
+            Self::Authority(_) => Reason::BadRequest,
+            Self::Route(refusal) => refusal.reason(),
+        }
+    }
+
     fn status(&self) -> StatusCode {
         match self {
             Self::Authority(_) => StatusCode::BAD_REQUEST,
@@ -395,13 +417,30 @@ fn accept_stream(pod: &Pod, local: &Workload, responder: Responder) -> Result<St
     responder.accept(baggage)
 }
 
-/// Asks the policies of `local`, and logs what they say.
+/// Tells of a connection, or a request on one, that does not become a flow.
+pub(super) fn reject(
+    pod: &Pod,
+    (source, destination): (SocketAddr, Option<SocketAddr>),
+    reason: Reason,
+    error: &(dyn Error + 'static),
+) {
+    let attempt = Attempt {
+        reporter: Reporter::Destination,
+        source,
+        destination,
+    };
+    pod.shared().traffic.reject(attempt, reason, error);
+}
+
+/// Asks the policies of `local`, logs what they say, and notes what decided.
 pub(super) fn authorize(
     pod: &Pod,
     local: &Workload,
     connection: &Connection<'_>,
+    entry: &Entry,
 ) -> Result<Permit, Denied> {
     let verdict = policy::authorize(&pod.shared().mesh.read(), local, connection);
+    entry.judged(verdict.decision());
     for note in verdict.notes() {
         report::note(pod.shared().verdicts, note);
     }

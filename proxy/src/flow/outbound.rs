@@ -18,7 +18,7 @@ use crate::{
     mesh::{Service, Workload},
     relay,
     route::{self, Hop, Outbound, OutboundQuery, Refusal},
-    telemetry::{self, Access, Labels, Reporter, Route, Security},
+    telemetry::{self, Access, Attempt, Labels, Reason, Reporter, Route, Security},
     tunnel::{
         self,
         headers::{Forwarded, TraceParent},
@@ -79,7 +79,13 @@ async fn open(pod: &Arc<Pod>, downstream: &TcpStream, peer: SocketAddr) -> Optio
             Err(refusal) => {
                 // What was tried in vain is reported; that nothing is left to try is no news.
                 if tried.is_empty() {
-                    telemetry::reject(Reporter::Source, peer, Some(original), &*refusal);
+                    let attempt = Attempt {
+                        reporter: Reporter::Source,
+                        source: peer,
+                        destination: Some(original),
+                    };
+                    let Unplanned { reason, error } = refusal;
+                    pod.shared().traffic.reject(attempt, reason, &*error);
                 }
                 return None;
             }
@@ -124,12 +130,13 @@ async fn attempt(
     } else {
         Carried::Tcp
     };
-    let entry = pod.flows().enter(Direction::Outbound {
+    let direction = Direction::Outbound {
         source: peer,
         original,
         actual: plan.to,
         carried,
-    });
+    };
+    let entry = pod.flows().enter(direction, access.meter().watch());
     let reaching = async {
         match &plan.hop {
             None => pod
@@ -202,11 +209,35 @@ impl Plan {
     }
 }
 
+/// Why there is no plan.
+struct Unplanned {
+    reason: Reason,
+    error: Box<dyn std::error::Error + Send + Sync>,
+}
+
+impl From<Refusal> for Unplanned {
+    fn from(refusal: Refusal) -> Self {
+        Self {
+            reason: refusal.reason(),
+            error: refusal.into(),
+        }
+    }
+}
+
+impl From<Failure> for Unplanned {
+    fn from(failure: Failure) -> Self {
+        Self {
+            reason: failure.reason(),
+            error: failure.into(),
+        }
+    }
+}
+
 async fn decide(
     pod: &Pod,
     (peer, original): (SocketAddr, SocketAddr),
     avoid: &[Arc<Workload>],
-) -> Result<Plan, Box<dyn std::error::Error + Send + Sync>> {
+) -> Result<Plan, Unplanned> {
     let guard = &pod.settings().guard;
     if original.ip().is_loopback() && guard.covers(original.port()) {
         return Err(Refusal::Recursion.into());

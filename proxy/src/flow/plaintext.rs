@@ -16,7 +16,7 @@ use crate::{
     policy::Connection,
     relay,
     route::{self, InboundRefusal, InboundRoute, PlaintextQuery},
-    telemetry::{self, Access, Labels, Party, Reporter, Route, Security},
+    telemetry::{Access, Labels, Party, Reporter, Route, Security},
 };
 
 /// Carries one connection to the application, if policy allows it for a peer without identity.
@@ -47,7 +47,7 @@ async fn open(pod: &Arc<Pod>, downstream: &TcpStream, peer: SocketAddr) -> Optio
     let (local, route) = match decide(pod, destination).await {
         Ok(decision) => decision,
         Err(refusal) => {
-            telemetry::reject(Reporter::Destination, peer, Some(destination), &refusal);
+            inbound::reject(pod, (peer, Some(destination)), refusal.reason(), &refusal);
             return None;
         }
     };
@@ -55,18 +55,19 @@ async fn open(pod: &Arc<Pod>, downstream: &TcpStream, peer: SocketAddr) -> Optio
     let captured = pod.source_ports().register(peer, route.destination);
     let source = pod.peer(peer.ip()).await;
     let access = opened(pod, &local, &route, (peer, source.as_deref()));
-    let entry = pod.flows().enter(Direction::Inbound {
+    let direction = Direction::Inbound {
         source: peer,
         destination: route.destination,
         identity: None,
         service: None,
-    });
+    };
+    let entry = pod.flows().enter(direction, access.meter().watch());
     let connection = Connection {
         source: peer,
         destination: route.destination,
         identity: None,
     };
-    let upstream = match inbound::authorize(pod, &local, &connection) {
+    let upstream = match inbound::authorize(pod, &local, &connection, &entry) {
         Err(denied) => Err(Failure::Denied(denied)),
         Ok(permit) => pod
             .dial_application(permit, route.to, peer.ip())

@@ -10,14 +10,14 @@ use crate::{
     listen::PortLease,
     policy::{Event, Note},
     relay::Outcome,
-    telemetry::{Access, AuthorizationEvent, AuthorizationLog, ResponseFlag},
+    telemetry::{Access, AuthorizationEvent, AuthorizationLog},
 };
 
 /// Closes the record of a flow.
 pub(super) fn close(access: Access, end: Result<(), Failure>) {
     match end {
-        Ok(()) => access.close(ResponseFlag::None, None),
-        Err(failure) => access.close(failure.flag(), Some(&failure)),
+        Ok(()) => access.close(None),
+        Err(failure) => access.close(Some((failure.reason(), &failure))),
     }
 }
 

@@ -7,17 +7,21 @@
 use std::{
     net::SocketAddr,
     sync::{
-        Arc,
+        Arc, OnceLock,
         atomic::{AtomicBool, Ordering},
     },
     task::{Context, Poll},
+    time::Duration,
 };
 
 use cert_agent::SpiffeId;
 use futures_util::task::AtomicWaker;
 use parking_lot::Mutex;
+use tokio::time::Instant;
 
-/// Live flows of one pod. An entry costs about 200 bytes and leaves when its flow ends.
+use crate::{policy::Note, telemetry::Watch};
+
+/// Live flows of one pod. An entry costs about 300 bytes and leaves when its flow ends.
 #[derive(Debug, Default)]
 pub struct FlowTable {
     flows: Mutex<slab::Slab<Arc<Facts>>>,
@@ -26,9 +30,12 @@ pub struct FlowTable {
 impl FlowTable {
     /// Enters a flow. It stays listed until the returned guard is dropped.
     #[must_use]
-    pub(super) fn enter(self: &Arc<Self>, direction: Direction) -> Entry {
+    pub(super) fn enter(self: &Arc<Self>, direction: Direction, watch: Watch) -> Entry {
         let facts = Arc::new(Facts {
             direction,
+            watch,
+            began: Instant::now(),
+            verdict: OnceLock::new(),
             revoked: AtomicBool::new(false),
             task: AtomicWaker::new(),
         });
@@ -105,6 +112,9 @@ pub enum Carried {
 #[derive(Debug)]
 pub struct Facts {
     direction: Direction,
+    watch: Watch,
+    began: Instant,
+    verdict: OnceLock<Note>,
     revoked: AtomicBool,
     /// The task of the flow.
     task: AtomicWaker,
@@ -115,6 +125,24 @@ impl Facts {
     #[must_use]
     pub fn direction(&self) -> &Direction {
         &self.direction
+    }
+
+    /// Its names, identities and bytes.
+    #[must_use]
+    pub fn watch(&self) -> &Watch {
+        &self.watch
+    }
+
+    /// How long it has been there.
+    #[must_use]
+    pub fn age(&self) -> Duration {
+        self.began.elapsed()
+    }
+
+    /// What policies said when it was judged; `None` for outbound flows, and before.
+    #[must_use]
+    pub fn verdict(&self) -> Option<&Note> {
+        self.verdict.get()
     }
 
     /// Ends the flow because a policy no longer allows it. The flow's task sees it at its next step.
@@ -133,6 +161,12 @@ pub(super) struct Entry {
 }
 
 impl Entry {
+    /// Tells what policies said.
+    pub(super) fn judged(&self, verdict: &Note) {
+        // A flow is judged once before it opens; later judgements only end it.
+        let _ = self.facts.verdict.set(verdict.clone());
+    }
+
     /// Ready once a policy change has ended the flow.
     pub(super) fn poll_revoked(&self, cx: &mut Context<'_>) -> Poll<()> {
         // First the task, then the look: a revocation in between wakes it.
@@ -154,6 +188,7 @@ impl Drop for Entry {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::telemetry::{Labels, Party, Reporter, Security, ServiceName, Traffic};
 
     fn inbound(port: u16) -> Direction {
         Direction::Inbound {
@@ -164,11 +199,22 @@ mod tests {
         }
     }
 
+    fn watch() -> Watch {
+        let labels = Labels {
+            reporter: Reporter::Destination,
+            security: Security::Unknown,
+            source: Party::default(),
+            destination: Party::default(),
+            service: ServiceName::default(),
+        };
+        Traffic::default().open(&labels).watch()
+    }
+
     #[test]
     fn an_entry_leaves_when_its_guard_is_dropped() {
         let table = Arc::new(FlowTable::default());
-        let first = table.enter(inbound(1));
-        let second = table.enter(inbound(2));
+        let first = table.enter(inbound(1), watch());
+        let second = table.enter(inbound(2), watch());
         assert_eq!(table.len(), 2);
         drop(first);
         assert_eq!(table.len(), 1);
@@ -179,7 +225,7 @@ mod tests {
     #[test]
     fn a_revocation_is_seen_before_and_during_the_wait() {
         let table = Arc::new(FlowTable::default());
-        let entry = table.enter(inbound(1));
+        let entry = table.enter(inbound(1), watch());
         let facts = table.open();
         let mut wait = waiting(&entry);
         assert!(wait.next().is_pending());

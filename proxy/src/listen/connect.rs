@@ -21,7 +21,10 @@ use super::{
     ports::{PortLease, Range, SourcePorts},
     throttle::Throttle,
 };
-use crate::config::{OriginalSource, Sockets};
+use crate::{
+    config::{OriginalSource, Sockets},
+    telemetry::Reason,
+};
 
 /// The address that the other side of a new connection sees.
 #[derive(Debug, Clone, Copy)]
@@ -96,6 +99,16 @@ impl ConnectError {
         match self {
             Self::Timeout { .. } | Self::Connect { .. } => true,
             Self::Prepare { .. } | Self::PortsExhausted { .. } => false,
+        }
+    }
+
+    /// What metrics and logs call this failure.
+    #[must_use]
+    pub const fn reason(&self) -> Reason {
+        match self {
+            Self::Timeout { .. } => Reason::ConnectTimeout,
+            Self::Connect { .. } => Reason::ConnectRefused,
+            Self::Prepare { .. } | Self::PortsExhausted { .. } => Reason::NoSocket,
         }
     }
 }

@@ -5,7 +5,10 @@ use std::sync::Arc;
 
 use http::StatusCode;
 
-use crate::mesh::{Destination, GatewayAddress};
+use crate::{
+    mesh::{Destination, GatewayAddress},
+    telemetry::Reason,
+};
 
 /// Why an outbound connection is closed. All of these happen before anything is dialled: they are
 /// told by one early-deny line and move no traffic metric.
@@ -36,6 +39,20 @@ pub enum Refusal {
 }
 
 impl Refusal {
+    /// What metrics and logs call it.
+    #[must_use]
+    pub const fn reason(&self) -> Reason {
+        match self {
+            Self::Recursion => Reason::Recursion,
+            Self::UnknownLocal => Reason::UnknownLocal,
+            Self::NoHealthyUpstream(_) => Reason::NoHealthyUpstream,
+            Self::UnknownWaypoint(_) => Reason::UnknownWaypoint,
+            Self::UnknownGateway(_) => Reason::UnknownGateway,
+            Self::NoValidDestination(_) => Reason::NoRoute,
+            Self::Unresolved(_) => Reason::Unresolved,
+        }
+    }
+
     /// What would have to be known to decide otherwise.
     #[must_use]
     pub fn missing(&self) -> Option<&Destination> {
@@ -96,6 +113,19 @@ pub enum InboundRefusal {
 }
 
 impl InboundRefusal {
+    /// What metrics and logs call it.
+    #[must_use]
+    pub const fn reason(&self) -> Reason {
+        match self {
+            Self::UnknownLocal => Reason::UnknownLocal,
+            Self::IpMismatch { .. } => Reason::IpMismatch,
+            Self::UnknownHost { .. } => Reason::UnknownHost,
+            Self::NoTargetPort { .. } => Reason::NoTargetPort,
+            Self::Recursion => Reason::Recursion,
+            Self::NoVirtualAddress(_) => Reason::NoVirtualAddress,
+        }
+    }
+
     /// What would have to be known to decide otherwise.
     #[must_use]
     pub fn missing(&self) -> Option<&Destination> {

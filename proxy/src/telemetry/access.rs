@@ -1,6 +1,12 @@
 //! The access log: one line when a flow opens, one when it ends, one for each early rejection.
 
-use std::{error::Error, fmt, net::SocketAddr, sync::Arc, time::Duration};
+use std::{
+    error::Error,
+    fmt,
+    net::SocketAddr,
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
 
 use tokio::time::Instant;
 use tracing::{
@@ -9,7 +15,9 @@ use tracing::{
 };
 
 use super::{
-    labels::{Reporter, ResponseFlag, Security, Stored},
+    Reason, Traffic,
+    labels::{Reporter, Security, Stored},
+    refusals::{Phase, Refusal, in_words},
     traffic::Meter,
 };
 
@@ -100,18 +108,41 @@ impl Access {
         &self.meter
     }
 
-    /// Ends the flow under `flag`; with an `error`, whose causes are logged too, it counts as
-    /// failed in the log.
-    pub fn close(mut self, flag: ResponseFlag, error: Option<&(dyn Error + 'static)>) {
-        self.meter.end_with(flag);
-        self.report(error);
+    /// Ends the flow. With a `failure`, whose causes are logged too, it counts as failed.
+    pub fn close(mut self, failure: Option<(Reason, &(dyn Error + 'static))>) {
+        self.report(failure);
     }
 
-    fn report(&mut self, error: Option<&(dyn Error + 'static)>) {
+    fn report(&mut self, failure: Option<(Reason, &(dyn Error + 'static))>) {
         self.reported = true;
-        match error {
-            None => self.log_complete(),
-            Some(error) => self.log_failed(error),
+        let Some((reason, error)) = failure else {
+            return self.log_complete();
+        };
+        self.meter.end_with(reason.flag());
+        self.log_failed(reason, error);
+        // An end that was asked for is no failure.
+        if reason != Reason::Drained {
+            self.meter.refusals().tell(self.refusal(reason, error));
+        }
+    }
+
+    fn refusal(&self, reason: Reason, error: &(dyn Error + 'static)) -> Refusal {
+        let labels = self.meter.labels();
+        let named = |pod: &Option<Arc<str>>| pod.clone().filter(|name| !name.is_empty());
+        Refusal {
+            at: SystemTime::now(),
+            reporter: labels.reporter,
+            phase: Phase::Opened,
+            source: self.route.source,
+            destination: Some(self.route.destination),
+            source_pod: named(&self.route.source_pod),
+            destination_name: labels
+                .service
+                .hostname
+                .clone()
+                .or_else(|| named(&self.route.destination_pod)),
+            reason,
+            error: in_words(error),
         }
     }
 
@@ -127,12 +158,13 @@ impl Access {
         });
     }
 
-    fn log_failed(&self, error: &(dyn Error + 'static)) {
+    fn log_failed(&self, reason: Reason, error: &(dyn Error + 'static)) {
         access_line!(Level::ERROR, "connection complete", self, {
             bytes_sent = self.bytes().0,
             bytes_recv = self.bytes().1,
             duration = Millis::of(self.opened.elapsed()).as_str(),
             error,
+            reason = reason.as_str(),
         });
     }
 
@@ -157,12 +189,12 @@ impl Access {
 impl Drop for Access {
     fn drop(&mut self) {
         if !self.reported {
-            let why = if std::thread::panicking() {
-                Cancelled::Panic
+            let (reason, why) = if std::thread::panicking() {
+                (Reason::Internal, Cancelled::Panic)
             } else {
-                Cancelled::Drain
+                (Reason::Drained, Cancelled::Drain)
             };
-            self.report(Some(&why));
+            self.report(Some((reason, &why)));
         }
     }
 }
@@ -176,26 +208,50 @@ impl fmt::Display for HboneTarget {
     }
 }
 
-/// Logs `connection failed` (warn) for a connection that was refused before it became a flow: no
-/// metric counts it.
-pub fn reject(
-    reporter: Reporter,
-    source: SocketAddr,
-    destination: Option<SocketAddr>,
-    error: &(dyn Error + 'static),
-) {
-    tracing::event!(
-        target: "access",
-        parent: None,
-        Level::WARN,
-        {
-            src.addr = %source,
-            dst.addr = destination.map(display),
-            direction = reporter.direction(),
-            error,
-        },
-        "connection failed"
-    );
+/// A connection that does not become a flow.
+#[derive(Debug, Clone, Copy)]
+pub struct Attempt {
+    /// Which side of the connection this proxy is.
+    pub reporter: Reporter,
+    /// Who connected.
+    pub source: SocketAddr,
+    /// What was wanted; `None` if that could not be read.
+    pub destination: Option<SocketAddr>,
+}
+
+impl Traffic {
+    /// Logs `connection failed` (warn) for a connection that was refused before it became a flow. It is counted by its
+    /// reason, and by no `istio_tcp_*` family.
+    pub fn reject(&self, attempt: Attempt, reason: Reason, error: &(dyn Error + 'static)) {
+        let Attempt {
+            reporter,
+            source,
+            destination,
+        } = attempt;
+        tracing::event!(
+            target: "access",
+            parent: None,
+            Level::WARN,
+            {
+                src.addr = %source,
+                dst.addr = destination.map(display),
+                direction = reporter.direction(),
+                error,
+            },
+            "connection failed"
+        );
+        self.refusals().tell(Refusal {
+            at: SystemTime::now(),
+            reporter,
+            phase: Phase::Early,
+            source,
+            destination,
+            source_pod: None,
+            destination_name: None,
+            reason,
+            error: in_words(error),
+        });
+    }
 }
 
 fn pod<'a>(name: &'a Option<Arc<str>>, service: &'a Stored) -> Option<&'a str> {

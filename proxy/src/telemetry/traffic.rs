@@ -19,20 +19,36 @@ use prometheus_client::{
     registry::Registry,
 };
 
-use super::labels::{Label, Labels, Reporter, ResponseFlag, Stored, label};
+use super::{
+    labels::{Label, Labels, Reporter, ResponseFlag, Stored, label},
+    refusals::Refusals,
+};
 
 /// Counts connections and bytes by who talks to whom. Clones share one table.
 #[derive(Debug, Clone, Default)]
 pub struct Traffic(Arc<Inner>);
 
-/// The counters of one open flow: 24 bytes and no lock. Dropping it counts the flow as closed
-/// without failure.
+/// The counters of one open flow: 24 bytes, 32 more that it shares with a [`Watch`], and no lock.
+/// Dropping it counts the flow as closed without failure.
 #[must_use = "dropping the meter closes the flow"]
 pub struct Meter {
     series: Arc<Series>,
+    carried: Arc<Carried>,
+    end: ResponseFlag,
+}
+
+/// A look at an open flow from outside of its task.
+#[derive(Debug, Clone)]
+pub struct Watch {
+    series: Arc<Series>,
+    carried: Arc<Carried>,
+}
+
+/// What one flow carried.
+#[derive(Debug, Default)]
+struct Carried {
     received: AtomicU64,
     sent: AtomicU64,
-    end: ResponseFlag,
 }
 
 /// Counts an accepted socket as open until dropped.
@@ -58,8 +74,7 @@ impl Traffic {
         series.opened.fetch_add(1, Relaxed);
         Meter {
             series,
-            received: AtomicU64::new(0),
-            sent: AtomicU64::new(0),
+            carried: Arc::default(),
             end: ResponseFlag::None,
         }
     }
@@ -78,6 +93,16 @@ impl Traffic {
         self.0.retries.fetch_add(1, Relaxed);
     }
 
+    /// What was refused or failed.
+    pub fn refusals(&self) -> &Refusals {
+        &self.0.refusals
+    }
+
+    /// All series, in no particular order.
+    pub fn series(&self) -> Vec<Arc<Series>> {
+        self.0.table.read().iter().map(Arc::clone).collect()
+    }
+
     /// Number of label sets seen.
     pub fn series_count(&self) -> usize {
         self.0.table.read().len()
@@ -87,19 +112,27 @@ impl Traffic {
 impl Meter {
     /// Counts `bytes` carried from client to server.
     pub fn received(&self, bytes: u64) {
-        self.received.fetch_add(bytes, Relaxed);
+        self.carried.received.fetch_add(bytes, Relaxed);
         self.series.received.fetch_add(bytes, Relaxed);
     }
 
     /// Counts `bytes` carried from server to client.
     pub fn sent(&self, bytes: u64) {
-        self.sent.fetch_add(bytes, Relaxed);
+        self.carried.sent.fetch_add(bytes, Relaxed);
         self.series.sent.fetch_add(bytes, Relaxed);
     }
 
     /// What this flow carried so far: (client to server, server to client), in bytes.
     pub fn totals(&self) -> (u64, u64) {
-        (self.received.load(Relaxed), self.sent.load(Relaxed))
+        self.carried.totals()
+    }
+
+    /// The same flow, for others to look at.
+    pub fn watch(&self) -> Watch {
+        Watch {
+            series: Arc::clone(&self.series),
+            carried: Arc::clone(&self.carried),
+        }
     }
 
     /// Ends the flow under `flag`.
@@ -113,6 +146,30 @@ impl Meter {
     }
 
     pub(super) fn labels(&self) -> &Labels<Stored> {
+        &self.series.labels
+    }
+
+    pub(super) fn refusals(&self) -> &Refusals {
+        &self.series.refusals
+    }
+}
+
+impl Carried {
+    fn totals(&self) -> (u64, u64) {
+        (self.received.load(Relaxed), self.sent.load(Relaxed))
+    }
+}
+
+impl Watch {
+    /// What the flow carried so far: (client to server, server to client), in bytes.
+    #[must_use]
+    pub fn totals(&self) -> (u64, u64) {
+        self.carried.totals()
+    }
+
+    /// Who talks to whom; what is not known is `None`.
+    #[must_use]
+    pub fn labels(&self) -> &Labels<Option<Arc<str>>> {
         &self.series.labels
     }
 }
@@ -142,12 +199,13 @@ impl Drop for SocketGuard {
 
 impl Collector for Traffic {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
-        let all: Vec<Arc<Series>> = self.0.table.read().iter().map(Arc::clone).collect();
+        let all = self.series();
         for family in &FAMILIES {
             family.encode(&all, &mut encoder)?;
         }
         self.0.encode_sockets(&mut encoder)?;
-        self.0.encode_retries(&mut encoder)
+        self.0.encode_retries(&mut encoder)?;
+        self.0.refusals.encode(&mut encoder)
     }
 }
 
@@ -158,6 +216,7 @@ struct Inner {
     source_sockets: Sockets,
     destination_sockets: Sockets,
     retries: AtomicU64,
+    refusals: Refusals,
 }
 
 #[derive(Debug, Default)]
@@ -175,7 +234,7 @@ impl Inner {
         }
         let mut table = self.table.write();
         let entry = table.entry(hash, same, |series| series.hash);
-        let entry = entry.or_insert_with(|| Arc::new(Series::new(hash, labels)));
+        let entry = entry.or_insert_with(|| Arc::new(Series::new(hash, labels, &self.refusals)));
         Arc::clone(entry.get())
     }
 
@@ -227,11 +286,12 @@ impl Inner {
 
 /// One label set and its counters. Bytes and openings are only ever counted without a flag; a
 /// failed flow is one closing and one failure under its flag, so one number per flag says both.
-/// With all names shared, a series takes some 460 bytes, its place in the table included.
+/// With all names shared, a series takes some 470 bytes, its place in the table included.
 #[derive(Debug)]
-struct Series {
+pub struct Series {
     hash: u64,
     labels: Labels<Stored>,
+    refusals: Refusals,
     opened: AtomicU64,
     closed: AtomicU64,
     received: AtomicU64,
@@ -241,16 +301,35 @@ struct Series {
 }
 
 impl Series {
-    fn new(hash: u64, labels: &Labels<Label<'_>>) -> Self {
+    fn new(hash: u64, labels: &Labels<Label<'_>>, refusals: &Refusals) -> Self {
         Self {
             hash,
             labels: labels.store(),
+            refusals: refusals.clone(),
             opened: AtomicU64::new(0),
             closed: AtomicU64::new(0),
             received: AtomicU64::new(0),
             sent: AtomicU64::new(0),
             failures: OnceLock::new(),
         }
+    }
+
+    /// Who talks to whom; what is not known is `None`.
+    #[must_use]
+    pub fn labels(&self) -> &Labels<Option<Arc<str>>> {
+        &self.labels
+    }
+
+    /// Flows opened so far.
+    #[must_use]
+    pub fn opened(&self) -> u64 {
+        self.opened.load(Relaxed)
+    }
+
+    /// Bytes carried so far: (client to server, server to client).
+    #[must_use]
+    pub fn totals(&self) -> (u64, u64) {
+        (self.received.load(Relaxed), self.sent.load(Relaxed))
     }
 
     fn close(&self, flag: ResponseFlag) {
@@ -264,7 +343,7 @@ impl Series {
     }
 
     /// Flags under which flows of this series failed, with their number.
-    fn failures(&self) -> impl Iterator<Item = (ResponseFlag, u64)> {
+    pub fn failures(&self) -> impl Iterator<Item = (ResponseFlag, u64)> {
         ResponseFlag::FAILURES
             .into_iter()
             .zip(self.failures.get().into_iter().flat_map(|all| all.iter()))

@@ -2,10 +2,11 @@
 
 use std::{io, sync::Arc, time::Duration};
 
+use cert_agent::IdentityError;
 use http::StatusCode;
 
 use super::headers::AuthorityError;
-use crate::telemetry::ResponseFlag;
+use crate::telemetry::Reason;
 
 /// Why no connection to a peer could be opened. Every flow that waited for it gets the same.
 #[derive(Debug, thiserror::Error)]
@@ -43,16 +44,16 @@ pub enum OpenError {
 }
 
 impl OpenError {
-    /// The flag of this failure in metrics and logs.
+    /// What metrics and logs call this failure.
     #[must_use]
-    pub const fn flag(&self) -> ResponseFlag {
+    pub fn reason(&self) -> Reason {
         match self {
-            Self::DialTimeout { .. } => ResponseFlag::NetworkPolicy,
-            Self::Dial(_) | Self::Handshake(_) | Self::HandshakeTimeout(_) => ResponseFlag::Connect,
-            Self::Identity(_) => ResponseFlag::IdentityError,
-            Self::Http2(_) | Self::SettingsTimeout(_) | Self::Closed => {
-                ResponseFlag::H2HandshakeFailure
-            }
+            Self::DialTimeout { .. } => Reason::HboneTimeout,
+            Self::Dial(_) => Reason::ConnectRefused,
+            Self::Identity(_) => Reason::NoCertificate,
+            Self::Handshake(error) => handshake_reason(error),
+            Self::HandshakeTimeout(_) => Reason::TlsTimeout,
+            Self::Http2(_) | Self::SettingsTimeout(_) | Self::Closed => Reason::Http2,
         }
     }
 }
@@ -91,16 +92,28 @@ impl ConnectError {
         }
     }
 
-    /// The flag of this failure in metrics and logs.
+    /// What metrics and logs call this failure.
     #[must_use]
-    pub fn flag(&self) -> ResponseFlag {
+    pub fn reason(&self) -> Reason {
         match self {
-            Self::Open(error) => error.flag(),
-            Self::Refused(_) => ResponseFlag::Connect,
-            Self::AnswerTimeout(_) | Self::Http2(_) | Self::Request(_) => {
-                ResponseFlag::H2HandshakeFailure
-            }
+            Self::Open(error) => error.reason(),
+            Self::Refused(StatusCode::UNAUTHORIZED) => Reason::DeniedByPeer,
+            Self::Refused(_) => Reason::HttpStatus,
+            Self::AnswerTimeout(_) => Reason::AnswerTimeout,
+            Self::Http2(_) | Self::Request(_) => Reason::Http2,
         }
+    }
+}
+
+/// What a failed TLS handshake is called.
+pub(super) fn handshake_reason(error: &io::Error) -> Reason {
+    let inner = error.get_ref().and_then(|inner| inner.downcast_ref());
+    match inner {
+        Some(error) if IdentityError::find(error).is_some() => Reason::PeerIdentityMismatch,
+        Some(rustls::Error::InvalidCertificate(rustls::CertificateError::Revoked)) => {
+            Reason::Revoked
+        }
+        Some(_) | None => Reason::TlsHandshake,
     }
 }
 

@@ -21,7 +21,7 @@ use super::{
 use crate::{
     config,
     relay::{Buffers, Fault},
-    telemetry::ResponseFlag,
+    telemetry,
 };
 
 #[tokio::test]
@@ -75,7 +75,12 @@ async fn every_status_but_200_is_a_refusal() {
             "{error}"
         );
         assert_eq!(error.to_string(), format!("http status: {status}"));
-        assert_eq!(error.flag(), ResponseFlag::Connect);
+        let reason = if status == StatusCode::UNAUTHORIZED {
+            telemetry::Reason::DeniedByPeer
+        } else {
+            telemetry::Reason::HttpStatus
+        };
+        assert_eq!(error.reason(), reason);
     }
 }
 

@@ -31,8 +31,11 @@ use tokio::{
 };
 use tokio_rustls::{TlsAcceptor, TlsConnector, TlsStream as LibraryStream};
 
-use super::{error::OpenError, io::ReadAhead};
-use crate::relay::Buffers;
+use super::{
+    error::{OpenError, handshake_reason},
+    io::ReadAhead,
+};
+use crate::{relay::Buffers, telemetry::Reason};
 pub use record::RecordError;
 use stream::TlsStream;
 
@@ -60,6 +63,17 @@ pub enum AcceptError {
     /// The client did not finish it.
     #[error("no TLS handshake within {0:?}")]
     Timeout(Duration),
+}
+
+impl AcceptError {
+    /// What metrics and logs call this failure.
+    #[must_use]
+    pub fn reason(&self) -> Reason {
+        match self {
+            Self::Handshake(error) => handshake_reason(error),
+            Self::Timeout(_) => Reason::TlsTimeout,
+        }
+    }
 }
 
 /// Accepts a TLS session within `limit`.

@@ -69,7 +69,7 @@ const START: &str = "src.addr=10.244.1.7:40112 src.workload=\"web-6c9f-abcde\" \
 fn a_flow_is_told_in_text_as_log_readers_expect() {
     let labels = labels(Reporter::Source, Security::MutualTls);
     let lines = flow(LogFormat::Text, &labels, route(), |access| {
-        access.close(ResponseFlag::None, None);
+        access.close(None);
     });
     assert_eq!(
         lines,
@@ -87,7 +87,7 @@ fn a_flow_is_told_in_text_as_log_readers_expect() {
 fn a_flow_is_told_in_json_with_numbers_as_numbers() {
     let labels = labels(Reporter::Source, Security::MutualTls);
     let lines = flow(LogFormat::Json, &labels, route(), |access| {
-        access.close(ResponseFlag::None, None);
+        access.close(None);
     });
     assert_eq!(
         lines[1],
@@ -117,14 +117,21 @@ fn absent_values_are_left_out_and_identities_need_tls() {
     };
     let error = std::io::Error::other("explicitly denied by: shop/no-web");
     let lines = flow(LogFormat::Text, &labels, route, |access| {
-        access.close(ResponseFlag::Deny, Some(&error));
+        let refusals = access.meter().refusals().clone();
+        access.close(Some((Reason::PolicyDenied, &error)));
+        let told = refusals.recent();
+        assert_eq!(told.len(), 1);
+        assert_eq!(
+            (told[0].phase, told[0].reason),
+            (Phase::Opened, Reason::PolicyDenied)
+        );
     });
     assert_eq!(
         lines[1],
         "error\taccess\tconnection complete\tsrc.addr=10.244.1.7:40112 dst.addr=10.244.2.9:15008 \
          dst.workload=\"api\" dst.namespace=\"shop\" dst.cluster=\"Kubernetes\" \
          direction=\"inbound\" bytes_sent=490 bytes_recv=67 duration=\"13ms\" \
-         error=\"explicitly denied by: shop/no-web\""
+         error=\"explicitly denied by: shop/no-web\" reason=\"policy-denied\""
     );
 }
 
@@ -147,7 +154,8 @@ fn a_dropped_flow_is_told_as_drained_once() {
         "{}",
         lines[1]
     );
-    let end = "duration=\"13ms\" error=\"connection closed due to connection drain\"";
+    let end =
+        "duration=\"13ms\" error=\"connection closed due to connection drain\" reason=\"drained\"";
     assert!(lines[1].ends_with(end), "{}", lines[1]);
 }
 
@@ -155,10 +163,21 @@ fn a_dropped_flow_is_told_as_drained_once() {
 fn a_rejection_tells_four_fields() {
     let error = std::io::Error::other("no healthy upstream: 10.0.0.9:80");
     let source = "10.0.0.1:5".parse().unwrap();
+    let traffic = Traffic::default();
     let lines = capture(LogFormat::Text, "access=warn", |_| {
         let destination = Some("10.0.0.9:80".parse().unwrap());
-        reject(Reporter::Source, source, destination, &error);
-        reject(Reporter::Destination, source, None, &error);
+        let outbound = Attempt {
+            reporter: Reporter::Source,
+            source,
+            destination,
+        };
+        let inbound = Attempt {
+            reporter: Reporter::Destination,
+            destination: None,
+            ..outbound
+        };
+        traffic.reject(outbound, Reason::NoHealthyUpstream, &error);
+        traffic.reject(inbound, Reason::NoHealthyUpstream, &error);
     });
     let error = "error=\"no healthy upstream: 10.0.0.9:80\"";
     let head = "warn\taccess\tconnection failed\tsrc.addr=10.0.0.1:5";
@@ -168,6 +187,16 @@ fn a_rejection_tells_four_fields() {
             format!("{head} dst.addr=10.0.0.9:80 direction=\"outbound\" {error}"),
             format!("{head} direction=\"inbound\" {error}"),
         ]
+    );
+    let told = traffic.refusals().recent();
+    assert_eq!(told.len(), 2);
+    assert_eq!(
+        (told[1].phase, told[1].reason, told[1].destination),
+        (
+            Phase::Early,
+            Reason::NoHealthyUpstream,
+            Some("10.0.0.9:80".parse().unwrap())
+        )
     );
 }
 

@@ -26,7 +26,7 @@ use super::{
 use crate::{
     config,
     relay::Buffers,
-    telemetry::ResponseFlag,
+    telemetry::Reason,
     tunnel::{
         Answer, ConnectError, Tls, accept, serve,
         testing::{Tasks, echo, put, request, soon, spiffe, svids, take},
@@ -195,7 +195,7 @@ async fn an_unexpected_server_is_refused() {
     let mut wrong = key("client");
     wrong.expected = Arc::from([spiffe("other")]);
     let error = pool.connect(&wrong, &request()).await.unwrap_err();
-    assert_eq!(error.flag(), ResponseFlag::Connect);
+    assert_eq!(error.reason(), Reason::PeerIdentityMismatch);
     assert!(error.to_string().starts_with("io error:"), "{error}");
     assert_eq!(
         pool.connections(),
@@ -204,7 +204,7 @@ async fn an_unexpected_server_is_refused() {
     );
     let error = pool.connect(&key("nobody"), &request()).await.unwrap_err();
     assert_eq!(error.to_string(), "identity error");
-    assert_eq!(error.flag(), ResponseFlag::IdentityError);
+    assert_eq!(error.reason(), Reason::NoCertificate);
 }
 
 #[tokio::test(start_paused = true)]
@@ -217,7 +217,7 @@ async fn all_waiters_share_one_failure() {
     let asking = (0..50).map(|_| pool.connect(&key, &request));
     for result in futures_util::future::join_all(asking).await {
         let error = result.unwrap_err();
-        assert_eq!(error.flag(), ResponseFlag::NetworkPolicy);
+        assert_eq!(error.reason(), Reason::HboneTimeout);
         let text = error.to_string();
         let expected = "connection timed out, maybe a NetworkPolicy is blocking HBONE port 15008";
         assert!(text.starts_with(expected), "{text}");
