@@ -26,6 +26,7 @@ demo: ## Two nodes and four pods as network namespaces, real traffic through the
 test: ## Unit, property and end-to-end tests
 	@.ci/need $(BUILD) $(NETWORK) $(TRAFFIC) $(NAMES) $(ASKING)
 	@.ci/openbao >/dev/null
+	@.ci/envoy >/dev/null
 	cargo build -p culvert -p tests --bins
 	cargo test --workspace --doc
 	TESTKIT_MESH=istiod cargo test -p tests --test routing --test policy --test app_tunnel

@@ -2,9 +2,15 @@
 
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
+use anyhow::Context as _;
 use parking_lot::Mutex;
 use serde_json::Value;
-use tokio::sync::watch;
+use tokio::{
+    io::{AsyncBufReadExt as _, AsyncRead, BufReader},
+    process::Child,
+    sync::watch,
+    task::JoinSet,
+};
 
 use crate::wait::SOON;
 
@@ -149,6 +155,25 @@ impl Default for Log {
 }
 
 impl Log {
+    /// Follows what a program writes to its piped standard output and error, for as long as the tasks live.
+    ///
+    /// # Errors
+    /// When one of them is not piped.
+    pub fn of(child: &mut Child) -> anyhow::Result<(Self, JoinSet<()>)> {
+        let (log, mut readers) = (Self::default(), JoinSet::new());
+        let (stdout, stderr) = (child.stdout.take(), child.stderr.take());
+        readers.spawn(log.clone().follow(stdout.context("stdout")?));
+        readers.spawn(log.clone().follow(stderr.context("stderr")?));
+        Ok((log, readers))
+    }
+
+    async fn follow(self, stream: impl AsyncRead + Unpin) {
+        let mut lines = BufReader::new(stream).lines();
+        while let Ok(Some(line)) = lines.next_line().await {
+            self.push(&line);
+        }
+    }
+
     pub(crate) fn push(&self, raw: &str) {
         self.lines.lock().push(Line::parse(raw));
         self.written.send_modify(|count| *count += 1);

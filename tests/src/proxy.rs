@@ -14,10 +14,7 @@ use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,
 };
-use tokio::{
-    io::{AsyncBufReadExt as _, AsyncRead, BufReader},
-    task::JoinSet,
-};
+use tokio::task::JoinSet;
 
 use crate::{
     ca::Authority,
@@ -220,10 +217,7 @@ impl ProxyOptions {
     /// When it cannot be started.
     pub fn start_in<'a>(&self, netns: &'a Netns, label: &str) -> anyhow::Result<Proxy<'a>> {
         let mut running = netns.spawn(self.command()?)?;
-        let (log, mut readers) = (Log::default(), JoinSet::new());
-        let (stdout, stderr) = (running.child.stdout.take(), running.child.stderr.take());
-        readers.spawn(copy_lines(stdout.context("stdout")?, log.clone()));
-        readers.spawn(copy_lines(stderr.context("stderr")?, log.clone()));
+        let (log, readers) = Log::of(&mut running.child)?;
         let pid = running.child.id().context("it ended at once")?;
         let label = label.to_owned();
         Ok(Proxy {
@@ -234,13 +228,6 @@ impl ProxyOptions {
             log,
             readers,
         })
-    }
-}
-
-async fn copy_lines(stream: impl AsyncRead + Unpin, log: Log) {
-    let mut lines = BufReader::new(stream).lines();
-    while let Ok(Some(line)) = lines.next_line().await {
-        log.push(&line);
     }
 }
 

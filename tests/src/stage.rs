@@ -1,9 +1,11 @@
 //! Small worlds that several chapters play on.
 
+mod guarded;
 mod named;
 mod steady;
 mod steered;
 
+pub use guarded::{BYTES, Guarded};
 pub use named::{Named, RESOLVER, RESOLVER6, UPSTREAM, UPSTREAM6};
 pub use steady::Steady;
 pub use steered::{Steered, vip, web_port};

@@ -47,7 +47,7 @@ pub struct Server {
     pub address6: SocketAddr,
     peers: Arc<Mutex<Vec<SocketAddr>>>,
     accepted: watch::Receiver<usize>,
-    _tasks: JoinSet<()>,
+    tasks: JoinSet<()>,
 }
 
 impl Server {
@@ -55,6 +55,11 @@ impl Server {
     #[must_use]
     pub fn peers(&self) -> Vec<SocketAddr> {
         self.peers.lock().clone()
+    }
+
+    /// Stops; its port is free when this returns.
+    pub async fn stop(mut self) {
+        self.tasks.shutdown().await;
     }
 
     /// Waits until `count` connections were accepted: a client may be served by the kernel before
@@ -97,7 +102,7 @@ impl Pod {
             address6: self.at6(port),
             peers,
             accepted,
-            _tasks: tasks,
+            tasks,
         })
     }
 
