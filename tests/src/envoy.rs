@@ -1,10 +1,12 @@
-//! A real Envoy in a pod, set up in the way in which a mesh sets up its waypoints.
+//! A real Envoy in a pod, set up in the way in which a mesh sets up its waypoints and east-west gateways.
 //!
 //! Its program comes from PyPI, once for all working copies: see `.ci/envoy`.
 
+mod gateway;
 mod parts;
 mod waypoint;
 
+pub use gateway::Gateway;
 pub use waypoint::Waypoint;
 
 use std::{
@@ -138,7 +140,7 @@ impl Envoy {
         Ok(self.running.child.kill().await?)
     }
 
-    /// What it wrote: see [`Waypoint`].
+    /// What it wrote: see [`Waypoint`] and [`Gateway`].
     #[must_use]
     pub fn log(&self) -> &Log {
         &self.log

@@ -15,6 +15,9 @@ use crate::{
 /// Where the administration server listens, on loopback.
 pub(super) const ADMIN_PORT: u16 = 15000;
 
+/// The tunnel's authority, as text, for the inner listener.
+pub(super) const AUTHORITY: &str = "testkit.authority";
+
 /// The identity of the tunnel's client, as text, for the inner listener.
 pub(super) const CLIENT: &str = "testkit.client";
 
@@ -118,6 +121,7 @@ fn asked_for() -> Value {
             "on_request_headers": [
                 state(to, to, "%REQ(:AUTHORITY)%"),
                 state(from, from, "%DOWNSTREAM_REMOTE_ADDRESS%"),
+                state(AUTHORITY, "envoy.string", "%REQ(:AUTHORITY)%"),
                 state(CLIENT, "envoy.string", "%DOWNSTREAM_PEER_URI_SAN%"),
             ],
         },

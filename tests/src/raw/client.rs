@@ -10,7 +10,11 @@ use h2::{
 };
 use http::{HeaderMap, Method, Request, StatusCode, Uri};
 use rustls::pki_types::CertificateDer;
-use tokio::task::JoinSet;
+use tokio::{
+    io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, DuplexStream},
+    task::JoinSet,
+};
+use tokio_rustls::client::TlsStream;
 
 use crate::{
     raw::{
@@ -35,6 +39,7 @@ pub struct RawClient {
     /// What the server presented, leaf first.
     pub server_chain: Vec<CertificateDer<'static>>,
     driver: JoinSet<Result<(), h2::Error>>,
+    _pump: JoinSet<anyhow::Result<()>>,
 }
 
 impl RawClient {
@@ -45,6 +50,31 @@ impl RawClient {
     pub async fn connect(netns: &Netns, to: SocketAddr, hello: &Hello) -> anyhow::Result<Self> {
         let stream = hello.connect(netns, to).await?;
         let local = stream.get_ref().0.local_addr()?;
+        Self::over(stream, local).await
+    }
+
+    /// Opens a tunnel to `authority` and, through it, a connection of its own with whoever is there.
+    ///
+    /// # Errors
+    /// When the tunnel is refused, or as [`RawClient::connect`].
+    pub async fn nested(&self, authority: &str, hello: &Hello) -> anyhow::Result<Self> {
+        let tunnel = self.tunnel(authority).await?;
+        ensure!(tunnel.status == StatusCode::OK, "{}", tunnel.status);
+        let (near, far) = tokio::io::duplex(64 * 1024);
+        let mut pump = JoinSet::new();
+        pump.spawn(tunnel.carry(far));
+        let stream = hello.shake(near, self.local.ip()).await?;
+        let nested = Self::over(stream, self.local).await?;
+        Ok(Self {
+            _pump: pump,
+            ..nested
+        })
+    }
+
+    async fn over<S>(stream: TlsStream<S>, local: SocketAddr) -> anyhow::Result<Self>
+    where
+        S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    {
         let server_id = tls::server_id(&stream);
         let server_chain = stream.get_ref().1.peer_certificates();
         let server_chain = server_chain.unwrap_or_default().to_vec();
@@ -64,6 +94,7 @@ impl RawClient {
             server_id,
             server_chain,
             driver,
+            _pump: JoinSet::new(),
         })
     }
 
@@ -194,6 +225,29 @@ impl Tunnel {
         written?;
         read?;
         ensure!(answer == bytes, "another answer than the request");
+        Ok(())
+    }
+
+    /// Carries the bytes of `stream` until both directions have ended.
+    async fn carry(mut self, stream: DuplexStream) -> anyhow::Result<()> {
+        let (mut reader, mut writer) = tokio::io::split(stream);
+        let there = async {
+            let mut buffer = vec![0; 16 * 1024];
+            loop {
+                let count = reader.read(&mut buffer).await?;
+                if count == 0 {
+                    return anyhow::Ok(self.send.send_data(Bytes::new(), true)?);
+                }
+                write(&mut self.send, &buffer[..count]).await?;
+            }
+        };
+        let back = async {
+            while let Some(data) = chunk(&mut self.recv).await? {
+                writer.write_all(&data).await?;
+            }
+            Ok(writer.shutdown().await?)
+        };
+        tokio::try_join!(there, back)?;
         Ok(())
     }
 

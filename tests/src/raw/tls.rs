@@ -1,6 +1,9 @@
 //! TLS with any certificate, on either side, that reports whom it met instead of judging.
 
-use std::{net::SocketAddr, sync::Arc};
+use std::{
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+};
 
 use anyhow::Context;
 use rustls::{
@@ -14,7 +17,10 @@ use rustls::{
     server::WebPkiClientVerifier,
     version::{TLS12, TLS13},
 };
-use tokio::net::TcpStream;
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    net::TcpStream,
+};
 use tokio_rustls::{TlsAcceptor, TlsConnector, client, server};
 use x509_parser::prelude::{FromDer as _, GeneralName, X509Certificate};
 
@@ -105,14 +111,25 @@ impl Hello {
         netns: &Netns,
         to: SocketAddr,
     ) -> anyhow::Result<client::TlsStream<TcpStream>> {
-        let connect = async {
-            let socket = traffic::connect(netns, to).await.context("TCP")?;
-            let address = || ServerName::IpAddress(to.ip().into());
-            let name = self.server_name.clone().unwrap_or_else(address);
-            let connector = TlsConnector::from(Arc::new(self.config()?));
-            connector.connect(name, socket).await.context("TLS")
-        };
-        tokio::time::timeout(SOON, connect).await?
+        let connect = traffic::connect(netns, to);
+        let socket = tokio::time::timeout(SOON, connect).await?.context("TCP")?;
+        self.shake(socket, to.ip()).await
+    }
+
+    /// Shakes hands over a connection to `server`.
+    ///
+    /// # Errors
+    /// When TLS fails within ten seconds.
+    pub async fn shake<S: AsyncRead + AsyncWrite + Unpin>(
+        &self,
+        stream: S,
+        server: IpAddr,
+    ) -> anyhow::Result<client::TlsStream<S>> {
+        let address = || ServerName::IpAddress(server.into());
+        let name = self.server_name.clone().unwrap_or_else(address);
+        let connector = TlsConnector::from(Arc::new(self.config()?));
+        let connect = connector.connect(name, stream);
+        tokio::time::timeout(SOON, connect).await?.context("TLS")
     }
 
     fn config(&self) -> anyhow::Result<ClientConfig> {
@@ -175,7 +192,7 @@ pub fn server_tls(identity: &Identity) -> anyhow::Result<Arc<ServerConfig>> {
 
 /// The SPIFFE URI of the server that a client met.
 #[must_use]
-pub fn server_id(stream: &client::TlsStream<TcpStream>) -> Option<String> {
+pub fn server_id<S>(stream: &client::TlsStream<S>) -> Option<String> {
     uri_name(stream.get_ref().1.peer_certificates()?.first()?)
 }
 
