@@ -28,7 +28,7 @@ pub use self::{
     client::{Answer, Request},
     cut::Cut,
     error::{ConnectError, OpenError, ServeError},
-    pool::{Credentials, Dial, Fate, Key, Pool},
+    pool::{Credentials, Dial, Fate, Key, Nested, Pool},
     server::{Connect, Incoming, Responder, serve},
     stream::{Buffered, Stream},
     tls::{AcceptError, RecordError, Tls, accept},

@@ -358,7 +358,7 @@ fn opened(
             source: caller.peer,
             destination: caller.here,
             hbone: Some(parties::target(authority)),
-            source_pod: parties::source_pod(source, baggage.as_ref()),
+            source_pod: parties::peer_name(source, baggage.as_ref()),
             destination_pod: Some(parties::pod_name(local)),
         },
     )

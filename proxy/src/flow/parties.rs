@@ -77,8 +77,8 @@ pub(super) fn pod_name(workload: &Workload) -> Arc<str> {
     workload.name().into()
 }
 
-/// The name of a source in the access log: that of its record, else what its baggage says.
-pub(super) fn source_pod(
+/// The name of a peer in the access log: that of its record, else what its baggage says.
+pub(super) fn peer_name(
     workload: Option<&Workload>,
     baggage: Option<&Baggage<String>>,
 ) -> Option<Arc<str>> {

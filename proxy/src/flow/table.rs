@@ -106,6 +106,8 @@ pub enum Carried {
     Tcp,
     /// One HBONE tunnel.
     Hbone,
+    /// A tunnel inside one to the gateway of another network.
+    DoubleHbone,
 }
 
 /// One open flow as others see it.

@@ -74,7 +74,7 @@ impl<'a> Selection<'a> {
 
     fn admits(&self, endpoint: &Endpoint<'_>) -> bool {
         let workload = endpoint.workload;
-        if self.avoid.iter().any(|tried| tried.uid() == workload.uid()) {
+        if self.avoids(workload) {
             return false;
         }
         let healthy = workload.health() == Health::Healthy
@@ -82,7 +82,29 @@ impl<'a> Selection<'a> {
         let local = workload.network() == self.source.network();
         let has_address = !workload.addresses().is_empty() || !workload.hostname().is_empty();
         let reachable = has_address || (!local && workload.network_gateway().is_some());
-        healthy && reachable && (local || self.purpose != Purpose::LocalNextHop)
+        healthy
+            && reachable
+            && (local || self.purpose != Purpose::LocalNextHop)
+            && (local || !self.is_behind_avoided(workload))
+    }
+
+    /// Whether the only gateway that leads there was tried in vain.
+    fn is_behind_avoided(&self, workload: &Workload) -> bool {
+        let Some(gateway) = workload
+            .network_gateway()
+            .filter(|_| !self.avoid.is_empty())
+        else {
+            return false;
+        };
+        match referenced(self.state, Some(self.source.namespace()), gateway) {
+            Owner::Workload(gateway) => self.avoids(gateway),
+            // Its endpoints are chosen from, without those that were tried.
+            Owner::Service(_) | Owner::Nobody => false,
+        }
+    }
+
+    fn avoids(&self, workload: &Workload) -> bool {
+        self.avoid.iter().any(|tried| tried.uid() == workload.uid())
     }
 
     /// The endpoint's own mapping, else the service's number, else the port itself where an

@@ -1,10 +1,9 @@
 //! One HBONE connection seen from its client: opening it, driving it, asking it for streams.
 //!
-//! [`super::Pool`] shares connections; an inner tunnel uses [`open`] by itself.
+//! [`super::Pool`] shares connections, and opens those inside others.
 
 use std::{
     future::poll_fn,
-    net::IpAddr,
     pin::Pin,
     sync::Arc,
     task::{Context, Poll, ready},
@@ -12,7 +11,6 @@ use std::{
 
 use h2::client::{Builder, Connection, SendRequest};
 use http::{HeaderMap, HeaderValue, Method, StatusCode, Uri, uri};
-use rustls::ClientConfig;
 use tokio::{
     io::{AsyncRead, AsyncWrite},
     time::timeout,
@@ -24,14 +22,10 @@ use super::{
     keepalive::Keepalive,
     pool::{Fate, Lease},
     stream::Stream,
-    tls::{self, Tls},
     turn::{Turn, Turnwise, turnwise},
     window::Window,
 };
-use crate::{
-    config,
-    relay::{Buffers, Payload},
-};
+use crate::{config, relay::Payload};
 
 /// Stands for "no SETTINGS yet" in `max_concurrent_send_streams`. The library replaces it by the
 /// peer's limit, or by `usize::MAX` if the peer sets none.
@@ -107,22 +101,6 @@ pub struct Answer {
     pub headers: HeaderMap,
     /// Why the stream broke, if it does.
     pub fate: Fate,
-}
-
-/// Opens TLS and HTTP/2 over `io` to a peer at `address`, and waits for its SETTINGS.
-/// The connection lives as long as [`Driver::run`] runs.
-///
-/// # Errors
-/// If a handshake fails or takes longer than `config` allows.
-pub async fn open<T: AsyncRead + AsyncWrite + Unpin>(
-    io: T,
-    address: IpAddr,
-    tls: Arc<ClientConfig>,
-    config: &config::Tunnel,
-    buffers: &Buffers,
-) -> Result<(Sender, Driver<Tls<T>>), OpenError> {
-    let io = tls::connect(io, tls, address, buffers, config.handshake_timeout).await?;
-    handshake(io, config).await
 }
 
 /// Opens HTTP/2 over an established session.

@@ -77,6 +77,9 @@ pub enum ConnectError {
     /// The request cannot be put into HTTP/2.
     #[error("h2 failed: invalid request")]
     Request(#[source] Arc<http::Error>),
+    /// The gateway of the other network did its part, the tunnel inside failed.
+    #[error("inner tunnel")]
+    Inner(#[source] Box<Self>),
 }
 
 impl ConnectError {
@@ -89,6 +92,7 @@ impl ConnectError {
             Self::Refused(status) => *status == StatusCode::SERVICE_UNAVAILABLE,
             Self::AnswerTimeout(_) | Self::Http2(_) => true,
             Self::Request(_) => false,
+            Self::Inner(error) => error.is_of_destination(),
         }
     }
 
@@ -101,6 +105,7 @@ impl ConnectError {
             Self::Refused(_) => Reason::HttpStatus,
             Self::AnswerTimeout(_) => Reason::AnswerTimeout,
             Self::Http2(_) | Self::Request(_) => Reason::Http2,
+            Self::Inner(error) => error.reason(),
         }
     }
 }

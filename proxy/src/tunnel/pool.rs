@@ -6,6 +6,7 @@
 //! the same attempt: it succeeds or fails once for all of them.
 
 mod lease;
+mod nested;
 mod shelf;
 #[cfg(test)]
 mod tests;
@@ -32,6 +33,7 @@ use tokio::{
 };
 
 pub(super) use self::lease::Lease;
+pub use self::nested::Nested;
 use self::{
     lease::{Load, State, Tunnel},
     shelf::Shelf,
@@ -94,15 +96,27 @@ pub struct Credentials {
     pub tracker: Option<Tracker>,
 }
 
-/// What became of the connection below a stream.
+/// What became of the connections below a stream: a shared one, and one inside that.
 #[derive(Debug, Clone, Default)]
-pub struct Fate(Option<Arc<Load>>);
+pub struct Fate {
+    shared: Option<Arc<Load>>,
+    inner: Option<Arc<Load>>,
+}
 
 impl Fate {
-    /// Whether the connection was cut because the peer's certificate is revoked.
+    /// Whether one of them was cut because the peer's certificate is revoked.
     #[must_use]
     pub fn is_cut(&self) -> bool {
-        self.0.as_ref().is_some_and(|load| load.is_cut())
+        let each = [&self.shared, &self.inner];
+        each.into_iter().flatten().any(|load| load.is_cut())
+    }
+
+    /// That of a stream on a connection inside.
+    fn and(self, inner: Arc<Load>) -> Self {
+        Self {
+            inner: Some(inner),
+            ..self
+        }
     }
 }
 
@@ -200,15 +214,19 @@ impl<D: Dial> Pool<D> {
                 buffers: self.buffers.clone(),
                 load: Arc::clone(&load),
             };
-            let mut tasks = self.tasks.lock();
-            while let Some(ended) = tasks.try_join_next() {
-                if let Err(error) = ended {
-                    tracing::error!(%error, "a tunnel ended abnormally");
-                }
-            }
-            tasks.spawn(task.run(opened));
+            self.spawn(task.run(opened));
             Arc::new(Tunnel::new(load, state))
         })
+    }
+
+    fn spawn(&self, task: impl Future<Output = ()> + Send + 'static) {
+        let mut tasks = self.tasks.lock();
+        while let Some(ended) = tasks.try_join_next() {
+            if let Err(error) = ended {
+                tracing::error!(%error, "a tunnel ended abnormally");
+            }
+        }
+        tasks.spawn(task);
     }
 }
 

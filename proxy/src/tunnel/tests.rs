@@ -11,18 +11,11 @@ use tokio::{io::duplex, time::Instant};
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    ConnectError, Cut, Incoming, OpenError, Stream, accept,
+    ConnectError, Incoming, OpenError, Stream,
     client::handshake,
-    serve,
-    testing::{
-        Tasks, client, connected, echo, finish, put, request, serve_in, soon, spiffe, svids, take,
-    },
+    testing::{Tasks, client, connected, echo, finish, put, request, serve_in, soon, take},
 };
-use crate::{
-    config,
-    relay::{Buffers, Fault},
-    telemetry,
-};
+use crate::{config, relay::Fault, telemetry};
 
 #[tokio::test]
 async fn bytes_go_both_ways_and_ends_are_separate() {
@@ -289,44 +282,6 @@ async fn a_header_list_beyond_the_limit_is_answered_431() {
             "{bytes} bytes"
         );
     }
-}
-
-#[tokio::test]
-async fn a_tunnel_runs_inside_a_stream() {
-    let tasks = Tasks::default();
-    let held = svids(&["near", "far"]).await;
-    let server = held[1].server_config();
-    let outer = connected(&tasks, &CancellationToken::new(), move |incoming| {
-        let server = std::sync::Arc::clone(&server);
-        async move {
-            let stream = incoming.responder.accept(None).unwrap();
-            let (io, buffers) = (stream.buffered(Buffers::new()), Buffers::new());
-            let tls = accept(io, server, &buffers, Duration::from_secs(5));
-            let config = config::Tunnel::default();
-            let stop = CancellationToken::new();
-            serve(tls.await.unwrap(), &config, stop, Cut::never(), echo)
-                .await
-                .unwrap();
-        }
-    })
-    .await;
-    let stream = outer.connect(&request()).await.unwrap().stream;
-    let (io, buffers) = (stream.buffered(Buffers::new()), Buffers::new());
-    let tls = held[0].client_config(&std::sync::Arc::from([spiffe("far")]));
-    let config = config::Tunnel::default();
-    let address = "10.0.0.9".parse().unwrap();
-    let opened = super::client::open(io, address, tls, &config, &buffers);
-    let (inner, driver) = soon(opened).await.unwrap();
-    tasks.spawn(driver.run());
-    let mut stream = soon(inner.connect(&request())).await.unwrap().stream;
-    let block = vec![3; 300 << 10];
-    put(&mut stream, block.clone()).await;
-    finish(&mut stream).await.unwrap();
-    let mut got = Vec::new();
-    while let Some(bytes) = soon(take(&mut stream)).await.unwrap() {
-        got.extend_from_slice(&bytes);
-    }
-    assert!(got == block);
 }
 
 #[test]

@@ -11,6 +11,7 @@ use h2::{
 use http::{Request, Response, StatusCode};
 use rustls::pki_types::CertificateDer;
 use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
     net::{TcpListener, TcpStream},
     sync::mpsc,
     task::JoinSet,
@@ -255,6 +256,34 @@ impl Incoming {
     pub fn accept(mut self) -> anyhow::Result<(RecvStream, SendStream<Bytes>)> {
         let send = self.respond.send_response(Response::new(()), false)?;
         Ok((self.request.into_body(), send))
+    }
+
+    /// Answers 200 and joins the stream with a connection, as a gateway does, until both directions have ended.
+    ///
+    /// # Errors
+    /// When one of the two fails.
+    pub async fn join(self, connection: TcpStream) -> anyhow::Result<()> {
+        let (mut recv, mut send) = self.accept()?;
+        let (mut from, mut to) = connection.into_split();
+        let inward = async {
+            while let Some(data) = recv.data().await {
+                let data = data?;
+                recv.flow_control().release_capacity(data.len())?;
+                to.write_all(&data).await?;
+            }
+            anyhow::Ok(to.shutdown().await?)
+        };
+        let outward = async {
+            let mut buffer = vec![0; 16 << 10];
+            loop {
+                match from.read(&mut buffer).await? {
+                    0 => return anyhow::Ok(send.send_data(Bytes::new(), true)?),
+                    count => write(&mut send, &buffer[..count]).await?,
+                }
+            }
+        };
+        tokio::try_join!(inward, outward)?;
+        Ok(())
     }
 
     /// Answers 200 and sends back what comes.

@@ -138,7 +138,10 @@ impl Lease {
     }
 
     pub(in crate::tunnel) fn fate(&self) -> Fate {
-        Fate(Some(Arc::clone(&self.tunnel.load)))
+        Fate {
+            shared: Some(Arc::clone(&self.tunnel.load)),
+            inner: None,
+        }
     }
 
     /// The connection, once it is open.

@@ -34,20 +34,20 @@ use crate::{
 };
 
 /// What the far ends do with their TLS sessions.
-type Serving = Arc<dyn Fn(Tls<DuplexStream>) -> BoxFuture<'static, ()> + Send + Sync>;
+pub(super) type Serving = Arc<dyn Fn(Tls<DuplexStream>) -> BoxFuture<'static, ()> + Send + Sync>;
 
 /// A mesh of one server identity, and of clients whose pool is under test.
-struct World {
-    svids: Vec<Arc<Svid>>,
-    serving: Serving,
-    dials: AtomicUsize,
+pub(super) struct World {
+    pub(super) svids: Vec<Arc<Svid>>,
+    pub(super) serving: Serving,
+    pub(super) dials: AtomicUsize,
     /// What the next dials do instead of connecting.
     failure: Option<(io::ErrorKind, Duration)>,
     tasks: Tasks,
 }
 
 impl World {
-    async fn new(serving: Serving) -> Self {
+    pub(super) async fn new(serving: Serving) -> Self {
         Self {
             svids: svids(&["server", "client", "other"]).await,
             serving,
@@ -57,7 +57,7 @@ impl World {
         }
     }
 
-    fn pool(self) -> Pool<Self> {
+    pub(super) fn pool(self) -> Pool<Self> {
         Pool::new(Arc::default(), self, Buffers::new())
     }
 }
@@ -100,7 +100,7 @@ impl Dial for World {
     }
 }
 
-fn key(source: &str) -> Key {
+pub(super) fn key(source: &str) -> Key {
     Key {
         source: spiffe(source),
         expected: Arc::from([spiffe("server")]),
@@ -110,7 +110,7 @@ fn key(source: &str) -> Key {
 }
 
 /// Far ends that echo, each stream on its own.
-fn echoing() -> Serving {
+pub(super) fn echoing() -> Serving {
     Arc::new(|tls| {
         Box::pin(async move {
             let config = config::Tunnel::default();

@@ -1,0 +1,163 @@
+//! The decision of `route`, made ready to be carried.
+
+use std::{error::Error, net::SocketAddr, sync::Arc};
+
+use crate::{
+    flow::{Carried, Pod, failure::Failure},
+    mesh::{Service, Workload},
+    route::{self, Hop, InnerHop, Outbound, OutboundQuery, Refusal},
+    telemetry::Reason,
+};
+
+/// What the application did.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Call {
+    /// The application's own address.
+    pub(super) from: SocketAddr,
+    /// What it dialled.
+    pub(super) to: SocketAddr,
+}
+
+/// A decision that can be carried, with what the reports tell of it.
+pub(super) struct Plan {
+    pub(super) source: Arc<Workload>,
+    /// The address that is dialled.
+    pub(super) to: SocketAddr,
+    /// Who is there, as far as that is known.
+    pub(super) destination: Option<Arc<Workload>>,
+    /// The service that was dialled.
+    pub(super) service: Option<Arc<Service>>,
+    pub(super) way: Way,
+}
+
+/// How the bytes get there.
+pub(super) enum Way {
+    Plain,
+    Tunnel(Hop),
+    Nested(Hop, InnerHop),
+}
+
+impl Plan {
+    pub(super) fn is_nested(&self) -> bool {
+        matches!(self.way, Way::Nested(..))
+    }
+
+    pub(super) fn carried(&self) -> Carried {
+        match self.way {
+            Way::Plain => Carried::Tcp,
+            Way::Tunnel(_) => Carried::Hbone,
+            Way::Nested(..) => Carried::DoubleHbone,
+        }
+    }
+
+    /// The hop that is dialled, unless that is done in plaintext.
+    pub(super) fn hop(&self) -> Option<&Hop> {
+        match &self.way {
+            Way::Plain => None,
+            Way::Tunnel(hop) | Way::Nested(hop, _) => Some(hop),
+        }
+    }
+
+    /// Whether the same decision without this destination, and without those in `tried`, leads to another one.
+    pub(super) fn has_alternative(
+        &self,
+        pod: &Pod,
+        call: Call,
+        tried: Option<&[Arc<Workload>]>,
+    ) -> bool {
+        let (Some(tried), Some(chosen)) = (tried, &self.destination) else {
+            return false;
+        };
+        let avoid: Vec<_> = tried.iter().chain([chosen]).map(Arc::clone).collect();
+        let ask = OutboundQuery {
+            source: &self.source,
+            source_ip: call.from.ip(),
+            destination: call.to,
+            avoid: &avoid,
+        };
+        let guard = &pod.settings().guard;
+        let state = pod.shared().mesh.read();
+        match route::outbound(&state, guard, &ask, &mut rand::rng()) {
+            Outbound::Direct { workload, .. } => workload != *chosen,
+            Outbound::Hbone(hop) | Outbound::Nested { outer: hop, .. } => hop.workload != *chosen,
+            Outbound::Passthrough { .. } | Outbound::Resolve(_) | Outbound::Refuse(_) => false,
+        }
+    }
+}
+
+/// Why there is no plan.
+pub(super) struct Unplanned {
+    pub(super) reason: Reason,
+    pub(super) error: Box<dyn Error + Send + Sync>,
+}
+
+impl From<Refusal> for Unplanned {
+    fn from(refusal: Refusal) -> Self {
+        Self {
+            reason: refusal.reason(),
+            error: refusal.into(),
+        }
+    }
+}
+
+impl From<Failure> for Unplanned {
+    fn from(failure: Failure) -> Self {
+        Self {
+            reason: failure.reason(),
+            error: failure.into(),
+        }
+    }
+}
+
+/// Decides, and waits for what the decision needs.
+pub(super) async fn decide(
+    pod: &Pod,
+    call: Call,
+    avoid: &[Arc<Workload>],
+) -> Result<Plan, Unplanned> {
+    let guard = &pod.settings().guard;
+    if call.to.ip().is_loopback() && guard.covers(call.to.port()) {
+        return Err(Refusal::Recursion.into());
+    }
+    let source = pod.workload().await.ok_or(Refusal::UnknownLocal)?;
+    let ask = OutboundQuery {
+        source: &source,
+        source_ip: call.from.ip(),
+        destination: call.to,
+        avoid,
+    };
+    let outbound = pod
+        .decided(
+            || route::outbound(&pod.shared().mesh.read(), guard, &ask, &mut rand::rng()),
+            |outbound| outbound.missing(&source),
+        )
+        .await;
+    let plan = |to, destination, service, way| Plan {
+        source: Arc::clone(&source),
+        to,
+        destination,
+        service,
+        way,
+    };
+    let through = |hop: &Hop| (hop.to, Some(Arc::clone(&hop.workload)), hop.service.clone());
+    match outbound {
+        Outbound::Passthrough { to, service } => Ok(plan(to, None, service, Way::Plain)),
+        Outbound::Direct {
+            to,
+            workload,
+            service,
+        } => Ok(plan(to, Some(workload), service, Way::Plain)),
+        Outbound::Hbone(hop) => {
+            let (to, workload, service) = through(&hop);
+            Ok(plan(to, workload, service, Way::Tunnel(hop)))
+        }
+        Outbound::Nested { outer, inner } => {
+            let (to, workload, service) = through(&outer);
+            Ok(plan(to, workload, service, Way::Nested(outer, inner)))
+        }
+        Outbound::Resolve(_) => {
+            Err(Failure::Uncarried("a workload that is known by a host name only").into())
+        }
+        Outbound::Refuse(refusal) => Err(refusal.into()),
+    }
+}

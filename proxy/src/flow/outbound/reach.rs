@@ -1,0 +1,153 @@
+//! Dialling what was decided.
+
+use cert_agent::SpiffeId;
+use http::HeaderValue;
+use tokio::net::TcpStream;
+
+use super::plan::{Call, Plan, Way};
+use crate::{
+    flow::{Pod, failure::Failure, parties},
+    route::{Authority, Hop, InnerHop},
+    telemetry::{Access, Label, Labels, Party, Reporter, Route, Security},
+    tunnel::{
+        self, Nested, Request,
+        headers::{Baggage, Forwarded, TraceParent},
+    },
+};
+
+/// The other side of a flow.
+pub(super) enum Upstream {
+    Socket(TcpStream),
+    Tunnel(tunnel::Stream, tunnel::Fate),
+}
+
+/// What came of dialling.
+pub(super) struct Reached {
+    pub(super) upstream: Upstream,
+    /// Who is behind the gateway, if there is one and it tells.
+    pub(super) far_end: Option<FarEnd>,
+}
+
+/// Somebody of another network, as it told of itself.
+pub(super) struct FarEnd {
+    baggage: Baggage<String>,
+    identity: Option<SpiffeId>,
+}
+
+/// Opens the way that `plan` says.
+pub(super) async fn reach(pod: &Pod, plan: &Plan, call: Call) -> Result<Reached, Failure> {
+    let (upstream, far_end) = match &plan.way {
+        Way::Plain => {
+            let dialled = pod.dial(plan.to).await.map_err(Failure::Unreachable)?;
+            (Upstream::Socket(dialled.stream), None)
+        }
+        Way::Tunnel(hop) => {
+            let request = request(plan, call, &TraceParent::random(&mut rand::rng()));
+            let (key, request) = (key(plan, call, hop)?, request(&hop.authority)?);
+            let answer = pod.pool().connect(&key, &request).await;
+            let answer = answer.map_err(Failure::Tunnel)?;
+            (Upstream::Tunnel(answer.stream, answer.fate), None)
+        }
+        Way::Nested(outer, inner) => {
+            let Nested { answer, peer, .. } =
+                reach_through(pod, plan, call, (outer, inner)).await?;
+            let baggage = pod.settings().inbound.baggage;
+            let baggage = baggage.then(|| Baggage::read(&answer.headers)).flatten();
+            let far_end = baggage.map(|baggage| FarEnd {
+                baggage,
+                identity: peer,
+            });
+            (Upstream::Tunnel(answer.stream, answer.fate), far_end)
+        }
+    };
+    Ok(Reached { upstream, far_end })
+}
+
+async fn reach_through(
+    pod: &Pod,
+    plan: &Plan,
+    call: Call,
+    (outer, inner): (&Hop, &InnerHop),
+) -> Result<Nested, Failure> {
+    let request = request(plan, call, &TraceParent::random(&mut rand::rng()));
+    let network = HeaderValue::from_str(&pod.settings().network);
+    // A name that no header can hold is as good as none.
+    let network = network.unwrap_or(HeaderValue::from_static(""));
+    let key = key(plan, call, outer)?;
+    let inside = request(&inner.authority)?.from_network(network);
+    pod.pool()
+        .connect_through(&key, &request(&outer.authority)?, &inner.expected, &inside)
+        .await
+        .map_err(Failure::Tunnel)
+}
+
+fn key(plan: &Plan, call: Call, hop: &Hop) -> Result<tunnel::Key, Failure> {
+    Ok(tunnel::Key {
+        source: plan.source.identity().ok_or(Failure::NoIdentity)?.clone(),
+        expected: std::sync::Arc::clone(&hop.expected),
+        destination: hop.to,
+        source_ip: call.from.ip(),
+    })
+}
+
+/// Makes requests for any authority on behalf of one connection.
+fn request(
+    plan: &Plan,
+    call: Call,
+    trace: &TraceParent,
+) -> impl Fn(&Authority) -> Result<Request, Failure> + use<> {
+    let host = plan.service.as_ref().map(|service| &**service.hostname());
+    let baggage = parties::baggage(&plan.source).to_value();
+    let source = call.from;
+    let forwarded = Forwarded { source, host }.to_value();
+    let trace = trace.to_value();
+    move |authority| {
+        let (baggage, forwarded) = (baggage.clone(), forwarded.clone());
+        Request::new(&authority.to_string(), baggage, forwarded, trace.clone())
+            .map_err(Failure::Tunnel)
+    }
+}
+
+/// Reports that the route is known.
+pub(super) fn opened(pod: &Pod, plan: &Plan, call: Call, far_end: Option<&FarEnd>) -> Access {
+    let hop = plan.hop();
+    let mut source = parties::party(&plan.source);
+    if hop.is_none() {
+        source.principal = Label::default();
+    }
+    let next = plan.destination.as_deref();
+    let (destination, destination_pod) = match far_end {
+        Some(FarEnd { baggage, identity }) => {
+            let party = Party {
+                principal: identity.as_ref().map(SpiffeId::as_str).into(),
+                ..parties::derived(Some(baggage))
+            };
+            (party, parties::peer_name(None, Some(baggage)))
+        }
+        None => (
+            next.map(parties::party).unwrap_or_default(),
+            next.map(parties::pod_name),
+        ),
+    };
+    let labels = Labels {
+        reporter: Reporter::Source,
+        security: if hop.is_some() {
+            Security::MutualTls
+        } else {
+            Security::Unknown
+        },
+        source,
+        destination,
+        service: parties::service_name(plan.service.as_deref()),
+    };
+    Access::open(
+        pod.shared().traffic.open(&labels),
+        Route {
+            source: call.from,
+            destination: plan.to,
+            hbone: hop.map(|hop| parties::target(&hop.authority)),
+            source_pod: Some(parties::pod_name(&plan.source)),
+            destination_pod,
+        },
+    )
+}
