@@ -47,8 +47,11 @@ pub struct AgentOptions {
     pub fetch_deadline: Duration,
     /// How many calls of the source may be in flight, at least 1. Default 8. A quarter of them,
     /// rounded down, is kept for identities that a connection waits for, so that warm-ups and
-    /// renewals that hang cannot keep it out.
+    /// renewals cannot keep it out.
     pub max_fetches: usize,
+    /// How many calls that have gone unanswered for 5 s may be in flight besides, so that those
+    /// that hang keep nobody out. Default 24.
+    pub max_slow_fetches: usize,
     /// After which part of its remaining life, counted from its receipt, a certificate is renewed:
     /// at random between these two. Default 0.5 to 0.7.
     pub renewal_window: (f64, f64),
@@ -68,6 +71,7 @@ impl Default for AgentOptions {
             wait: Duration::from_secs(10),
             fetch_deadline: Duration::from_secs(90),
             max_fetches: 8,
+            max_slow_fetches: 24,
             renewal_window: (0.5, 0.7),
             forget_grace: Duration::from_secs(60),
             clock: Clock::system(),

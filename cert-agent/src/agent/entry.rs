@@ -58,7 +58,11 @@ enum Phase {
     /// A certificate is held until its renewal.
     Held(Renewal),
     /// An attempt is running.
-    Running { task: AbortHandle, urgency: Urgency },
+    Running {
+        task: AbortHandle,
+        urgency: Urgency,
+        since: Instant,
+    },
     /// An attempt was given up, but its task has not ended yet; no other may start before.
     Ending { task: Id, urgency: Urgency },
 }
@@ -91,6 +95,15 @@ pub(crate) enum Urgency {
     RealTime,
     WarmUp,
     Background,
+}
+
+/// A place in the queue; the first goes first.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct Rank {
+    pub(crate) urgency: Urgency,
+    /// The last attempt failed.
+    again: bool,
+    at: Instant,
 }
 
 /// For how long the identity stays.
@@ -269,7 +282,7 @@ impl Entry {
 
     /// Gives up a running attempt, to be made again after a pause.
     fn give_up(&mut self, now: Now) {
-        if let Phase::Running { task, urgency } = &self.phase {
+        if let Phase::Running { task, urgency, .. } = &self.phase {
             task.abort();
             self.phase = Phase::Ending {
                 task: task.id(),
@@ -323,9 +336,12 @@ impl Entry {
         }
     }
 
-    /// The entry's place in the queue, if an attempt is due.
-    pub(crate) fn due(&self, now: Now) -> Option<(Urgency, Instant)> {
-        self.next_attempt(now).filter(|(_, at)| *at <= now.mono)
+    /// The entry's place in the queue, if an attempt is due. An identity that has failed lets others of its urgency go
+    /// first, since it may fail again.
+    pub(crate) fn due(&self, now: Now) -> Option<Rank> {
+        let (urgency, at) = self.next_attempt(now)?;
+        let again = self.failing.is_some();
+        (at <= now.mono).then_some(Rank { urgency, again, at })
     }
 
     /// When the entry next needs attention by itself.
@@ -348,18 +364,25 @@ impl Entry {
         Some((urgency, at.max(self.earliest)))
     }
 
-    pub(crate) fn started(&mut self, task: AbortHandle, urgency: Urgency) {
+    pub(crate) fn started(&mut self, task: AbortHandle, urgency: Urgency, since: Instant) {
         self.outdated = false;
-        self.phase = Phase::Running { task, urgency };
+        self.phase = Phase::Running {
+            task,
+            urgency,
+            since,
+        };
     }
 
     pub(crate) fn runs(&self, id: Id) -> bool {
         matches!(&self.phase, Phase::Running { task, .. } if task.id() == id)
     }
 
-    /// Whether an attempt is running that no connection waits for.
-    pub(crate) fn runs_unhurried(&self) -> bool {
-        matches!(&self.phase, Phase::Running { urgency, .. } if *urgency != Urgency::RealTime)
+    /// How urgent the running attempt is, and since when it runs.
+    pub(crate) fn running(&self) -> Option<(Urgency, Instant)> {
+        match self.phase {
+            Phase::Running { urgency, since, .. } => Some((urgency, since)),
+            Phase::Due { .. } | Phase::Held(_) | Phase::Ending { .. } => None,
+        }
     }
 
     /// Stores a certificate. Its renewal is due after a part of what remains of its life: counted

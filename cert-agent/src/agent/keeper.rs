@@ -10,8 +10,8 @@ use tokio::{
 };
 
 use super::{
-    Inner, SvidError,
-    entry::{Entry, Jitter, Now, Urgency},
+    AgentOptions, Inner, SvidError,
+    entry::{Entry, Jitter, Now, Rank, Urgency},
     metrics::Failure,
     snapshot::Overview,
 };
@@ -85,25 +85,28 @@ impl Inner {
             .extract_if(|_, entry| entry.is_over(now))
             .map(|(id, _)| id)
             .collect();
-        let unhurried = entries.values().filter(|it| it.runs_unhurried()).count();
-        let mut room = Room::new(self.options.max_fetches, fetches.len(), unhurried);
+        let mut room = Room::new(&self.options, now.mono);
+        for (urgency, since) in entries.values().filter_map(Entry::running) {
+            room.occupy(urgency, since);
+        }
         let mut due: Vec<_> = entries
             .iter_mut()
             .filter_map(|(id, entry)| Some((entry.due(now)?, id, entry)))
             .collect();
         due.sort_unstable_by_key(|(rank, ..)| *rank);
-        for ((urgency, _), id, entry) in due {
+        for (Rank { urgency, .. }, id, entry) in due {
             if !room.take(urgency) {
                 break; // nor is there room for what is less urgent
             }
             let fetch = Arc::clone(self).fetch(id.clone());
-            entry.started(fetches.spawn(fetch), urgency);
+            entry.started(fetches.spawn(fetch), urgency, now.mono);
         }
-        // What is due but found no room is started when a running fetch ends.
+        // What is due but found no room is started when a running call ends, or has taken too long to count.
         let wake_at = entries
             .values()
             .filter(|entry| entry.due(now).is_none())
             .filter_map(|entry| entry.wake_at(now))
+            .chain(room.freed_at)
             .min();
         drop(entries);
         for id in gone {
@@ -164,32 +167,59 @@ impl Inner {
 }
 
 /// How many more calls of the source may start.
+///
+/// A call that has gone unanswered for [`SLOW`] leaves its place to others, or a few that hang would keep all identities
+/// waiting until their deadline. It goes on: giving it up would leave a slow authority with nothing to show for its work.
 struct Room {
-    all: usize,
+    now: Instant,
+    /// For calls that have just begun.
+    quick: usize,
     /// Of these, for what no connection waits for.
     unhurried: usize,
+    /// For calls that have left their place.
+    slow: usize,
+    /// When the next call leaves its place.
+    freed_at: Option<Instant>,
 }
 
 impl Room {
-    fn new(max: usize, running: usize, running_unhurried: usize) -> Self {
-        let max = max.max(1);
+    fn new(options: &AgentOptions, now: Instant) -> Self {
+        let quick = options.max_fetches.max(1);
         Self {
-            all: max.saturating_sub(running),
-            unhurried: (max - max / 4).saturating_sub(running_unhurried),
+            now,
+            quick,
+            unhurried: quick - quick / 4,
+            slow: options.max_slow_fetches,
+            freed_at: None,
         }
+    }
+
+    /// Counts a running call.
+    fn occupy(&mut self, urgency: Urgency, since: Instant) {
+        let slow_at = since + SLOW;
+        if slow_at > self.now {
+            self.freed_at = Some(self.freed_at.map_or(slow_at, |at| at.min(slow_at)));
+        } else if self.slow > 0 {
+            self.slow -= 1;
+            return;
+        }
+        let unhurried = usize::from(urgency != Urgency::RealTime);
+        self.quick = self.quick.saturating_sub(1);
+        self.unhurried = self.unhurried.saturating_sub(unhurried);
     }
 
     /// Takes a place for an attempt, if there is one.
     fn take(&mut self, urgency: Urgency) -> bool {
         let unhurried = urgency != Urgency::RealTime;
-        if self.all == 0 || (unhurried && self.unhurried == 0) {
+        if self.quick == 0 || (unhurried && self.unhurried == 0) {
             return false;
         }
-        self.all -= 1;
-        self.unhurried -= usize::from(unhurried);
+        self.occupy(urgency, self.now);
         true
     }
 }
 
+/// Half of what a connection waits for, so that one that finds all places taken by calls that hang has time for its own.
+const SLOW: Duration = Duration::from_secs(5);
 /// How often the wall clock is looked at, at least.
 const CLOCK_CHECK: Duration = Duration::from_secs(60);

@@ -268,7 +268,8 @@ impl Drop for World {
         if !std::thread::panicking() {
             let log = self.authority.log.lock();
             assert_eq!(log.violations, [""; 0]);
-            assert!(log.most_in_flight <= self.agent.0.options.max_fetches);
+            let options = &self.agent.0.options;
+            assert!(log.most_in_flight <= options.max_fetches + options.max_slow_fetches);
         }
     }
 }

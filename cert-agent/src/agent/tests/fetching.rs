@@ -121,8 +121,67 @@ async fn hung_warm_ups_do_not_keep_a_connection_out() {
     assert!(asked.elapsed() < SECOND);
     // A connection that joins a hung call does not count as a warm-up: another one moves up.
     assert_eq!(world.authority.in_flight(), 6);
-    world.agent.svid(&nth(0)).await.unwrap_err();
+    let agent = world.agent.clone();
+    let mut joined = JoinSet::new();
+    joined.spawn(async move { agent.svid(&nth(0)).await.unwrap_err() });
+    sleep(SECOND).await;
     assert_eq!(world.authority.in_flight(), 7);
+}
+
+#[tokio::test(start_paused = true)]
+async fn hung_calls_of_waiting_connections_keep_no_other_out() {
+    let world = world(24 * HOUR);
+    let mut hung = JoinSet::new();
+    for n in 0..16 {
+        world.authority.mute.lock().insert(nth(n));
+        let agent = world.agent.clone();
+        hung.spawn(async move { agent.svid(&nth(n)).await.unwrap_err() });
+    }
+    sleep(SECOND).await;
+    assert_eq!(world.authority.in_flight(), 8);
+    // It waits for two rounds of calls that hang, and still has its turn within its time.
+    let asked = Instant::now();
+    world.agent.svid(&id(WEB)).await.unwrap();
+    assert_eq!(asked.elapsed(), 9 * SECOND);
+    // From then on the way is free.
+    let asked = Instant::now();
+    world.agent.svid(&id(DB)).await.unwrap();
+    assert_eq!(asked.elapsed(), Duration::ZERO);
+    hung.join_all().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_authority_that_answers_nobody_is_asked_in_bounds() {
+    let world = world(24 * HOUR);
+    let asked = Instant::now();
+    for n in 0..60 {
+        if n < 50 {
+            world.authority.mute.lock().insert(nth(n));
+        }
+        world.agent.prefetch(&nth(n));
+    }
+    sleep(60 * SECOND).await;
+    // No connection waits, so a quarter of the quick ones stays free.
+    assert_eq!(world.authority.log.lock().most_in_flight, 6 + 24);
+    // Those that were never asked for go before those that failed.
+    while (50..60).any(|n| world.agent.current(&nth(n)).is_none()) {
+        sleep(SECOND).await;
+    }
+    assert!(asked.elapsed() < 190 * SECOND, "{:?}", asked.elapsed());
+    assert_eq!(world.authority.log.lock().most_in_flight, 6 + 24);
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_authority_that_takes_a_minute_serves_everybody_in_the_end() {
+    let world = world(24 * HOUR);
+    world.authority.set_latency(60 * SECOND);
+    for n in 0..40 {
+        world.agent.prefetch(&nth(n));
+    }
+    sleep(150 * SECOND).await;
+    assert_eq!(world.authority.calls(), 40);
+    let statuses = world.agent.snapshot();
+    assert!(statuses.iter().all(|status| status.stage == Stage::Held));
 }
 
 #[tokio::test(start_paused = true)]

@@ -110,7 +110,7 @@ async fn a_call_that_was_given_up_has_ended_before_the_next_starts() {
     let mut tasks = JoinSet::new();
     let task = tasks.spawn(std::future::pending::<()>());
     let number = task.id();
-    entry.started(task, Urgency::WarmUp);
+    entry.started(task, Urgency::WarmUp, Instant::now());
     entry.forget(now(), HOUR);
     entry.want(now());
     sleep(60 * SECOND).await;
@@ -118,7 +118,7 @@ async fn a_call_that_was_given_up_has_ended_before_the_next_starts() {
     assert!(!entry.runs(number), "its result is not wanted");
     assert!(entry.reap(number));
     assert_eq!(
-        entry.due(now()).map(|(urgency, _)| urgency),
+        entry.due(now()).map(|rank| rank.urgency),
         Some(Urgency::WarmUp)
     );
 }

@@ -60,7 +60,10 @@ fn event() -> impl Strategy<Value = Event> {
 
 /// Lives through `events`, then through a quarter of an hour in which everything works.
 async fn live(events: Vec<Event>) {
-    let world = world_with(HOUR, |options| options.max_fetches = PLACES);
+    let world = world_with(HOUR, |options| {
+        options.max_fetches = PLACES;
+        options.max_slow_fetches = 1;
+    });
     let mut wanted = HashSet::new();
     let mut connections = JoinSet::new();
     for event in events {
