@@ -1,17 +1,18 @@
 //! Certificates from the PKI engine of an OpenBao (or Vault) server.
 //!
-//! An [`Authority`] signs requests with `POST <mount>/sign/<role>`. Its one token comes from one of four [`Login`]s, is
-//! replaced after two thirds of its life, and at once when it is refused. Beside that, [`Authority::run`] reads whom the
+//! An [`Authority`] signs requests with `POST <mount>/sign/<role>`. Its token comes from one of four [`Login`]s. One token
+//! serves all identities, is replaced after two thirds of its life, and at once when it is refused; or each certificate
+//! has one of its own, from a login with the service-account token of its workload ([`Jwt`]). Beside that, [`Authority::run`] reads whom the
 //! engines vouch for and whom no longer: [`Authority::roots`] and [`Authority::crls`].
 //!
 //! ```no_run
 //! # use std::sync::Arc;
-//! # use cert_agent::{Agent, AgentOptions, CsrSource, openbao::{Authority, Login, Roots, Settings}};
+//! # use cert_agent::{Agent, AgentOptions, CsrSource, openbao::{Authority, Jwt, Login, Roots, Settings}};
 //! # fn start() -> Result<(), Box<dyn std::error::Error>> {
 //! let login = Login::Kubernetes {
 //!     mount: "kubernetes".into(),
 //!     role: "culvert".into(),
-//!     jwt: "/var/run/secrets/tokens/openbao-token".into(),
+//!     jwt: Jwt::Own("/var/run/secrets/tokens/openbao-token".into()),
 //! };
 //! let address = "https://openbao.vault.svc:8200".parse()?;
 //! let roots = Roots::File("/var/run/secrets/openbao/ca.crt".into());
@@ -31,10 +32,12 @@
 //!   token of *one* node can become *every* workload of the trust domain. Only for small clusters of nodes that all are
 //!   trusted alike. Roles and policies by namespace make the damage smaller, not different in kind.
 //! - **A templated role** (`allowed_uri_sans_template=true`, with the account's namespace and name out of the metadata
-//!   of the login) gives each login its own identity only. That needs *the workload's own* service-account token: this
-//!   authority shows one token, so it fits a process that serves one workload, with that workload's token as
-//!   [`Login::Kubernetes::jwt`] or [`Login::Jwt::jwt`]. A node that shows its own account gets that account's identity
-//!   and no other.
+//!   of the login) gives each login its own identity only. That needs *the workload's own* service-account token: with
+//!   [`Jwt::Own`] in a process that serves one workload, else with [`Jwt::Directory`] or [`Jwt::Requested`]. A node then
+//!   gets the identities whose tokens it can have. A directory holds what its keeper puts there. Kubernetes makes tokens
+//!   of whatever accounts its rules (RBAC) allow the node's account, wherever their pods run: a rule for all accounts
+//!   makes this no stronger than the glob, but rules by namespace or account hold, and every token that is made is in the
+//!   audit log.
 //! - istiod or istio-csr in front of OpenBao keep istiod's rule that a node gets the identities of its pods alone.
 //!
 //! In each case: `require_cn=false`, `key_type=ec`, `use_csr_sans=true`, `not_after_bound=forbid`, and never `sign-verbatim`. A role signs
@@ -46,6 +49,7 @@
 //! - Tokens, JWTs and secret ids are kept in memory alone, wiped, and appear in no `Debug` or message.
 //! - Roots and revocation lists that were published are never emptied by an answer that is empty or fails.
 
+mod account;
 mod client;
 mod dial;
 mod failure;
@@ -56,7 +60,8 @@ mod token;
 mod trust;
 mod wire;
 
-pub use settings::{Login, Roots, Settings, SettingsError, is_path};
+pub use account::KubernetesApi;
+pub use settings::{Jwt, Login, Roots, Settings, SettingsError, is_path};
 pub use trust::{Crls, TrustRoots};
 
 use std::{fmt, sync::Arc, time::Duration};
@@ -173,11 +178,12 @@ impl fmt::Debug for Authority {
 
 impl Inner {
     async fn sign(&self, request: SigningRequest<'_>) -> Result<SignedChain, Failure> {
-        let token = self.tokens.token(&self.client).await?;
+        let token = self.tokens.token(&self.client, request.id).await?;
         let signed = match self.try_sign(request, &token).await {
             Err(refusal) if refusal.is_forbidden() => {
                 // It ended early, or was revoked: once more with another one.
-                let Some(token) = self.tokens.replace(&self.client, &token).await? else {
+                let other = self.tokens.replace(&self.client, request.id, &token);
+                let Some(token) = other.await? else {
                     return Err(refusal);
                 };
                 let again = self.try_sign(request, &token).await;

@@ -18,7 +18,7 @@ pub use data::{
     Capture, DnsCapture, Inbound, Keepalive, MaxAge, OriginalSource, PqcPolicy, ProxyMode, Sockets,
     Tls, Tunnel, WorkloadRef,
 };
-pub use openbao::{OpenBao, OpenBaoLogin};
+pub use openbao::{OpenBao, OpenBaoJwt, OpenBaoLogin};
 pub use runtime::{Drain, LogFormat, Logging, Ports, Runtime};
 
 use serde::Serialize;

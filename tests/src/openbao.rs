@@ -8,7 +8,7 @@ mod kubernetes;
 mod pki;
 
 pub use issuer::Issuer;
-pub use kubernetes::TokenReviews;
+pub use kubernetes::{ApiServer, WorkloadAccounts};
 pub use pki::{Issued, MESH, ROLE, ROOT};
 
 use std::{

@@ -147,6 +147,48 @@ async fn two_pods_talk_once_the_role_lets_them() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn workloads_that_log_in_for_themselves_have_their_own_names_only() {
+    let stage = Stage::new();
+    let other = PodSpec::captured("other").namespace("elsewhere");
+    let other = stage.world.node(0).pod(&other).unwrap();
+    let mesh = Mesh::of(&[&stage.web, &stage.api, &other]);
+    mesh.write(&ProxyOptions::mesh_file(&stage.world)).unwrap();
+    let bao = OpenBao::dev(&stage.world, &stage.home).await.unwrap();
+    bao.set_up("one").await.unwrap();
+    let accounts = bao.workload_accounts(&stage.world, &stage.home, "shop");
+    let accounts = accounts.await.unwrap();
+    let [web, api] = stage.ids();
+    assert!(accounts.may_sign(&bao, &stage.web, &web).await.unwrap());
+    assert!(!accounts.may_sign(&bao, &stage.web, &api).await.unwrap());
+
+    let logins = [&accounts.from_kubernetes, &accounts.from_directory];
+    let cluster = stage.start(&bao, logins, "5s").await;
+    let log = cluster.proxy(1).log();
+    log.wait("the token of api is not there yet", |line| {
+        line.raw.contains("cannot read") && line.raw.contains("shop/api")
+    })
+    .await;
+    accounts.admit(&stage.api).unwrap();
+    wait::until(Duration::from_secs(20), "the pods talk", async || {
+        stage.echoes().await.then_some(())
+    })
+    .await;
+    let traffic = stage.traffic();
+    stage.issued(&bao, "mesh one", 3).await;
+    traffic.end().await;
+
+    // The node's own account gets no token of this one.
+    let refused = "status 403 (may the proxy's account create serviceaccounts/token?)";
+    let log = cluster.proxy(0).log();
+    log.wait("no token of another namespace", |line| {
+        line.raw.contains(refused) && line.raw.contains("elsewhere/other")
+    })
+    .await;
+    let issued = bao.issued().await.unwrap().into_iter().map(|it| it.id);
+    assert_eq!(issued.collect::<BTreeSet<_>>(), [web, api].into());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn renewals_lose_nothing_even_if_tokens_are_revoked() {
     let stage = Stage::new();
     let bao = OpenBao::dev(&stage.world, &stage.home).await.unwrap();

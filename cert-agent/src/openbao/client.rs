@@ -68,7 +68,7 @@ impl Client {
         if answer.status.is_success() {
             return Ok(answer.body);
         }
-        let retry_after = answer.retry_after.unwrap_or(DEFAULT_RETRY_AFTER);
+        let retry_after = answer.pause();
         // Reading is not worth holding up a certificate.
         let throttled = answer.status == StatusCode::TOO_MANY_REQUESTS;
         if throttled && call.step != Step::Read {
@@ -130,11 +130,8 @@ impl Client {
     }
 
     async fn exchange(&self, to: &Uri, call: &Call<'_>) -> io::Result<Answer> {
-        let stream = timeout(CONNECT_LIMIT, self.dialler.dial(to))
-            .await
-            .map_err(|_| io::Error::new(io::ErrorKind::TimedOut, "connecting takes too long"))??;
         let request = self.request(to, call).map_err(io::Error::other)?;
-        send(stream, request, call.max_answer).await
+        exchange(&*self.dialler, to, request, call.max_answer).await
     }
 
     fn request(&self, to: &Uri, call: &Call<'_>) -> Result<Request<Full<Bytes>>, http::Error> {
@@ -164,12 +161,35 @@ impl Client {
 }
 
 /// What came back.
-struct Answer {
-    status: StatusCode,
+pub(super) struct Answer {
+    pub(super) status: StatusCode,
     retry_after: Option<Duration>,
     redirection: Option<String>,
     /// Wiped, since it may be a token.
-    body: Zeroizing<Vec<u8>>,
+    pub(super) body: Zeroizing<Vec<u8>>,
+}
+
+impl Answer {
+    /// How long the server wants to be left alone, if it is about that.
+    pub(super) fn pause(&self) -> Duration {
+        self.retry_after.unwrap_or(DEFAULT_RETRY_AFTER)
+    }
+}
+
+/// Makes a connection for one request and its answer, which has at most `max_answer` bytes.
+///
+/// # Cancel safety
+/// The connection is closed.
+pub(super) async fn exchange(
+    dialler: &dyn Dial,
+    to: &Uri,
+    request: Request<Full<Bytes>>,
+    max_answer: usize,
+) -> io::Result<Answer> {
+    let stream = timeout(CONNECT_LIMIT, dialler.dial(to))
+        .await
+        .map_err(|_| io::Error::new(io::ErrorKind::TimedOut, "connecting takes too long"))??;
+    send(stream, request, max_answer).await
 }
 
 async fn send(
@@ -246,7 +266,7 @@ fn number(value: &HeaderValue) -> Option<u64> {
     value.to_str().ok()?.trim().parse().ok()
 }
 
-fn authority(uri: &Uri) -> &str {
+pub(super) fn authority(uri: &Uri) -> &str {
     uri.authority().map_or("", |authority| authority.as_str())
 }
 

@@ -1,4 +1,4 @@
-//! Why OpenBao did not do what it was asked, and when it may be asked again.
+//! Why OpenBao, or Kubernetes for it, did not do what it was asked, and when it may be asked again.
 
 use std::time::Duration;
 
@@ -9,6 +9,8 @@ use crate::{ObtainError, Retry};
 /// What a call is for. The same status means different things in different steps.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Step {
+    /// Getting the token of a workload's service account from Kubernetes.
+    Account,
     /// Getting a token.
     Login,
     /// Getting a certificate.
@@ -20,6 +22,7 @@ pub(super) enum Step {
 impl Step {
     const fn text(self) -> &'static str {
         match self {
+            Self::Account => "getting the workload's token from Kubernetes",
             Self::Login => "login at OpenBao",
             Self::Sign => "signing by OpenBao",
             Self::Read => "reading from OpenBao",
@@ -60,7 +63,7 @@ impl Failure {
         }
     }
 
-    /// An answer other than success. `texts` are OpenBao's words.
+    /// An answer other than success. `texts` are the server's words.
     pub(super) fn refused(
         step: Step,
         status: StatusCode,
@@ -98,6 +101,7 @@ fn retry(step: Step, status: StatusCode, retry_after: Duration) -> Retry {
     match status {
         StatusCode::TOO_MANY_REQUESTS => Retry::After(retry_after),
         StatusCode::BAD_REQUEST if step == Step::Login => Retry::Soon,
+        StatusCode::FORBIDDEN if step == Step::Account => Retry::Slowly,
         StatusCode::BAD_REQUEST | StatusCode::NOT_FOUND | StatusCode::METHOD_NOT_ALLOWED => {
             Retry::Slowly
         }
@@ -108,6 +112,10 @@ fn retry(step: Step, status: StatusCode, retry_after: Duration) -> Retry {
 /// Where to look.
 const fn hint(step: Step, status: StatusCode) -> &'static str {
     match (step, status) {
+        (Step::Account, StatusCode::FORBIDDEN) => {
+            " (may the proxy's account create serviceaccounts/token?)"
+        }
+        (Step::Account, _) => "",
         (_, StatusCode::SERVICE_UNAVAILABLE) => " (is it sealed?)",
         (_, StatusCode::TOO_MANY_REQUESTS) => " (a rate limit)",
         (Step::Sign, StatusCode::FORBIDDEN) => " (the token or its policy)",

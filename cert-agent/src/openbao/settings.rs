@@ -4,6 +4,7 @@ use std::{fmt, path::PathBuf, time::Duration};
 
 use http::{HeaderValue, Uri, uri::PathAndQuery};
 
+use super::account::KubernetesApi;
 use crate::TlsOptions;
 
 /// Where certificates come from and how this process proves who it is.
@@ -55,9 +56,9 @@ impl Settings {
 
     /// Holds everything that becomes part of a request against the rules for it.
     pub(super) fn check(&self) -> Result<(), SettingsError> {
-        let https = self.address.scheme_str() == Some("https");
-        if !https || self.address.host().is_none_or(str::is_empty) {
-            return Err(SettingsError::Address(self.address.clone()));
+        check_address(&self.address)?;
+        if let Some(Jwt::Requested(api)) = self.login.jwt() {
+            check_address(api.address())?;
         }
         let login = match &self.login {
             Login::Kubernetes { mount, .. }
@@ -80,6 +81,15 @@ impl Settings {
     }
 }
 
+/// Tokens go over TLS only.
+fn check_address(address: &Uri) -> Result<(), SettingsError> {
+    let https = address.scheme_str() == Some("https");
+    if !https || address.host().is_none_or(str::is_empty) {
+        return Err(SettingsError::Address(address.clone()));
+    }
+    Ok(())
+}
+
 /// Whether `text` may be put into a path as it is: segments of letters, digits, `.`, `-` and `_` with single slashes
 /// between them, none of them `.` or `..`.
 #[must_use]
@@ -92,7 +102,7 @@ pub fn is_path(text: &str) -> bool {
 }
 
 /// How a token is got. Files are read each time, and need not be there from the start.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone)]
 #[non_exhaustive]
 pub enum Login {
     /// The `kubernetes` method: OpenBao has the API server review the token of a service account.
@@ -102,7 +112,7 @@ pub enum Login {
         /// Role of the method.
         role: String,
         /// The service-account token, whose audience the role names.
-        jwt: PathBuf,
+        jwt: Jwt,
     },
     /// The `jwt` method: OpenBao verifies the token by itself.
     Jwt {
@@ -111,7 +121,7 @@ pub enum Login {
         /// Role of the method; `None` leaves it to the method's default.
         role: Option<String>,
         /// The token.
-        jwt: PathBuf,
+        jwt: Jwt,
     },
     /// The `approle` method.
     AppRole {
@@ -124,6 +134,33 @@ pub enum Login {
     },
     /// A token that somebody else, such as an OpenBao agent, keeps alive in a file. Read again when it is refused.
     TokenFile(PathBuf),
+}
+
+impl Login {
+    fn jwt(&self) -> Option<&Jwt> {
+        match self {
+            Self::Kubernetes { jwt, .. } | Self::Jwt { jwt, .. } => Some(jwt),
+            Self::AppRole { .. } | Self::TokenFile(_) => None,
+        }
+    }
+
+    /// Whether each identity logs in for itself.
+    pub(super) fn is_per_workload(&self) -> bool {
+        matches!(self.jwt(), Some(Jwt::Directory(_) | Jwt::Requested(_)))
+    }
+}
+
+/// Whose service-account token is shown at a login.
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub enum Jwt {
+    /// That of this process, in this file: one login serves all identities.
+    Own(PathBuf),
+    /// That of the workload, which others keep alive in `<directory>/<namespace>/<service account>`: one login for each
+    /// certificate.
+    Directory(PathBuf),
+    /// That of the workload, which Kubernetes makes when it is needed: one login for each certificate.
+    Requested(KubernetesApi),
 }
 
 /// Where the trust roots of the server come from.

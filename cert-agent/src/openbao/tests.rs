@@ -3,6 +3,7 @@
 mod login;
 mod server;
 mod trust;
+mod workload;
 
 use std::time::{Duration, SystemTime};
 

@@ -1,4 +1,5 @@
-//! One token for all calls: got when first needed, replaced before it ends or when it is refused, by one login at a time.
+//! Tokens for calls: one for all identities, got when first needed, replaced before it ends or when it is refused, by one
+//! login at a time; or, where each workload logs in for itself, one for each certificate, which is not kept.
 
 use std::{path::Path, time::Duration};
 
@@ -11,10 +12,10 @@ use zeroize::Zeroizing;
 use super::{
     client::{Call, Client},
     failure::{Failure, Step},
-    settings::Login,
+    settings::{Jwt, Login},
     wire::{self, AppRoleLogin, JwtLogin, LoggedIn},
 };
-use crate::Retry;
+use crate::{Retry, SpiffeId};
 
 /// The token of this process.
 pub(super) struct Tokens {
@@ -56,12 +57,21 @@ impl Tokens {
         }
     }
 
-    /// The token, after a login if there is none, or if two thirds of its life are over. A token that is still good is
-    /// used on while logins fail.
+    /// The token to have a certificate of `id` signed with.
+    ///
+    /// That of all identities comes after a login if there is none, or if two thirds of its life are over. One that is
+    /// still good is used on while logins fail.
     ///
     /// # Cancel safety
     /// A login under way is lost; whoever waits next makes another one.
-    pub(super) async fn token(&self, client: &Client) -> Result<HeaderValue, Failure> {
+    pub(super) async fn token(
+        &self,
+        client: &Client,
+        id: &SpiffeId,
+    ) -> Result<HeaderValue, Failure> {
+        if self.login.is_per_workload() {
+            return Ok(Box::pin(self.log_in(client, id)).await?.token);
+        }
         let ended = {
             let state = self.state.lock();
             if let Some(token) = state.fresh(Instant::now()) {
@@ -80,7 +90,7 @@ impl Tokens {
                 return state.usable(now).ok_or_else(|| failure.clone());
             }
         }
-        let outcome = Box::pin(self.log_in(client)).await;
+        let outcome = Box::pin(self.log_in(client, id)).await;
         self.state.lock().take(outcome)
     }
 
@@ -91,8 +101,12 @@ impl Tokens {
     pub(super) async fn replace(
         &self,
         client: &Client,
+        id: &SpiffeId,
         refused: &HeaderValue,
     ) -> Result<Option<HeaderValue>, Failure> {
+        if self.login.is_per_workload() {
+            return Ok(None); // it is a moment old
+        }
         {
             let mut state = self.state.lock();
             if state.pointless_until.is_some_and(|at| Instant::now() < at) {
@@ -102,7 +116,7 @@ impl Tokens {
                 state.token = None;
             }
         }
-        let token = self.token(client).await?;
+        let token = self.token(client, id).await?;
         Ok((token != *refused).then_some(token))
     }
 
@@ -111,7 +125,7 @@ impl Tokens {
         self.state.lock().pointless_until = Some(Instant::now() + POINTLESS);
     }
 
-    async fn log_in(&self, client: &Client) -> Result<LoggedIn, Failure> {
+    async fn log_in(&self, client: &Client, id: &SpiffeId) -> Result<LoggedIn, Failure> {
         let (mount, body, secret) = match &self.login {
             Login::TokenFile(path) => {
                 let text = read(path).await?;
@@ -120,8 +134,12 @@ impl Tokens {
                 let life = Duration::ZERO;
                 return Ok(LoggedIn { token, life });
             }
-            Login::Kubernetes { mount, role, jwt } => with_jwt(mount, Some(role), jwt).await?,
-            Login::Jwt { mount, role, jwt } => with_jwt(mount, role.as_deref(), jwt).await?,
+            Login::Kubernetes { mount, role, jwt } => {
+                with_jwt(mount, Some(role), jwt.read(id).await?)?
+            }
+            Login::Jwt { mount, role, jwt } => {
+                with_jwt(mount, role.as_deref(), jwt.read(id).await?)?
+            }
             Login::AppRole {
                 mount,
                 role_id,
@@ -205,12 +223,25 @@ impl State {
     }
 }
 
-async fn with_jwt<'a>(
+impl Jwt {
+    /// The token to show for `id`.
+    async fn read(&self, id: &SpiffeId) -> Result<Zeroizing<String>, Failure> {
+        match self {
+            Self::Own(path) => read(path).await,
+            // Neither part can lead out of the directory.
+            Self::Directory(path) => {
+                read(&path.join(id.namespace()).join(id.service_account())).await
+            }
+            Self::Requested(api) => api.token_of(id).await,
+        }
+    }
+}
+
+fn with_jwt<'a>(
     mount: &'a str,
     role: Option<&str>,
-    path: &Path,
+    jwt: Zeroizing<String>,
 ) -> Result<(&'a str, Bytes, Zeroizing<String>), Failure> {
-    let jwt = read(path).await?;
     let login = JwtLogin {
         role,
         jwt: jwt.trim(),
@@ -220,7 +251,7 @@ async fn with_jwt<'a>(
 }
 
 /// The text of a file with a secret.
-async fn read(path: &Path) -> Result<Zeroizing<String>, Failure> {
+pub(super) async fn read(path: &Path) -> Result<Zeroizing<String>, Failure> {
     let text = tokio::fs::read_to_string(path).await.map(Zeroizing::new);
     let text = text.map_err(|error| failed(format!("cannot read {}: {error}", path.display())))?;
     if text.trim().is_empty() {
@@ -234,7 +265,7 @@ fn failed(reason: String) -> Failure {
 }
 
 /// Whatever the server says, it does not say what was shown to it.
-fn without(mut failure: Failure, secret: &str) -> Failure {
+pub(super) fn without(mut failure: Failure, secret: &str) -> Failure {
     if !secret.is_empty() && failure.reason.contains(secret) {
         failure.reason = failure.reason.replace(secret, "<redacted>");
     }

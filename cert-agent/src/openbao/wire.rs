@@ -1,4 +1,4 @@
-//! The JSON that goes to OpenBao and comes back.
+//! The JSON that goes to OpenBao, and to Kubernetes, and comes back.
 
 use std::{collections::HashMap, time::Duration};
 
@@ -6,6 +6,7 @@ use bytes::Bytes;
 use http::HeaderValue;
 use rustls_pki_types::{CertificateDer, pem::PemObject as _};
 use serde::{Deserialize, Serialize};
+use serde_json::json;
 use zeroize::Zeroizing;
 
 use super::failure::{Failure, Step};
@@ -89,6 +90,30 @@ impl LoggedIn {
     }
 }
 
+/// The JSON that asks Kubernetes for a token of a service account.
+pub(super) fn token_request(audience: &str, life: Duration) -> Bytes {
+    let spec = json!({ "audiences": [audience], "expirationSeconds": life.as_secs() });
+    let request = json!({ "apiVersion": AUTHENTICATION, "kind": "TokenRequest", "spec": spec });
+    request.to_string().into()
+}
+
+/// The token that Kubernetes has made.
+pub(super) fn requested_token(body: &[u8]) -> Result<Zeroizing<String>, Failure> {
+    let answer: TokenRequested =
+        serde_json::from_slice(body).map_err(|error| unusable(Step::Account, &category(&error)))?;
+    let token = Zeroizing::new(answer.status.token);
+    if token.trim().is_empty() {
+        return Err(unusable(Step::Account, "the token is empty"));
+    }
+    Ok(token)
+}
+
+/// Kubernetes' words on a failure: one short line, or nothing.
+pub(super) fn kubernetes_text(body: &[u8]) -> String {
+    let said: KubernetesStatus = serde_json::from_slice(body).unwrap_or_default();
+    one_line(&said.message)
+}
+
 /// A token as a header that hides and wipes it; nothing if it is empty or cannot be one.
 pub(super) fn token_value(text: &str) -> Option<HeaderValue> {
     let text = text.trim();
@@ -141,7 +166,10 @@ pub(super) fn issuer(body: &[u8]) -> Result<Vec<CertificateDer<'static>>, Failur
 /// OpenBao's words on a failure: one short line, or nothing.
 pub(super) fn error_texts(body: &[u8]) -> String {
     let errors: Errors = serde_json::from_slice(body).unwrap_or_default();
-    let text = errors.errors.join("; ");
+    one_line(&errors.errors.join("; "))
+}
+
+fn one_line(text: &str) -> String {
     let line = text.split_whitespace().collect::<Vec<_>>().join(" ");
     let printable = line.chars().filter(|character| !character.is_control());
     printable.take(MAX_ERROR_TEXT).collect()
@@ -191,6 +219,22 @@ struct Auth {
 }
 
 #[derive(Deserialize)]
+struct TokenRequested {
+    status: TokenStatus,
+}
+
+#[derive(Deserialize)]
+struct TokenStatus {
+    token: String,
+}
+
+#[derive(Default, Deserialize)]
+struct KubernetesStatus {
+    #[serde(default)]
+    message: String,
+}
+
+#[derive(Deserialize)]
 struct Keys {
     keys: Vec<String>,
     key_info: Option<HashMap<String, KeyInfo>>,
@@ -213,6 +257,7 @@ struct Errors {
     errors: Vec<String>,
 }
 
+const AUTHENTICATION: &str = "authentication.k8s.io/v1";
 /// A token that claims to live longer is replaced as if it did not.
 const MAX_LIFE: Duration = Duration::from_hours(365 * 24);
 const MAX_ERROR_TEXT: usize = 300;

@@ -81,7 +81,9 @@ fn certificates(reader: &mut Reader<'_>) -> CertificateSource {
             let keys = "CA_PROVIDER=openbao and FAKE_CA=true";
             reader.fault(keys, Given::Nothing, reject);
         }
-        (Provider::OpenBao, _, Some(openbao)) => return CertificateSource::OpenBao(openbao),
+        (Provider::OpenBao, _, Some(openbao)) => {
+            return CertificateSource::OpenBao(Box::new(openbao));
+        }
         (Provider::Istiod, Some(istiod), _) if !in_process => {
             return CertificateSource::Istio(istiod);
         }

@@ -1,12 +1,12 @@
 //! The part [`OpenBao`] of the section on control: the variables `OPENBAO_*`.
 
-use std::{path::PathBuf, time::Duration};
+use std::{net::IpAddr, path::PathBuf, time::Duration};
 
 use cert_agent::openbao::is_path;
 use http::Uri;
 
 use super::{control, fault::Given, reader::Reader, value::Reject};
-use crate::config::{OpenBao, OpenBaoLogin};
+use crate::config::{OpenBao, OpenBaoJwt, OpenBaoLogin};
 
 /// What is given is checked in any case; what is missing is a fault only if OpenBao is `wanted`.
 pub(super) fn parse(reader: &mut Reader<'_>, wanted: bool) -> Option<OpenBao> {
@@ -100,7 +100,7 @@ fn root_mounts(reader: &mut Reader<'_>) -> Vec<String> {
 fn login(reader: &mut Reader<'_>, wanted: bool) -> Option<OpenBaoLogin> {
     let mount = path(reader, "OPENBAO_AUTH_MOUNT");
     let role = path(reader, "OPENBAO_AUTH_ROLE");
-    let jwt = file(reader, "OPENBAO_JWT_PATH").unwrap_or_else(|| DEFAULT_JWT.into());
+    let shown = jwt(reader, wanted);
     let role_id = file(reader, "OPENBAO_ROLE_ID_PATH");
     let secret_id = file(reader, "OPENBAO_SECRET_ID_PATH");
     let token = file(reader, "OPENBAO_TOKEN_PATH");
@@ -109,6 +109,7 @@ fn login(reader: &mut Reader<'_>, wanted: bool) -> Option<OpenBaoLogin> {
         Some(_) => reader.typed("OPENBAO_AUTH_METHOD", method)?,
     };
     let mount = |default: &str| mount.unwrap_or_else(|| default.to_owned());
+    let jwt = shown?;
     Some(match method {
         Method::Kubernetes => OpenBaoLogin::Kubernetes {
             mount: mount("kubernetes"),
@@ -135,6 +136,45 @@ fn login(reader: &mut Reader<'_>, wanted: bool) -> Option<OpenBaoLogin> {
             OpenBaoLogin::TokenFile(require(reader, wanted, token, "OPENBAO_TOKEN_PATH", FILE)?)
         }
     })
+}
+
+/// Whose token is shown.
+fn jwt(reader: &mut Reader<'_>, wanted: bool) -> Option<OpenBaoJwt> {
+    let path = file(reader, "OPENBAO_JWT_PATH");
+    let account = file(reader, "KUBERNETES_ACCOUNT_PATH");
+    let audience = reader.text("OPENBAO_JWT_AUDIENCE").unwrap_or("openbao");
+    let at = |default: &str| path.unwrap_or_else(|| default.into());
+    let key = "OPENBAO_JWT_SOURCE";
+    match reader.text(key) {
+        None | Some("file") => Some(OpenBaoJwt::File(at(DEFAULT_JWT))),
+        Some("directory") => Some(OpenBaoJwt::Directory(at(DEFAULT_JWTS))),
+        Some("kubernetes") => Some(OpenBaoJwt::Kubernetes {
+            address: kubernetes(reader, wanted)?,
+            account: account.unwrap_or_else(|| DEFAULT_ACCOUNT.into()),
+            audience: audience.to_owned(),
+        }),
+        Some(other) => {
+            let reject = Reject::new("not a source of tokens", "file, directory or kubernetes");
+            reader.fault(key, Given::Value(other.to_owned()), reject);
+            None
+        }
+    }
+}
+
+/// The API server, as Kubernetes tells each pod.
+fn kubernetes(reader: &mut Reader<'_>, wanted: bool) -> Option<Uri> {
+    let key = "KUBERNETES_SERVICE_HOST";
+    let host = reader.text(key);
+    let host = require(reader, wanted, host, key, API_SERVER)?;
+    let port = reader.text("KUBERNETES_SERVICE_PORT").unwrap_or("443");
+    let authority = match host.parse() {
+        Ok(IpAddr::V6(address)) => format!("[{address}]:{port}"),
+        Ok(IpAddr::V4(_)) | Err(_) => format!("{host}:{port}"),
+    };
+    let outcome = format!("https://{authority}/")
+        .parse()
+        .map_err(|_| Reject::new("not an address with that port", API_SERVER));
+    reader.keep(key, Given::Value(authority), outcome)
 }
 
 #[derive(Clone, Copy)]
@@ -187,8 +227,11 @@ fn poll_interval(reader: &mut Reader<'_>) -> Duration {
 }
 
 const ADDRESS: &str = "host:port or https://host:port";
+const API_SERVER: &str = "the API server's address and port, which Kubernetes sets in each pod";
 const FILE: &str = "a path that begins with /, ./ or ../";
 const DEFAULT_ROOTS: &str = "/var/run/secrets/openbao/ca.crt";
 const DEFAULT_JWT: &str = "/var/run/secrets/tokens/openbao-token";
+const DEFAULT_JWTS: &str = "/var/run/secrets/openbao/workloads";
+const DEFAULT_ACCOUNT: &str = "/var/run/secrets/kubernetes.io/serviceaccount";
 const DEFAULT_POLL: Duration = Duration::from_mins(5);
 const MIN_POLL: Duration = Duration::from_secs(1);

@@ -167,7 +167,7 @@ pub enum CertificateSource {
     /// `CA_ADDRESS`: a server of `istio.v1.auth.IstioCertificateService`.
     Istio(Address),
     /// `CA_PROVIDER=openbao`: the PKI engine of an OpenBao server.
-    OpenBao(OpenBao),
+    OpenBao(Box<OpenBao>),
     /// `FAKE_CA=true`: a CA inside this process, for tests and demonstrations.
     InProcess {
         /// `FAKE_CA_ROOT_CERT` and `FAKE_CA_ROOT_KEY`: PEM certificate and PKCS#8 key of a root that several processes share;

@@ -40,8 +40,8 @@ pub enum OpenBaoLogin {
         mount: String,
         /// `OPENBAO_AUTH_ROLE`.
         role: String,
-        /// `OPENBAO_JWT_PATH`, default `/var/run/secrets/tokens/openbao-token`.
-        jwt: PathBuf,
+        /// `OPENBAO_JWT_SOURCE` and what belongs to it.
+        jwt: OpenBaoJwt,
     },
     /// `jwt`.
     Jwt {
@@ -49,8 +49,8 @@ pub enum OpenBaoLogin {
         mount: String,
         /// `OPENBAO_AUTH_ROLE`; `None` leaves it to the server.
         role: Option<String>,
-        /// `OPENBAO_JWT_PATH`, as above.
-        jwt: PathBuf,
+        /// As above.
+        jwt: OpenBaoJwt,
     },
     /// `approle`.
     AppRole {
@@ -63,4 +63,25 @@ pub enum OpenBaoLogin {
     },
     /// `token`: `OPENBAO_TOKEN_PATH`.
     TokenFile(PathBuf),
+}
+
+/// Whose service-account token is shown at a login.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[non_exhaustive]
+pub enum OpenBaoJwt {
+    /// `file`, the default: the proxy's own, at `OPENBAO_JWT_PATH`, default `/var/run/secrets/tokens/openbao-token`.
+    File(PathBuf),
+    /// `directory`: the workload's, below `OPENBAO_JWT_PATH`, default `/var/run/secrets/openbao/workloads`.
+    Directory(PathBuf),
+    /// `kubernetes`: the workload's, made by the API server.
+    Kubernetes {
+        /// `KUBERNETES_SERVICE_HOST` and `KUBERNETES_SERVICE_PORT`.
+        #[serde(serialize_with = "show::text")]
+        address: http::Uri,
+        /// `KUBERNETES_ACCOUNT_PATH`: where `token` and `ca.crt` of the proxy's account are; default
+        /// `/var/run/secrets/kubernetes.io/serviceaccount`.
+        account: PathBuf,
+        /// `OPENBAO_JWT_AUDIENCE`, default `openbao`.
+        audience: String,
+    },
 }

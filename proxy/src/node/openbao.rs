@@ -1,13 +1,16 @@
 //! OpenBao as the certificate authority, as configured.
 
-use cert_agent::openbao::{Authority, Login, Roots, Settings};
+use cert_agent::{
+    TlsOptions,
+    openbao::{Authority, Jwt, KubernetesApi, Login, Roots, Settings},
+};
 
 use super::{StartError, certificates};
-use crate::config::{Config, OpenBao, OpenBaoLogin, ProxyMode, RootSource};
+use crate::config::{Config, OpenBao, OpenBaoJwt, OpenBaoLogin, ProxyMode, RootSource};
 
 /// The authority that `server` describes; nothing is sent before it runs or signs.
 pub(super) fn authority(config: &Config, server: &OpenBao) -> Result<Authority, StartError> {
-    if config.capture.mode == ProxyMode::Shared {
+    if config.capture.mode == ProxyMode::Shared && !is_per_workload(&server.login) {
         tracing::warn!(
             role = server.role,
             "OpenBao does not hold identities against the pods of a node: whoever has the token of \
@@ -20,27 +23,37 @@ pub(super) fn authority(config: &Config, server: &OpenBao) -> Result<Authority, 
         RootSource::Pem(text) => Roots::Pem(text.clone()),
     };
     let address = server.address.clone();
-    let mut settings = Settings::new(address, roots, &server.role, login(&server.login));
+    let tls = certificates::tls_options(config);
+    let mut settings = Settings::new(address, roots, &server.role, login(&server.login, &tls));
     settings.namespace.clone_from(&server.namespace);
     settings.mount.clone_from(&server.mount);
     settings.root_mounts.clone_from(&server.root_mounts);
     settings.ttl = config.control.secret_ttl;
     settings.poll_interval = server.poll_interval;
-    settings.tls = certificates::tls_options(config);
+    settings.tls = tls;
     Authority::new(settings).map_err(StartError::OpenBao)
 }
 
-fn login(login: &OpenBaoLogin) -> Login {
+fn is_per_workload(login: &OpenBaoLogin) -> bool {
+    match login {
+        OpenBaoLogin::Kubernetes { jwt, .. } | OpenBaoLogin::Jwt { jwt, .. } => {
+            !matches!(jwt, OpenBaoJwt::File(_))
+        }
+        OpenBaoLogin::AppRole { .. } | OpenBaoLogin::TokenFile(_) => false,
+    }
+}
+
+fn login(login: &OpenBaoLogin, tls: &TlsOptions) -> Login {
     match login {
         OpenBaoLogin::Kubernetes { mount, role, jwt } => Login::Kubernetes {
             mount: mount.clone(),
             role: role.clone(),
-            jwt: jwt.clone(),
+            jwt: shown(jwt, tls),
         },
         OpenBaoLogin::Jwt { mount, role, jwt } => Login::Jwt {
             mount: mount.clone(),
             role: role.clone(),
-            jwt: jwt.clone(),
+            jwt: shown(jwt, tls),
         },
         OpenBaoLogin::AppRole {
             mount,
@@ -52,5 +65,23 @@ fn login(login: &OpenBaoLogin) -> Login {
             secret_id: secret_id.clone(),
         },
         OpenBaoLogin::TokenFile(path) => Login::TokenFile(path.clone()),
+    }
+}
+
+fn shown(jwt: &OpenBaoJwt, tls: &TlsOptions) -> Jwt {
+    match jwt {
+        OpenBaoJwt::File(path) => Jwt::Own(path.clone()),
+        OpenBaoJwt::Directory(path) => Jwt::Directory(path.clone()),
+        OpenBaoJwt::Kubernetes {
+            address,
+            account,
+            audience,
+        } => Jwt::Requested(KubernetesApi::new(
+            address.clone(),
+            Roots::File(account.join("ca.crt")),
+            account.join("token"),
+            audience.clone(),
+            tls.clone(),
+        )),
     }
 }

@@ -210,7 +210,10 @@ impl OpenBao {
         Ok(variables([
             ("OPENBAO_AUTH_METHOD", "jwt".to_owned()),
             ("OPENBAO_AUTH_ROLE", "node".to_owned()),
-            ("OPENBAO_JWT_PATH", self.file("jwt", &account_token(&key)?)?),
+            (
+                "OPENBAO_JWT_PATH",
+                self.file("jwt", &account_token(&key, NODE)?)?,
+            ),
         ]))
     }
 
@@ -318,8 +321,11 @@ pub(super) fn variables<const N: usize>(pairs: [(&str, String); N]) -> Vec<(Stri
     owned.into_iter().collect()
 }
 
-/// A service-account token as an API server signs it, good for an hour.
-pub(super) fn account_token(key: &KeyPair) -> anyhow::Result<String> {
+/// A token of the account of this namespace and name, as an API server signs it, good for an hour.
+pub(super) fn account_token(
+    key: &KeyPair,
+    (namespace, name): (&str, &str),
+) -> anyhow::Result<String> {
     let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH)?;
     let claims = json!({
         "aud": ["openbao"],
@@ -327,10 +333,10 @@ pub(super) fn account_token(key: &KeyPair) -> anyhow::Result<String> {
         "iat": now.as_secs(),
         "iss": "https://kubernetes.default.svc",
         "kubernetes.io": {
-            "namespace": "istio-system",
-            "serviceaccount": { "name": "ztunnel", "uid": "uid-1" },
+            "namespace": namespace,
+            "serviceaccount": { "name": name, "uid": "uid-1" },
         },
-        "sub": ACCOUNT,
+        "sub": format!("system:serviceaccount:{namespace}:{name}"),
     });
     let header = json!({ "alg": "ES256", "typ": "JWT" });
     let signed = format!(
@@ -374,4 +380,6 @@ fn base64(bytes: &[u8]) -> String {
     text
 }
 
+/// The account of a node's proxy.
+pub(super) const NODE: (&str, &str) = ("istio-system", "ztunnel");
 pub(super) const ACCOUNT: &str = "system:serviceaccount:istio-system:ztunnel";

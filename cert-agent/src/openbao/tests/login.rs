@@ -176,7 +176,7 @@ async fn the_other_methods() {
     let jwt_login = |role: Option<&str>| Login::Jwt {
         mount: "oidc/node".into(),
         role: role.map(Into::into),
-        jwt: jwt.clone(),
+        jwt: Jwt::Own(jwt.clone()),
     };
     let approle = |secret_id| Login::AppRole {
         mount: "approle".into(),

@@ -19,7 +19,7 @@ use serde_json::{Value, json};
 use tokio::task::JoinSet;
 
 use super::super::{
-    Authority, Login, Roots, Settings,
+    Authority, Jwt, Login, Roots, Settings,
     dial::{Dial, Stream},
 };
 use crate::{
@@ -160,7 +160,7 @@ pub(super) fn pem_text(der: &[u8]) -> String {
 }
 
 /// The dialler.
-struct ToFake(Arc<Fake>);
+pub(super) struct ToFake(pub(super) Arc<Fake>);
 
 impl Dial for ToFake {
     fn dial<'a>(&'a self, to: &'a Uri) -> BoxFuture<'a, io::Result<Box<dyn Stream>>> {
@@ -215,17 +215,20 @@ pub(super) fn stage() -> Stage {
 }
 
 pub(super) fn stage_with(bend: impl FnOnce(&mut Settings)) -> Stage {
+    stage_around(Fake::new(), bend)
+}
+
+pub(super) fn stage_around(fake: Arc<Fake>, bend: impl FnOnce(&mut Settings)) -> Stage {
     let jwt = tempfile::NamedTempFile::new().unwrap();
     std::fs::write(jwt.path(), format!("{JWT}\n")).unwrap();
     let login = Login::Kubernetes {
         mount: "kubernetes".into(),
         role: "node".into(),
-        jwt: jwt.path().into(),
+        jwt: Jwt::Own(jwt.path().into()),
     };
     let mut settings = Settings::new(Uri::from_static(HOME), Roots::System, "workload", login);
     settings.mount = "pki-mesh".into();
     bend(&mut settings);
-    let fake = Fake::new();
     Stage {
         authority: Authority::over(Arc::new(ToFake(Arc::clone(&fake))), settings).unwrap(),
         fake,
@@ -238,8 +241,12 @@ pub(super) const HOME: &str = "https://bao.example:8200";
 impl Stage {
     /// Has one certificate signed, as the agent does.
     pub(super) async fn sign(&self) -> Result<crate::KeyedChain, crate::ObtainError> {
+        self.sign_for(WEB).await
+    }
+
+    pub(super) async fn sign_for(&self, id: &str) -> Result<crate::KeyedChain, crate::ObtainError> {
         let source = CsrSource::new(self.authority.clone());
-        source.obtain(&WEB.parse().unwrap()).await
+        source.obtain(&id.parse().unwrap()).await
     }
 
     /// The failure that this reply to every request to sign leads to.

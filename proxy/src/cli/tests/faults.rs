@@ -74,6 +74,7 @@ fn never_repeats_a_document_or_credentials() {
         ("OPENBAO_TOKEN_PATH", "hvs.s3cret"),
         ("OPENBAO_SECRET_ID_PATH", "s3cret"),
         ("OPENBAO_JWT_PATH", "eyJs3cret"),
+        ("KUBERNETES_ACCOUNT_PATH", "eyJs3cret"),
     ] {
         let text = given(&[(key, value)]).read().expect_err(key).to_string();
         assert!(text.contains(key) && !text.contains("s3cret"), "{text}");
@@ -94,6 +95,9 @@ const KEYS: &[&str] = &[
     "OPENBAO_AUTH_MOUNT",
     "OPENBAO_AUTH_ROLE",
     "OPENBAO_JWT_PATH",
+    "OPENBAO_JWT_SOURCE",
+    "OPENBAO_JWT_AUDIENCE",
+    "KUBERNETES_ACCOUNT_PATH",
     "OPENBAO_ROLE_ID_PATH",
     "OPENBAO_SECRET_ID_PATH",
     "OPENBAO_TOKEN_PATH",

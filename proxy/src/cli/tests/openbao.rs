@@ -3,7 +3,7 @@
 use std::{collections::BTreeSet, time::Duration};
 
 use super::given;
-use crate::config::{CertificateSource, OpenBao, OpenBaoLogin, RootSource};
+use crate::config::{CertificateSource, OpenBao, OpenBaoJwt, OpenBaoLogin, RootSource};
 
 const PROVIDER: (&str, &str) = ("CA_PROVIDER", "openbao");
 const ADDRESS: (&str, &str) = ("OPENBAO_ADDRESS", "bao.vault.svc:8200");
@@ -18,7 +18,7 @@ fn openbao(more: &[(&str, &str)]) -> OpenBao {
     let CertificateSource::OpenBao(server) = source else {
         panic!("{source:?}");
     };
-    server
+    *server
 }
 
 fn keys(keys: &[&str]) -> BTreeSet<String> {
@@ -37,7 +37,7 @@ fn little_has_to_be_said() {
     let login = OpenBaoLogin::Kubernetes {
         mount: "kubernetes".into(),
         role: "node".into(),
-        jwt: "/var/run/secrets/tokens/openbao-token".into(),
+        jwt: OpenBaoJwt::File("/var/run/secrets/tokens/openbao-token".into()),
     };
     assert_eq!(server.login, login);
     // An address of istiod's CA does not matter.
@@ -71,7 +71,7 @@ fn each_method_has_its_files() {
     let jwt = OpenBaoLogin::Jwt {
         mount: "oidc/node".into(),
         role: None,
-        jwt: "./jwt".into(),
+        jwt: OpenBaoJwt::File("./jwt".into()),
     };
     let files = [
         ("OPENBAO_AUTH_MOUNT", "oidc/node"),
@@ -92,6 +92,56 @@ fn each_method_has_its_files() {
         method("token", &token),
         OpenBaoLogin::TokenFile("/t".into())
     );
+}
+
+#[test]
+fn workloads_may_log_in_for_themselves() {
+    let jwt = |more: &[_]| {
+        let mut variables = vec![("OPENBAO_AUTH_METHOD", "jwt")];
+        variables.extend(more);
+        let login = openbao(&variables).login;
+        let OpenBaoLogin::Jwt { jwt, .. } = login else {
+            panic!("{login:?}");
+        };
+        jwt
+    };
+    let directory = ("OPENBAO_JWT_SOURCE", "directory");
+    let usual = "/var/run/secrets/openbao/workloads";
+    assert_eq!(jwt(&[directory]), OpenBaoJwt::Directory(usual.into()));
+    let elsewhere = [directory, ("OPENBAO_JWT_PATH", "/tokens")];
+    assert_eq!(jwt(&elsewhere), OpenBaoJwt::Directory("/tokens".into()));
+
+    let kubernetes = ("OPENBAO_JWT_SOURCE", "kubernetes");
+    let made = |address: &str, account: &str, audience: &str| OpenBaoJwt::Kubernetes {
+        address: address.parse().unwrap(),
+        account: account.into(),
+        audience: audience.into(),
+    };
+    let usual = "/var/run/secrets/kubernetes.io/serviceaccount";
+    let little = [kubernetes, ("KUBERNETES_SERVICE_HOST", "10.96.0.1")];
+    assert_eq!(
+        jwt(&little),
+        made("https://10.96.0.1:443/", usual, "openbao")
+    );
+    let much = [
+        kubernetes,
+        ("KUBERNETES_SERVICE_HOST", "fd00::1"),
+        ("KUBERNETES_SERVICE_PORT", "6443"),
+        ("KUBERNETES_ACCOUNT_PATH", "/account"),
+        ("OPENBAO_JWT_AUDIENCE", "vault"),
+    ];
+    assert_eq!(
+        jwt(&much),
+        made("https://[fd00::1]:6443/", "/account", "vault")
+    );
+
+    let faulty = |more: &[_], key: &str| {
+        let mut variables = vec![PROVIDER, ADDRESS, ROLE, AUTH_ROLE];
+        variables.extend(more);
+        assert_eq!(given(&variables).faulty(), keys(&[key]));
+    };
+    faulty(&[kubernetes], "KUBERNETES_SERVICE_HOST");
+    faulty(&[("OPENBAO_JWT_SOURCE", "vault")], "OPENBAO_JWT_SOURCE");
 }
 
 #[test]
