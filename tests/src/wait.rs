@@ -39,3 +39,18 @@ pub async fn until<T>(limit: Duration, what: &str, mut probe: impl AsyncFnMut() 
         sleep(Duration::from_millis(20)).await;
     }
 }
+
+/// How much longer than needed a test has a server stay away: nothing, unless `CULVERT_TEST_OUTAGE_SECONDS` says so, for
+/// who wants to see it.
+///
+/// # Panics
+/// When that is no number.
+#[must_use]
+#[expect(
+    clippy::disallowed_methods,
+    reason = "test runs are steered by the environment"
+)]
+pub fn outage() -> Duration {
+    let seconds = std::env::var("CULVERT_TEST_OUTAGE_SECONDS");
+    Duration::from_secs(seconds.map_or(0, |text| text.parse().unwrap()))
+}

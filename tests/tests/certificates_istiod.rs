@@ -13,7 +13,7 @@ use testkit::{
     Authority, Istiod, Line, NodeRun, Pod, PodSpec, ProxyOptions, World,
     istiod::{Flaw, Layout, Outcome, Signing},
     raw::{Hello, RawClient},
-    stage::Steered,
+    stage::{Steady, Steered},
     traffic::{self, Behaviour, Server},
     wait,
 };
@@ -327,15 +327,53 @@ async fn without_an_authority_certificates_last_until_they_expire() {
     traffic::ping(&mut lasting, b"still").await.unwrap();
 }
 
+/// Case 17, under traffic whose every flow takes a handshake.
+#[tokio::test]
+async fn renewals_that_fail_for_three_quarters_of_a_life_lose_nothing() {
+    let stage = Stage::new();
+    let away = 9 * SECOND + wait::outage();
+    let left = away / 3;
+    stage.ca.sign_for_at_most(away + left);
+    let options = stage
+        .options()
+        .env("POOL_MAX_STREAMS_PER_CONNECTION", "1")
+        .env("POOL_UNUSED_RELEASE_TIMEOUT", "10ms");
+    let run = stage.mesh.start_with(&options).await.unwrap();
+    let ids = [stage.mesh.web.spiffe_id(), stage.mesh.api.spiffe_id()];
+    for id in &ids {
+        stage.ca.certified(id, 1).await;
+    }
+    let traffic = Steady::start(&stage.mesh.web, stage.app.address);
+    stage.ca.stop().await;
+    let back = Instant::now() + away;
+    for id in &ids {
+        let failed = |line: &Line| {
+            line.message.starts_with("renewal failed") && line.field("id") == id.as_str()
+        };
+        // At 70 % of what was left at the latest, which was more than the authority stays away.
+        let found = run.proxy.log().find(0, away, failed).await;
+        assert!(found.is_some(), "no renewal of {id} was tried");
+    }
+    tokio::time::sleep_until(back).await;
+    stage.ca.start().unwrap();
+    for id in &ids {
+        let limit = left + 5 * SECOND;
+        stage.ca.certified_within(limit, id, 2).await;
+    }
+    traffic.end().await;
+}
+
 /// Case 19.
 #[tokio::test]
 async fn an_authority_may_be_away_at_the_start() {
     let stage = Stage::new();
     stage.ca.stop().await;
-    let _run = stage.start().await;
+    let run = stage.start().await;
     let start = Instant::now();
     assert!(!stage.echoes().await);
     assert!(start.elapsed() < 15 * SECOND, "{:?}", start.elapsed());
+    sleep(wait::outage()).await;
+    assert!(run.proxy.is_ready().await);
     assert!(!stage.echoes().await);
     stage.ca.start().unwrap();
     let took = stage.until_echoed(A_WHILE).await;

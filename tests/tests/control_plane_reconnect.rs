@@ -246,7 +246,7 @@ async fn without_istiod_all_that_is_known_keeps_working() {
     let age = run.proxy.metrics().await.unwrap();
     let heard = age.sum("istio_xds_last_response_timestamp_seconds", &[]);
     assert!(heard > 0.0, "the age of what is known");
-    tokio::time::sleep(outage()).await;
+    tokio::time::sleep(wait::outage()).await;
     assert!(run.proxy.is_ready().await, "nor does it later");
 
     stage.istiod.start().unwrap();
@@ -255,16 +255,6 @@ async fn without_istiod_all_that_is_known_keeps_working() {
     stop.cancel();
     assert!(calls.join_all().await[0] > 0);
     traffic::ping(&mut survivor, b"untouched").await.unwrap();
-}
-
-/// How much longer istiod stays away: nothing, unless somebody wants to see it.
-#[expect(
-    clippy::disallowed_methods,
-    reason = "test runs are steered by the environment"
-)]
-fn outage() -> Duration {
-    let seconds = std::env::var("CULVERT_TEST_OUTAGE_SECONDS");
-    Duration::from_secs(seconds.map_or(0, |text| text.parse().unwrap()))
 }
 
 /// §2.6: each end of a stream has its class, and none stops the client.

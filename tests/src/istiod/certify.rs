@@ -97,8 +97,21 @@ impl Istiod {
     /// # Panics
     /// When it was not within ten seconds.
     pub async fn certified(&self, id: &str, count: usize) -> Vec<CertificateCall> {
+        self.certified_within(wait::SOON, id, count).await
+    }
+
+    /// As [`Istiod::certified`], within `limit`.
+    ///
+    /// # Panics
+    /// When the time is up.
+    pub async fn certified_within(
+        &self,
+        limit: Duration,
+        id: &str,
+        count: usize,
+    ) -> Vec<CertificateCall> {
         let what = format!("{count} requests for {id}");
-        self.until_certified(wait::SOON, &what, |calls| {
+        self.until_certified(limit, &what, |calls| {
             let mine = calls
                 .iter()
                 .filter(|call| call.impersonated.as_deref() == Some(id) && !call.is_open());
