@@ -5,15 +5,25 @@
     reason = "a bench may stop at the first fault; criterion's macros carry no docs"
 )]
 
-use std::{fmt, hint::black_box, sync::Arc};
+use std::{
+    fmt,
+    hint::black_box,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering::Relaxed},
+    },
+    thread,
+    time::Duration,
+};
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use culvert::telemetry::{
-    Label, Labels, Meter, Party, Reporter, ResponseFlag, Security, ServiceName, Traffic,
+    Exposition, Label, Labels, Meter, Party, Reporter, ResponseFlag, Security, ServiceName, Traffic,
 };
-use prometheus_client::{encoding::text::encode, registry::Registry};
+use prometheus_client::registry::Registry;
+use tokio::time::Instant;
 
-criterion_group!(benches, flow, bytes, scrape);
+criterion_group!(benches, flow, bytes, scrape, slowest_flow);
 criterion_main!(benches);
 
 /// Names as the mesh holds them.
@@ -66,20 +76,19 @@ impl Names {
     }
 }
 
-/// A table of `series` series, each with a flow that has ended.
-fn table(series: usize) -> (Registry, Traffic) {
-    let mut registry = Registry::default();
-    let traffic = Traffic::register(&mut registry);
-    for client in 0..series {
+/// A table of so many label sets, each with a flow that has ended: four samples each.
+fn table(label_sets: usize) -> Traffic {
+    let traffic = Traffic::default();
+    for client in 0..label_sets {
         let meter = traffic.open(&Names::new(client).labels());
         meter.received(1_000);
         meter.close(ResponseFlag::None);
     }
-    (registry, traffic)
+    traffic
 }
 
 fn flow(criterion: &mut Criterion) {
-    let (_registry, traffic) = table(10_000);
+    let traffic = table(8_000);
     let names = Names::new(5_000);
     criterion.bench_function("telemetry/flow opened and closed", |bench| {
         bench.iter(|| {
@@ -108,15 +117,52 @@ impl fmt::Write for Sink {
     }
 }
 
+/// Writes all of a table, and tells how many bytes that were.
+fn write(exposition: &Exposition) -> u64 {
+    let mut sink = Sink(0);
+    exposition.write(&mut sink).unwrap();
+    sink.0
+}
+
 fn scrape(criterion: &mut Criterion) {
-    let (registry, _traffic) = table(10_000);
-    let write = || {
-        let mut sink = Sink(0);
-        encode(&mut sink, &registry).unwrap();
-        sink.0
-    };
+    let exposition = Exposition::new(Registry::default(), table(8_000));
     let mut group = criterion.benchmark_group("telemetry");
-    group.sample_size(20).throughput(Throughput::Bytes(write()));
-    group.bench_function("scrape of 10,000 series", |bench| bench.iter(write));
+    let bytes = Throughput::Bytes(write(&exposition));
+    group.sample_size(20).throughput(bytes);
+    group.bench_function("scrape of 32,000 samples", |bench| {
+        bench.iter(|| write(&exposition));
+    });
     group.finish();
+}
+
+/// The longest that one of a thousand flows takes to be opened and closed while somebody scrapes without a pause.
+fn slowest_flow(criterion: &mut Criterion) {
+    let traffic = table(8_000);
+    let exposition = Exposition::new(Registry::default(), traffic.clone());
+    let names = Names::new(5_000);
+    let done = AtomicBool::new(false);
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            while !done.load(Relaxed) {
+                write(&exposition);
+            }
+        });
+        let mut group = criterion.benchmark_group("telemetry");
+        group.sample_size(20);
+        group.bench_function("slowest of 1,000 flows during a scrape", |bench| {
+            bench.iter_custom(|times| {
+                let slowest = |_| {
+                    let flows = (0..1_000).map(|_| {
+                        let began = Instant::now();
+                        traffic.open(&names.labels()).close(ResponseFlag::None);
+                        began.elapsed()
+                    });
+                    flows.max().unwrap_or(Duration::ZERO)
+                };
+                (0..times).map(slowest).sum()
+            });
+        });
+        group.finish();
+        done.store(true, Relaxed);
+    });
 }

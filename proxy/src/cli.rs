@@ -14,6 +14,7 @@ mod demo;
 mod environment;
 mod fault;
 mod identity;
+mod metrics;
 mod openbao;
 mod proxy_config;
 mod reader;
@@ -59,6 +60,7 @@ pub fn configuration(environment: &Environment<'_>, arguments: &str) -> Result<C
         runtime: runtime::threads(&mut reader, &proxy, arguments),
         drain: runtime::drain(&mut reader),
         logging: runtime::logging(&reader),
+        metrics: metrics::parse(&mut reader),
         identity,
         control,
         capture,

@@ -6,6 +6,7 @@
 
 mod control;
 mod data;
+mod metrics;
 mod openbao;
 mod runtime;
 mod show;
@@ -18,6 +19,7 @@ pub use data::{
     Capture, DnsCapture, Inbound, Keepalive, MaxAge, OriginalSource, PqcPolicy, ProxyMode, Sockets,
     Tls, Tunnel, WorkloadRef,
 };
+pub use metrics::{LabelProfile, Metrics};
 pub use openbao::{OpenBao, OpenBaoJwt, OpenBaoLogin};
 pub use runtime::{Drain, LogFormat, Logging, Ports, Runtime};
 
@@ -51,4 +53,6 @@ pub struct Config {
     pub drain: Drain,
     /// Log format and levels.
     pub logging: Logging,
+    /// Labels and bounds of the traffic metrics.
+    pub metrics: Metrics,
 }

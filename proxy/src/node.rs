@@ -34,7 +34,9 @@ use crate::{
     flow::{Shared, Stop},
     listen,
     pods::{self, Pods},
-    telemetry::{PodMetrics, Readiness, ReadinessTask, logging::LogGuard, register_process},
+    telemetry::{
+        Exposition, PodMetrics, Readiness, ReadinessTask, logging::LogGuard, register_process,
+    },
 };
 use certificates::Certificates;
 pub use error::StartError;
@@ -82,10 +84,11 @@ async fn serve(config: &Config, log: &LogGuard, data: &Handle) -> Result<(), Sta
     start.trust(&shared, &mut registry);
     start.revocations(&shared, &mut registry);
     start.trimming(&shared);
+    start.eviction(&shared);
     let known = start.mesh(&shared, &mut registry).await?;
     let names = parts::names(config, &shared.mesh, &mut registry);
     let pods = captured.map(|task| (task, PodMetrics::register(&mut registry)));
-    start.stats(registry)?;
+    start.stats(Exposition::new(registry, shared.traffic.clone()))?;
     wired.ready();
     naming.iter().for_each(ReadinessTask::ready);
 
@@ -145,6 +148,14 @@ impl<'a> Start<'a> {
             while timeout(TRIM_INTERVAL, stop.cancelled()).await.is_err() {
                 buffers.trim();
             }
+        });
+    }
+
+    /// Forgets traffic series that nothing happens to.
+    fn eviction(&mut self, shared: &Shared) {
+        let (traffic, stop) = (shared.traffic.clone(), self.background.clone());
+        self.here(EVICTION, async move {
+            stop.run_until_cancelled(traffic.evict_idle()).await;
         });
     }
 
@@ -263,13 +274,10 @@ impl<'a> Start<'a> {
         }
     }
 
-    fn stats(&mut self, registry: Registry) -> Result<(), StartError> {
+    fn stats(&mut self, exposition: Exposition) -> Result<(), StartError> {
         let listener = self.bind(&Handle::current(), self.config.ports.stats)?;
         let stop = self.stop.accept.clone();
-        self.here(
-            "stats",
-            admin::serve_stats(listener, Arc::new(registry), stop),
-        );
+        self.here("stats", admin::serve_stats(listener, exposition, stop));
         Ok(())
     }
 
@@ -358,15 +366,17 @@ impl Signals {
 
 const CERTIFICATES: &str = "certificates";
 const CONTROL_PLANE: &str = "control plane";
+const EVICTION: &str = "idle series";
 const MESH_FILE: &str = "mesh file";
 const OPENBAO: &str = "OpenBao";
 const REVOCATION: &str = "revocation lists";
 const TRIMMING: &str = "buffers";
 const TRUST: &str = "trust anchors";
 /// What flows need until the last of them has ended.
-const BACKGROUND: [&str; 7] = [
+const BACKGROUND: [&str; 8] = [
     CERTIFICATES,
     CONTROL_PLANE,
+    EVICTION,
     MESH_FILE,
     OPENBAO,
     REVOCATION,

@@ -2,24 +2,32 @@
 //!
 //! Every room above reports through the handles of this one; it knows none of them. Metric
 //! families live in the [`prometheus_client`] registry that the caller hands in, so that a scrape
-//! sees whatever was registered. A flow costs one hash when it is opened ([`Traffic::open`]);
-//! after that, everything is an atomic addition.
+//! ([`Exposition`]) sees whatever was registered; those of traffic, which may be large, are written
+//! from their own table. A flow costs one look-up when it is opened ([`Traffic::open`]); after that,
+//! everything is an atomic addition.
 
 mod access;
 mod authorization;
 mod dns;
+mod exposition;
 mod labels;
 pub mod logging;
+mod names;
 mod process;
 mod readiness;
 mod reason;
 mod refusals;
+mod series;
 mod traffic;
 
 pub use access::{Access, Attempt, HboneTarget, Route};
 pub use authorization::{AuthorizationEvent, AuthorizationLog};
 pub use dns::{DnsLabels, DnsMetrics, DnsProtocol};
-pub use labels::{Label, LabelValue, Labels, Party, Reporter, ResponseFlag, Security, ServiceName};
+pub use exposition::Exposition;
+pub use labels::{
+    Kept, Label, LabelValue, Labels, Party, Reporter, ResponseFlag, Security, ServiceName,
+};
+pub use names::Names;
 pub use process::{PodMetrics, register_process};
 pub use readiness::{Readiness, ReadinessTask};
 pub use reason::Reason;

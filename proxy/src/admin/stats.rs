@@ -2,7 +2,8 @@
 //!
 //! An exposition of many series is large, so it is never held as a whole: a blocking task encodes
 //! it into chunks, compresses them when the scraper asks, and hands them to the connection through
-//! a short queue. A scraper that stops reading stops the encoding.
+//! a short queue. A scraper that stops reading stops its encoding. Scrapers take turns chunk by
+//! chunk: however many there are, they occupy one core, and the others are left to traffic.
 
 use std::{
     fmt,
@@ -11,7 +12,10 @@ use std::{
 };
 
 use bytes::Bytes;
-use flate2::{Compression, write::GzEncoder};
+use flate2::{
+    Compression,
+    write::{GzEncoder, ZlibEncoder},
+};
 use futures_util::stream;
 use http::{
     HeaderMap, HeaderValue, Response, StatusCode,
@@ -19,29 +23,41 @@ use http::{
 };
 use http_body_util::{BodyExt, StreamBody};
 use hyper::body::Frame;
-use prometheus_client::{encoding::text::encode, registry::Registry};
+use parking_lot::{Mutex, MutexGuard};
 use tokio::{net::TcpListener, sync::mpsc, task::spawn_blocking};
 use tokio_util::sync::CancellationToken;
 
 use super::http1::{Body, empty, serve, text};
+use crate::telemetry::Exposition;
 
 /// Serves `/metrics` and `/stats/prometheus` until `stop` fires.
-pub async fn serve_stats(listener: TcpListener, registry: Arc<Registry>, stop: CancellationToken) {
+pub async fn serve_stats(listener: TcpListener, exposition: Exposition, stop: CancellationToken) {
+    let source = Arc::new(Source {
+        exposition,
+        turn: Mutex::new(()),
+    });
     let handler = move |request: &http::Request<_>| {
         let wanted = match request.uri().path() {
             "/metrics" | "/stats/prometheus" => {
-                Some((Arc::clone(&registry), Shape::of(request.headers())))
+                Some((Arc::clone(&source), Shape::of(request.headers())))
             }
             _ => None,
         };
         async move {
             match wanted {
-                Some((registry, shape)) => exposition(registry, shape).await,
+                Some((source, shape)) => answer(source, shape).await,
                 None => empty(StatusCode::NOT_FOUND),
             }
         }
     };
     serve(listener, handler, stop).await;
+}
+
+/// What scrapers read.
+struct Source {
+    exposition: Exposition,
+    /// Held by the one that encodes.
+    turn: Mutex<()>,
 }
 
 /// What the scraper negotiated. The text is the same in either content type.
@@ -55,22 +71,28 @@ struct Shape {
 enum Encoding {
     Identity,
     Gzip,
+    Deflate,
 }
 
 impl Shape {
     fn of(headers: &HeaderMap) -> Self {
         let open_metrics = elements(headers, &ACCEPT)
             .any(|(name, _)| name.eq_ignore_ascii_case("application/openmetrics-text"));
-        let gzip = elements(headers, &ACCEPT_ENCODING)
-            .any(|(name, parameters)| name.eq_ignore_ascii_case("gzip") && !is_refused(parameters));
+        let accepts = |encoding: &str| {
+            elements(headers, &ACCEPT_ENCODING).any(|(name, parameters)| {
+                name.eq_ignore_ascii_case(encoding) && !is_refused(parameters)
+            })
+        };
         Self {
             content_type: if open_metrics {
                 "application/openmetrics-text;charset=utf-8;version=1.0.0"
             } else {
                 "text/plain; charset=utf-8"
             },
-            encoding: if gzip {
+            encoding: if accepts("gzip") {
                 Encoding::Gzip
+            } else if accepts("deflate") {
+                Encoding::Deflate
             } else {
                 Encoding::Identity
             },
@@ -104,12 +126,15 @@ fn is_refused(parameters: &str) -> bool {
 
 /// Starts the encoding and answers when its first chunk is there; a failure before that is told by
 /// the status, a later one by cutting the body.
-async fn exposition(registry: Arc<Registry>, shape: Shape) -> Response<Body> {
+async fn answer(source: Arc<Source>, shape: Shape) -> Response<Body> {
     let (chunk_tx, mut chunk_rx) = mpsc::channel(QUEUED_CHUNKS);
     // Nobody awaits the task: it ends with the body, which holds the other end of the queue.
     drop(spawn_blocking(move || {
-        let chunks = Chunks { tx: &chunk_tx };
-        if write_exposition(&registry, shape.encoding, chunks).is_err() {
+        let chunks = Chunks {
+            tx: &chunk_tx,
+            turn: source.turn.lock(),
+        };
+        if source.write(shape.encoding, chunks).is_err() {
             // Fails if the scraper has gone, which is fine.
             let _ = chunk_tx.blocking_send(Err(fmt::Error));
         }
@@ -137,27 +162,46 @@ async fn exposition(registry: Arc<Registry>, shape: Shape) -> Response<Body> {
     let headers = response.headers_mut();
     headers.insert(CONTENT_TYPE, HeaderValue::from_static(shape.content_type));
     headers.insert(VARY, HeaderValue::from_static("accept, accept-encoding"));
-    if shape.encoding == Encoding::Gzip {
-        headers.insert(CONTENT_ENCODING, HeaderValue::from_static("gzip"));
+    if let Some(name) = shape.encoding.name() {
+        headers.insert(CONTENT_ENCODING, HeaderValue::from_static(name));
     }
     response
 }
 
-fn write_exposition(registry: &Registry, encoding: Encoding, chunks: Chunks<'_>) -> io::Result<()> {
-    match encoding {
-        Encoding::Identity => encode_into(registry, chunks).map(drop),
-        Encoding::Gzip => {
-            let chunks = BufWriter::with_capacity(CHUNK_BYTES, chunks);
-            let gzip = encode_into(registry, GzEncoder::new(chunks, Compression::fast()))?;
-            gzip.finish()?.flush()
+impl Encoding {
+    /// As the header names it.
+    fn name(self) -> Option<&'static str> {
+        match self {
+            Self::Identity => None,
+            Self::Gzip => Some("gzip"),
+            Self::Deflate => Some("deflate"),
         }
     }
 }
 
-fn encode_into<W: Write>(registry: &Registry, out: W) -> io::Result<W> {
-    let mut text = Text(BufWriter::with_capacity(CHUNK_BYTES, out));
-    encode(&mut text, registry).map_err(io::Error::other)?;
-    text.0.into_inner().map_err(io::IntoInnerError::into_error)
+impl Source {
+    fn write(&self, encoding: Encoding, chunks: Chunks<'_>) -> io::Result<()> {
+        let buffered = |chunks| BufWriter::with_capacity(CHUNK_BYTES, chunks);
+        let level = Compression::fast();
+        match encoding {
+            Encoding::Identity => self.encode(chunks).map(drop),
+            Encoding::Gzip => {
+                let packed = self.encode(GzEncoder::new(buffered(chunks), level))?;
+                packed.finish()?.flush()
+            }
+            Encoding::Deflate => {
+                let packed = self.encode(ZlibEncoder::new(buffered(chunks), level))?;
+                packed.finish()?.flush()
+            }
+        }
+    }
+
+    fn encode<W: Write>(&self, out: W) -> io::Result<W> {
+        let mut text = Text(BufWriter::with_capacity(CHUNK_BYTES, out));
+        let written = self.exposition.write(&mut text);
+        written.map_err(io::Error::other)?;
+        text.0.into_inner().map_err(io::IntoInnerError::into_error)
+    }
 }
 
 /// Takes text for a writer of bytes.
@@ -169,14 +213,18 @@ impl<W: Write> fmt::Write for Text<W> {
     }
 }
 
-/// Sends what is written to the connection, and waits while the connection has enough.
+/// Sends what is written to the connection, and waits while the connection has enough: the next scraper has its turn
+/// meanwhile.
 struct Chunks<'a> {
     tx: &'a mpsc::Sender<Result<Bytes, fmt::Error>>,
+    turn: MutexGuard<'a, ()>,
 }
 
 impl Write for Chunks<'_> {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        let sent = self.tx.blocking_send(Ok(Bytes::copy_from_slice(bytes)));
+        let chunk = Bytes::copy_from_slice(bytes);
+        let send = || self.tx.blocking_send(Ok(chunk));
+        let sent = MutexGuard::unlocked_fair(&mut self.turn, send);
         sent.map_err(|_| io::ErrorKind::BrokenPipe)?;
         Ok(bytes.len())
     }

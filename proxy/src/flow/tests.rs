@@ -4,7 +4,6 @@
 use std::{mem::size_of_val, net::SocketAddr, sync::Arc, time::Duration};
 
 use cert_agent::{Agent, AgentOptions, CsrSource, InProcessCa};
-use prometheus_client::registry::Registry;
 use tokio::{
     net::{TcpListener, TcpStream},
     time::Instant,
@@ -35,7 +34,7 @@ pub(super) fn pod_with(demand: Option<Demand>) -> Arc<Pod> {
             cluster_id: "c".into(),
         }),
         agent: Agent::new(Arc::new(CsrSource::new(ca)), AgentOptions::default()),
-        traffic: Traffic::register(&mut Registry::default()),
+        traffic: Traffic::default(),
         verdicts: AuthorizationLog::new(false),
         buffers: Buffers::new(),
         demand,

@@ -27,7 +27,7 @@ pub(super) fn shared(config: &Config, agent: Agent, registry: &mut Registry) -> 
             cluster_id: Arc::clone(&config.identity.cluster_id),
         }),
         agent,
-        traffic: Traffic::register(registry),
+        traffic: Traffic::register(registry, config.metrics),
         verdicts: AuthorizationLog::new(config.logging.policy_at_info),
         buffers: Buffers::new(),
         demand: (config.control.on_demand && config.control.xds.is_some()).then(Demand::default),

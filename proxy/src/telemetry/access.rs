@@ -16,7 +16,7 @@ use tracing::{
 
 use super::{
     Reason, Traffic,
-    labels::{Reporter, Security, Stored},
+    labels::{Kept, Reporter, Security},
     refusals::{Phase, Refusal, in_words},
     traffic::Meter,
 };
@@ -178,7 +178,7 @@ impl Access {
     }
 
     /// `value`, if the peers proved their identities.
-    fn proven<'a>(&self, value: &'a Stored) -> Option<&'a str> {
+    fn proven<'a>(&self, value: &'a Kept) -> Option<&'a str> {
         match self.meter.labels().security {
             Security::MutualTls => value.as_deref(),
             Security::Unknown => None,
@@ -254,7 +254,7 @@ impl Traffic {
     }
 }
 
-fn pod<'a>(name: &'a Option<Arc<str>>, service: &'a Stored) -> Option<&'a str> {
+fn pod<'a>(name: &'a Option<Arc<str>>, service: &'a Kept) -> Option<&'a str> {
     let name = name.as_deref().filter(|name| !name.is_empty());
     name.or(service.as_deref())
 }

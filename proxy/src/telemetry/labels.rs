@@ -231,10 +231,10 @@ impl LabelValue for Label<'_> {
     }
 }
 
-/// The stored form: `None` prints as `unknown`.
-pub(super) type Stored = Option<Arc<str>>;
+/// A value as it is kept; `None` prints as `unknown`.
+pub type Kept = Option<Arc<str>>;
 
-impl LabelValue for Stored {
+impl LabelValue for Kept {
     fn value(&self) -> &str {
         self.as_deref().unwrap_or(UNKNOWN)
     }
@@ -249,8 +249,8 @@ impl Label<'_> {
         }
     }
 
-    /// A text of `unknown` is stored as absent, so that both are the one series they print as.
-    fn store(self) -> Stored {
+    /// The form that is kept. A text of `unknown` is kept as absent: both print alike.
+    pub(super) fn kept(self) -> Kept {
         if self.value() == UNKNOWN {
             return None;
         }
@@ -263,7 +263,8 @@ impl Label<'_> {
 }
 
 impl<T: Copy> Party<T> {
-    fn map<U>(self, f: impl Fn(T) -> U) -> Party<U> {
+    /// The same party with each value replaced.
+    pub(super) fn map<U>(self, f: impl Fn(T) -> U) -> Party<U> {
         Party {
             workload: f(self.workload),
             canonical_service: f(self.canonical_service),
@@ -274,6 +275,17 @@ impl<T: Copy> Party<T> {
             cluster: f(self.cluster),
             region: f(self.region),
             zone: f(self.zone),
+        }
+    }
+}
+
+impl<T: Copy> ServiceName<T> {
+    /// The same service with each value replaced.
+    pub(super) fn map<U>(self, f: impl Fn(T) -> U) -> ServiceName<U> {
+        ServiceName {
+            hostname: f(self.hostname),
+            namespace: f(self.namespace),
+            name: f(self.name),
         }
     }
 }
@@ -304,105 +316,47 @@ impl<T: LabelValue> ServiceName<T> {
     }
 }
 
-impl Labels<Label<'_>> {
-    pub(super) fn store(self) -> Labels<Stored> {
-        Labels {
-            reporter: self.reporter,
-            security: self.security,
-            source: self.source.map(Label::store),
-            destination: self.destination.map(Label::store),
-            service: ServiceName {
-                hostname: self.service.hostname.store(),
-                namespace: self.service.namespace.store(),
-                name: self.service.name.store(),
-            },
-        }
-    }
-}
-
-impl<T: LabelValue> Labels<T> {
-    /// Whether both print alike.
-    pub(super) fn same<U: LabelValue>(&self, other: &Labels<U>) -> bool {
-        self.reporter == other.reporter
-            && self.security == other.security
-            && self.source.values() == other.source.values()
-            && self.destination.values() == other.destination.values()
-            && self.service.values() == other.service.values()
-    }
-
-    /// Writes the 27 labels in the order in which they are documented.
-    pub(super) fn encode(&self, flag: ResponseFlag, set: &mut LabelSetEncoder<'_>) -> fmt::Result {
-        let (source, destination) = (&self.source, &self.destination);
-        label(set, "reporter", self.reporter.as_str())?;
-        label(set, "source_workload", source.workload.value())?;
-        label(
-            set,
-            "source_canonical_service",
-            source.canonical_service.value(),
-        )?;
-        label(
-            set,
-            "source_canonical_revision",
-            source.canonical_revision.value(),
-        )?;
-        label(set, "source_workload_namespace", source.namespace.value())?;
-        label(set, "source_principal", source.principal.value())?;
-        label(set, "source_app", source.app.value())?;
-        label(set, "source_version", source.canonical_revision.value())?;
-        label(set, "source_cluster", source.cluster.value())?;
-        label(set, "destination_service", self.service.hostname.value())?;
-        label(
-            set,
-            "destination_service_namespace",
-            self.service.namespace.value(),
-        )?;
-        label(set, "destination_service_name", self.service.name.value())?;
-        label(set, "destination_workload", destination.workload.value())?;
-        label(
-            set,
-            "destination_canonical_service",
-            destination.canonical_service.value(),
-        )?;
-        label(
-            set,
-            "destination_canonical_revision",
-            destination.canonical_revision.value(),
-        )?;
-        label(
-            set,
-            "destination_workload_namespace",
-            destination.namespace.value(),
-        )?;
-        label(set, "destination_principal", destination.principal.value())?;
-        label(set, "destination_app", destination.app.value())?;
-        label(
-            set,
-            "destination_version",
-            destination.canonical_revision.value(),
-        )?;
-        label(set, "destination_cluster", destination.cluster.value())?;
-        label(set, "request_protocol", "tcp")?;
-        label(set, "response_flags", flag.as_str())?;
-        label(set, "connection_security_policy", self.security.as_str())?;
-        label(set, "source_region", source.region.value())?;
-        label(set, "source_zone", source.zone.value())?;
-        label(set, "destination_region", destination.region.value())?;
-        label(set, "destination_zone", destination.zone.value())
-    }
-}
-
 impl<T: LabelValue> Hash for Labels<T> {
     fn hash<H: Hasher>(&self, state: &mut H) {
         self.reporter.hash(state);
         self.security.hash(state);
-        self.source.values().hash(state);
-        self.destination.values().hash(state);
-        self.service.values().hash(state);
+        self.source.hash(state);
+        self.destination.hash(state);
+        self.service.hash(state);
     }
 }
 
-/// Writes one label. The encoder escapes the value, as a property test of the traffic families
-/// makes sure: peers choose some of them.
+impl<T: LabelValue> Hash for Party<T> {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        self.values().hash(state);
+    }
+}
+
+impl<T: LabelValue> Hash for ServiceName<T> {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        self.values().hash(state);
+    }
+}
+
+impl<T: LabelValue, U: LabelValue> PartialEq<Party<U>> for Party<T> {
+    /// Whether both print alike.
+    fn eq(&self, other: &Party<U>) -> bool {
+        self.values() == other.values()
+    }
+}
+
+impl<T: LabelValue, U: LabelValue> PartialEq<ServiceName<U>> for ServiceName<T> {
+    /// Whether both print alike.
+    fn eq(&self, other: &ServiceName<U>) -> bool {
+        self.values() == other.values()
+    }
+}
+
+impl<T: LabelValue> Eq for Party<T> {}
+
+impl<T: LabelValue> Eq for ServiceName<T> {}
+
+/// Writes one label; the encoder escapes the value.
 pub(super) fn label(set: &mut LabelSetEncoder<'_>, name: &str, value: &str) -> fmt::Result {
     let mut label = set.encode_label();
     let mut key = label.encode_label_key()?;

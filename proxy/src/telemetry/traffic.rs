@@ -1,55 +1,59 @@
 //! The `istio_tcp_*` families: one table of series, each holding its labels once.
 
+mod families;
+
 use std::{
     fmt,
-    hash::BuildHasher,
     sync::{
         Arc, OnceLock,
         atomic::{AtomicU64, Ordering::Relaxed},
     },
 };
 
-use foldhash::quality::RandomState;
-use hashbrown::HashTable;
-use parking_lot::RwLock;
-use prometheus_client::{
-    collector::Collector,
-    encoding::{DescriptorEncoder, EncodeLabelSet, LabelSetEncoder, NoLabelSet},
-    metrics::MetricType,
-    registry::Registry,
-};
+use prometheus_client::registry::Registry;
 
 use super::{
-    labels::{Label, Labels, Reporter, ResponseFlag, Stored, label},
+    labels::{Label, Labels, Reporter, ResponseFlag},
+    names::{Fold, Names, Pool},
     refusals::Refusals,
+    series::{Counted, Entry, Key, Table},
 };
+use crate::config::{LabelProfile, Metrics};
 
 /// Counts connections and bytes by who talks to whom. Clones share one table.
+///
+/// The table is bounded. Where its last eighth begins, flows of new label sets are counted by namespace, with `other`
+/// in the place of names; where that is full too, under `other` altogether. Sets that no flow used for long are evicted
+/// ([`Self::evict_idle`]) and make room again; one that comes back begins at 0.
 #[derive(Debug, Clone, Default)]
 pub struct Traffic(Arc<Inner>);
 
-/// The counters of one open flow: 24 bytes, 32 more that it shares with a [`Watch`], and no lock.
-/// Dropping it counts the flow as closed without failure.
+/// The counters of one open flow: some 80 bytes and no lock. Dropping it counts the flow as closed
+/// without failure.
 #[must_use = "dropping the meter closes the flow"]
 pub struct Meter {
-    series: Arc<Series>,
-    carried: Arc<Carried>,
+    flow: Arc<Flow>,
     end: ResponseFlag,
 }
 
 /// A look at an open flow from outside of its task.
 #[derive(Debug, Clone)]
-pub struct Watch {
-    series: Arc<Series>,
-    carried: Arc<Carried>,
-}
+pub struct Watch(Arc<Flow>);
 
-/// What one flow carried.
-#[derive(Debug, Default)]
-struct Carried {
+/// One flow.
+#[derive(Debug)]
+struct Flow {
+    counted: Arc<Entry<Counters>>,
+    /// The flow's names, where the series it is counted under has others.
+    own: Option<Box<Names>>,
     received: AtomicU64,
     sent: AtomicU64,
+    traffic: Traffic,
 }
+
+/// What is counted under one label set.
+#[derive(Debug, Clone)]
+pub struct Series(Arc<Entry<Counters>>);
 
 /// Counts an accepted socket as open until dropped.
 #[derive(Debug)]
@@ -60,21 +64,30 @@ pub struct SocketGuard {
 }
 
 impl Traffic {
-    /// An empty table, exported through `registry`.
-    pub fn register(registry: &mut Registry) -> Self {
-        let traffic = Self::default();
+    /// An empty table within the bounds of `settings`. What is not counted by labels is exported through `registry`, the
+    /// rest by [`Self::write`].
+    pub fn register(registry: &mut Registry, settings: Metrics) -> Self {
+        let traffic = Self(Arc::new(Inner {
+            settings,
+            ..Inner::default()
+        }));
         registry.register_collector(Box::new(traffic.clone()));
         traffic
     }
 
-    /// Counts a flow as opened. The labels are looked up here and never again; those of a new
-    /// series are stored, shared strings without a copy.
+    /// Counts a flow as opened. The labels are looked up here and never again; a new series shares the names that others
+    /// have.
     pub fn open(&self, labels: &Labels<Label<'_>>) -> Meter {
-        let series = self.0.series(labels);
-        series.opened.fetch_add(1, Relaxed);
+        let (counted, own) = self.0.open(labels);
+        let flow = Flow {
+            counted,
+            own,
+            received: AtomicU64::new(0),
+            sent: AtomicU64::new(0),
+            traffic: self.clone(),
+        };
         Meter {
-            series,
-            carried: Arc::default(),
+            flow: Arc::new(flow),
             end: ResponseFlag::None,
         }
     }
@@ -98,41 +111,50 @@ impl Traffic {
         &self.0.refusals
     }
 
-    /// All series, in no particular order.
-    pub fn series(&self) -> Vec<Arc<Series>> {
-        self.0.table.read().iter().map(Arc::clone).collect()
+    /// All label sets held, in no particular order.
+    pub fn series(&self) -> Vec<Series> {
+        self.0.table.all().into_iter().map(Series).collect()
     }
 
-    /// Number of label sets seen.
+    /// Number of label sets held.
     pub fn series_count(&self) -> usize {
-        self.0.table.read().len()
+        self.0.table.len()
+    }
+
+    /// Evicts label sets without open flows that no flow used for the configured time, and up to an eighth of that longer.
+    /// Never ends.
+    ///
+    /// # Cancel safety
+    /// Nothing is lost when the future is dropped.
+    pub async fn evict_idle(&self) {
+        match self.0.settings.idle {
+            Some(idle) => self.0.table.evict_idle(idle, || self.0.names.sweep()).await,
+            None => std::future::pending().await,
+        }
     }
 }
 
 impl Meter {
     /// Counts `bytes` carried from client to server.
     pub fn received(&self, bytes: u64) {
-        self.carried.received.fetch_add(bytes, Relaxed);
-        self.series.received.fetch_add(bytes, Relaxed);
+        self.flow.received.fetch_add(bytes, Relaxed);
+        self.flow.counted.series.received.fetch_add(bytes, Relaxed);
     }
 
     /// Counts `bytes` carried from server to client.
     pub fn sent(&self, bytes: u64) {
-        self.carried.sent.fetch_add(bytes, Relaxed);
-        self.series.sent.fetch_add(bytes, Relaxed);
+        self.flow.sent.fetch_add(bytes, Relaxed);
+        self.flow.counted.series.sent.fetch_add(bytes, Relaxed);
     }
 
     /// What this flow carried so far: (client to server, server to client), in bytes.
     pub fn totals(&self) -> (u64, u64) {
-        self.carried.totals()
+        self.flow.totals()
     }
 
     /// The same flow, for others to look at.
     pub fn watch(&self) -> Watch {
-        Watch {
-            series: Arc::clone(&self.series),
-            carried: Arc::clone(&self.carried),
-        }
+        Watch(Arc::clone(&self.flow))
     }
 
     /// Ends the flow under `flag`.
@@ -145,18 +167,23 @@ impl Meter {
         self.end = flag;
     }
 
-    pub(super) fn labels(&self) -> &Labels<Stored> {
-        &self.series.labels
+    pub(super) fn labels(&self) -> &Names {
+        self.flow.names()
     }
 
     pub(super) fn refusals(&self) -> &Refusals {
-        &self.series.refusals
+        self.flow.traffic.refusals()
     }
 }
 
-impl Carried {
+impl Flow {
     fn totals(&self) -> (u64, u64) {
         (self.received.load(Relaxed), self.sent.load(Relaxed))
+    }
+
+    /// Who the flow is between, whatever it is counted under.
+    fn names(&self) -> &Names {
+        self.own.as_deref().unwrap_or(&self.counted.series.names)
     }
 }
 
@@ -164,19 +191,45 @@ impl Watch {
     /// What the flow carried so far: (client to server, server to client), in bytes.
     #[must_use]
     pub fn totals(&self) -> (u64, u64) {
-        self.carried.totals()
+        self.0.totals()
     }
 
     /// Who talks to whom; what is not known is `None`.
     #[must_use]
-    pub fn labels(&self) -> &Labels<Option<Arc<str>>> {
-        &self.series.labels
+    pub fn labels(&self) -> &Names {
+        self.0.names()
+    }
+}
+
+impl Series {
+    /// Who talks to whom, as far as the metrics tell; what is not known is `None`.
+    #[must_use]
+    pub fn labels(&self) -> &Names {
+        &self.0.series.names
+    }
+
+    /// Flows opened so far.
+    #[must_use]
+    pub fn opened(&self) -> u64 {
+        self.0.series.opened.load(Relaxed)
+    }
+
+    /// Bytes carried so far: (client to server, server to client).
+    #[must_use]
+    pub fn totals(&self) -> (u64, u64) {
+        let Counters { received, sent, .. } = &self.0.series;
+        (received.load(Relaxed), sent.load(Relaxed))
+    }
+
+    /// Flags under which flows failed, with their number.
+    pub fn failures(&self) -> impl Iterator<Item = (ResponseFlag, u64)> {
+        self.0.series.failures()
     }
 }
 
 impl Drop for Meter {
     fn drop(&mut self) {
-        self.series.close(self.end);
+        self.flow.counted.series.close(self.end);
     }
 }
 
@@ -197,22 +250,13 @@ impl Drop for SocketGuard {
     }
 }
 
-impl Collector for Traffic {
-    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
-        let all = self.series();
-        for family in &FAMILIES {
-            family.encode(&all, &mut encoder)?;
-        }
-        self.0.encode_sockets(&mut encoder)?;
-        self.0.encode_retries(&mut encoder)?;
-        self.0.refusals.encode(&mut encoder)
-    }
-}
-
 #[derive(Debug, Default)]
 struct Inner {
-    hasher: RandomState,
-    table: RwLock<HashTable<Arc<Series>>>,
+    settings: Metrics,
+    table: Table<Counters>,
+    names: Pool,
+    /// Flows counted under `other` names within their namespaces, and altogether.
+    folded: [AtomicU64; 2],
     source_sockets: Sockets,
     destination_sockets: Sockets,
     retries: AtomicU64,
@@ -226,16 +270,40 @@ struct Sockets {
 }
 
 impl Inner {
-    fn series(&self, labels: &Labels<Label<'_>>) -> Arc<Series> {
-        let hash = self.hasher.hash_one(labels);
-        let same = |series: &Arc<Series>| series.labels.same(labels);
-        if let Some(series) = self.table.read().find(hash, same) {
-            return Arc::clone(series);
+    /// The series under which a flow with `labels` is counted, and the flow's own names if that has others.
+    fn open(&self, labels: &Labels<Label<'_>>) -> (Arc<Entry<Counters>>, Option<Box<Names>>) {
+        let Metrics {
+            labels: profile,
+            max_series: most,
+            ..
+        } = self.settings;
+        let limited = labels.limited_to(profile);
+        let key = |fold| Wanted {
+            labels: limited.folded(fold),
+            names: &self.names,
+        };
+        let opened = |counters: &Counters| {
+            counters.opened.fetch_add(1, Relaxed);
+        };
+        let own = || Some(Box::new(Names::of(labels)));
+        let plain = key(Fold::Nothing);
+        if let Some(entry) = self.table.touch(&plain, most - most / RESERVE, opened) {
+            let own = if profile == LabelProfile::Full {
+                None
+            } else {
+                own()
+            };
+            return (entry, own);
         }
-        let mut table = self.table.write();
-        let entry = table.entry(hash, same, |series| series.hash);
-        let entry = entry.or_insert_with(|| Arc::new(Series::new(hash, labels, &self.refusals)));
-        Arc::clone(entry.get())
+        let [by_namespace, as_other] = &self.folded;
+        if let Some(entry) = self.table.touch(&key(Fold::Names), most, opened) {
+            by_namespace.fetch_add(1, Relaxed);
+            return (entry, own());
+        }
+        as_other.fetch_add(1, Relaxed);
+        // Four sets at most.
+        let entry = self.table.touch_always(&key(Fold::Everything), opened);
+        (entry, own())
     }
 
     fn sockets(&self, reporter: Reporter) -> &Sockets {
@@ -244,54 +312,14 @@ impl Inner {
             Reporter::Destination => &self.destination_sockets,
         }
     }
-
-    fn encode_sockets(&self, encoder: &mut DescriptorEncoder<'_>) -> fmt::Result {
-        let seen = [Reporter::Source, Reporter::Destination].map(|reporter| {
-            let sockets = self.sockets(reporter);
-            // Closed first: a socket that opens in between then counts as open, not as minus one.
-            let closed = sockets.closed.load(Relaxed);
-            (reporter, sockets.opened.load(Relaxed), closed)
-        });
-        if seen.iter().all(|&(_, opened, _)| opened == 0) {
-            return Ok(());
-        }
-        let mut family = encoder.encode_descriptor(
-            "istio_tcp_sockets_open",
-            "Sockets accepted from or for workloads and still open (unstable).",
-            None,
-            MetricType::Gauge,
-        )?;
-        for (reporter, opened, closed) in seen.into_iter().filter(|&(_, opened, _)| opened > 0) {
-            family
-                .encode_family(&ReporterLabel(reporter))?
-                .encode_gauge(&opened.saturating_sub(closed))?;
-        }
-        Ok(())
-    }
-
-    fn encode_retries(&self, encoder: &mut DescriptorEncoder<'_>) -> fmt::Result {
-        let retries = self.retries.load(Relaxed);
-        if retries == 0 {
-            return Ok(());
-        }
-        let mut family = encoder.encode_descriptor(
-            "istio_tcp_connection_retries",
-            "Attempts at another endpoint after one could not be reached (unstable).",
-            None,
-            MetricType::Counter,
-        )?;
-        family.encode_counter::<NoLabelSet, _, u64>(&retries, None)
-    }
 }
 
 /// One label set and its counters. Bytes and openings are only ever counted without a flag; a
 /// failed flow is one closing and one failure under its flag, so one number per flag says both.
-/// With all names shared, a series takes some 470 bytes, its place in the table included.
+/// Takes some 120 bytes, its place in the table included; parties and services are shared.
 #[derive(Debug)]
-pub struct Series {
-    hash: u64,
-    labels: Labels<Stored>,
-    refusals: Refusals,
+struct Counters {
+    names: Names,
     opened: AtomicU64,
     closed: AtomicU64,
     received: AtomicU64,
@@ -300,12 +328,28 @@ pub struct Series {
     failures: OnceLock<Box<[AtomicU64; ResponseFlag::FAILURES.len()]>>,
 }
 
-impl Series {
-    fn new(hash: u64, labels: &Labels<Label<'_>>, refusals: &Refusals) -> Self {
-        Self {
-            hash,
-            labels: labels.store(),
-            refusals: refusals.clone(),
+/// The labels of a series, and the names it will share if it has to be made.
+struct Wanted<'a> {
+    labels: Labels<Label<'a>>,
+    names: &'a Pool,
+}
+
+impl std::hash::Hash for Wanted<'_> {
+    fn hash<H: std::hash::Hasher>(&self, state: &mut H) {
+        self.labels.hash(state);
+    }
+}
+
+impl Key for Wanted<'_> {
+    type Series = Counters;
+
+    fn names(&self, series: &Counters) -> bool {
+        series.names.same(&self.labels)
+    }
+
+    fn make(&self) -> Counters {
+        Counters {
+            names: self.names.names(&self.labels),
             opened: AtomicU64::new(0),
             closed: AtomicU64::new(0),
             received: AtomicU64::new(0),
@@ -313,25 +357,16 @@ impl Series {
             failures: OnceLock::new(),
         }
     }
+}
 
-    /// Who talks to whom; what is not known is `None`.
-    #[must_use]
-    pub fn labels(&self) -> &Labels<Option<Arc<str>>> {
-        &self.labels
+impl Counted for Counters {
+    fn in_use(&self) -> bool {
+        // Openings wait for whoever asks; a closing that comes late makes the answer yes, not no.
+        self.closings() < self.opened.load(Relaxed)
     }
+}
 
-    /// Flows opened so far.
-    #[must_use]
-    pub fn opened(&self) -> u64 {
-        self.opened.load(Relaxed)
-    }
-
-    /// Bytes carried so far: (client to server, server to client).
-    #[must_use]
-    pub fn totals(&self) -> (u64, u64) {
-        (self.received.load(Relaxed), self.sent.load(Relaxed))
-    }
-
+impl Counters {
     fn close(&self, flag: ResponseFlag) {
         let counter = match flag.failure_index() {
             None => Some(&self.closed),
@@ -342,8 +377,14 @@ impl Series {
         }
     }
 
+    /// Closed flows under any flag.
+    fn closings(&self) -> u64 {
+        let failed: u64 = self.failures().map(|(_, count)| count).sum();
+        self.closed.load(Relaxed) + failed
+    }
+
     /// Flags under which flows of this series failed, with their number.
-    pub fn failures(&self) -> impl Iterator<Item = (ResponseFlag, u64)> {
+    fn failures(&self) -> impl Iterator<Item = (ResponseFlag, u64)> {
         ResponseFlag::FAILURES
             .into_iter()
             .zip(self.failures.get().into_iter().flat_map(|all| all.iter()))
@@ -352,116 +393,8 @@ impl Series {
     }
 }
 
-/// One of the families over the table.
-struct Family {
-    name: &'static str,
-    help: &'static str,
-    kind: Kind,
-}
-
-#[derive(Clone, Copy)]
-enum Kind {
-    Opened,
-    Closed,
-    Received,
-    Sent,
-    Failed,
-}
-
-const FAMILIES: [Family; 5] = [
-    Family {
-        name: "istio_tcp_connections_opened",
-        help: "TCP connections opened.",
-        kind: Kind::Opened,
-    },
-    Family {
-        name: "istio_tcp_connections_closed",
-        help: "TCP connections closed.",
-        kind: Kind::Closed,
-    },
-    Family {
-        name: "istio_tcp_received_bytes",
-        help: "Bytes carried from client to server.",
-        kind: Kind::Received,
-    },
-    Family {
-        name: "istio_tcp_sent_bytes",
-        help: "Bytes carried from server to client.",
-        kind: Kind::Sent,
-    },
-    Family {
-        name: "istio_tcp_connections_failed",
-        help: "TCP connections that ended with a failure (unstable).",
-        kind: Kind::Failed,
-    },
-];
-
-impl Family {
-    fn encode(&self, all: &[Arc<Series>], encoder: &mut DescriptorEncoder<'_>) -> fmt::Result {
-        let mut samples = all
-            .iter()
-            .flat_map(|series| self.kind.samples(series))
-            .peekable();
-        if samples.peek().is_none() {
-            return Ok(()); // a family without samples is left out
-        }
-        let mut family =
-            encoder.encode_descriptor(self.name, self.help, None, MetricType::Counter)?;
-        for (labels, value) in samples {
-            family
-                .encode_family(&labels)?
-                .encode_counter::<NoLabelSet, _, u64>(&value, None)?;
-        }
-        Ok(())
-    }
-}
-
-impl Kind {
-    /// The samples of one series in this family.
-    fn samples(self, series: &Series) -> impl Iterator<Item = (SampleLabels<'_>, u64)> {
-        let (plain, flagged) = match self {
-            Self::Opened => (Some(&series.opened), false),
-            Self::Closed => (Some(&series.closed), true),
-            Self::Received => (Some(&series.received), false),
-            Self::Sent => (Some(&series.sent), false),
-            Self::Failed => (None, true),
-        };
-        // Closings appear with the first one; the others exist from the opening on.
-        let hide_zero = matches!(self, Self::Closed);
-        let plain = plain
-            .map(|counter| (ResponseFlag::None, counter.load(Relaxed)))
-            .filter(|&(_, value)| value > 0 || !hide_zero);
-        let failures = flagged.then(|| series.failures()).into_iter().flatten();
-        plain.into_iter().chain(failures).map(|(flag, value)| {
-            let labels = SampleLabels {
-                labels: &series.labels,
-                flag,
-            };
-            (labels, value)
-        })
-    }
-}
-
-#[derive(Debug)]
-struct SampleLabels<'a> {
-    labels: &'a Labels<Stored>,
-    flag: ResponseFlag,
-}
-
-impl EncodeLabelSet for SampleLabels<'_> {
-    fn encode(&self, set: &mut LabelSetEncoder<'_>) -> fmt::Result {
-        self.labels.encode(self.flag, set)
-    }
-}
-
-#[derive(Debug)]
-struct ReporterLabel(Reporter);
-
-impl EncodeLabelSet for ReporterLabel {
-    fn encode(&self, set: &mut LabelSetEncoder<'_>) -> fmt::Result {
-        label(set, "reporter", self.0.as_str())
-    }
-}
+/// The part of the table, one of so many, that is kept for flows counted by namespace.
+const RESERVE: usize = 8;
 
 #[cfg(test)]
 mod tests;

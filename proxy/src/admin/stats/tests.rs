@@ -2,6 +2,7 @@ use std::{io::Read, net::SocketAddr, time::Duration};
 
 use prometheus_client::{
     collector::Collector, encoding::DescriptorEncoder, metrics::counter::Counter,
+    registry::Registry,
 };
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
@@ -11,7 +12,11 @@ use tokio::{
 };
 
 use super::*;
-use crate::{admin::http1::bind, admin::serve_readiness, telemetry::Readiness};
+use crate::{
+    admin::http1::bind,
+    admin::serve_readiness,
+    telemetry::{Labels, Party, Readiness, Reporter, ResponseFlag, Security, ServiceName, Traffic},
+};
 
 struct Answer {
     status: u16,
@@ -89,7 +94,12 @@ fn start<F: Future<Output = ()> + Send + 'static>(
 }
 
 fn stats(registry: Registry) -> Server {
-    start(|listener, stop| serve_stats(listener, Arc::new(registry), stop))
+    stats_with(registry, Traffic::default())
+}
+
+fn stats_with(registry: Registry, traffic: Traffic) -> Server {
+    let exposition = Exposition::new(registry, traffic);
+    start(|listener, stop| serve_stats(listener, exposition, stop))
 }
 
 fn counters(n: usize) -> Registry {
@@ -133,21 +143,78 @@ async fn a_large_exposition_is_the_same_plain_and_compressed() {
     let plain = ask(server.address, &get("/metrics", "")).await;
     assert!(!plain.head.contains("content-encoding"), "{}", plain.head);
     assert!(plain.body.len() > 10 * CHUNK_BYTES && plain.body.ends_with(b"\n# EOF\n"));
-    let packed = ask(
+    for (accepted, encoding) in [("br, gzip", "gzip"), ("deflate", "deflate")] {
+        let headers = format!("accept-encoding: {accepted}\r\n");
+        let packed = ask(server.address, &get("/metrics", &headers)).await;
+        let expected = format!("content-encoding: {encoding}");
+        assert!(packed.head.contains(&expected), "{}", packed.head);
+        assert!(packed.body.len() < plain.body.len() / 4);
+        let mut unpacked = Vec::new();
+        match encoding {
+            "gzip" => flate2::read::GzDecoder::new(&*packed.body).read_to_end(&mut unpacked),
+            _ => flate2::read::ZlibDecoder::new(&*packed.body).read_to_end(&mut unpacked),
+        }
+        .unwrap();
+        assert!(unpacked == plain.body, "identity and {encoding} differ");
+    }
+}
+
+/// A table of so many series, each with a flow that has ended.
+fn traffic(series: usize) -> Traffic {
+    let traffic = Traffic::default();
+    for name in 0..series {
+        open_and_close(&traffic, &format!("client-{name}"));
+    }
+    traffic
+}
+
+fn open_and_close(traffic: &Traffic, client: &str) {
+    let meter = traffic.open(&Labels {
+        reporter: Reporter::Source,
+        security: Security::MutualTls,
+        source: Party::identified(client),
+        destination: Party::default(),
+        service: ServiceName::default(),
+    });
+    meter.close(ResponseFlag::None);
+}
+
+#[tokio::test]
+async fn scrapers_that_do_not_read_hold_up_nobody() {
+    let traffic = traffic(5_000);
+    let server = stats_with(counters(1), traffic.clone());
+    let mut stalled = Vec::new();
+    for _ in 0..20 {
+        let mut stream = TcpStream::connect(server.address).await.unwrap();
+        let request = get("/metrics", "");
+        stream.write_all(request.as_bytes()).await.unwrap();
+        let mut start = [0; 15];
+        stream.read_exact(&mut start).await.unwrap();
+        assert_eq!(&start, b"HTTP/1.1 200 OK");
+        stalled.push(stream);
+    }
+    // All twenty are in the middle of their answers: no lock of the table is held meanwhile.
+    open_and_close(&traffic, "a new one");
+    let whole = ask(
         server.address,
-        &get("/metrics", "accept-encoding: br, gzip\r\n"),
+        &get("/metrics", "accept-encoding: gzip\r\n"),
     )
     .await;
-    assert!(
-        packed.head.contains("content-encoding: gzip"),
-        "{}",
-        packed.head
+    let mut text = String::new();
+    let mut decoder = flate2::read::GzDecoder::new(&*whole.body);
+    decoder.read_to_string(&mut text).unwrap();
+    assert_eq!(
+        text.matches("istio_tcp_connections_closed_total{").count(),
+        5_001
     );
-    assert!(packed.body.len() < plain.body.len() / 4);
-    let mut unpacked = Vec::new();
-    let mut decoder = flate2::read::GzDecoder::new(packed.body.as_slice());
-    decoder.read_to_end(&mut unpacked).unwrap();
-    assert!(unpacked == plain.body, "identity and gzip differ");
+    // And they can read on.
+    let mut rest = Vec::new();
+    let reading = stalled[19].read_to_end(&mut rest);
+    timeout(Duration::from_secs(30), reading)
+        .await
+        .unwrap()
+        .unwrap();
+    assert!(String::from_utf8_lossy(&rest).contains("# EOF"));
 }
 
 #[test]
@@ -180,6 +247,7 @@ fn content_type_and_encoding_follow_the_request() {
             PLAIN,
             Encoding::Identity,
         ),
+        (&[], &["zstd, deflate, gzip;q=0"], PLAIN, Encoding::Deflate),
         (
             &["*/*"],
             &["gzip;q=0.000, identity"],

@@ -8,8 +8,8 @@ use super::{Texts, given};
 use crate::{
     cli::{Environment, logging, value},
     config::{
-        AuthToken, CertificateSource, DnsCapture, Keepalive, LogFormat, MaxAge, OriginalSource,
-        PqcPolicy, ProxyMode, RootSource, WorkloadRef,
+        AuthToken, CertificateSource, DnsCapture, Keepalive, LabelProfile, LogFormat, MaxAge,
+        OriginalSource, PqcPolicy, ProxyMode, RootSource, WorkloadRef,
     },
 };
 
@@ -397,6 +397,32 @@ fn logs_are_told_how_before_anything_else() {
     );
     assert!(set.policy_at_info);
     assert_eq!(of(&[("LOG_FORMAT", "JSON")]).format, LogFormat::Text);
+}
+
+#[test]
+fn metrics() {
+    let of = |variables: &[(&str, &str)]| given(variables).config().metrics;
+    let default = of(&[]);
+    assert_eq!(default.labels, LabelProfile::Full);
+    assert_eq!(default.max_series, 10_000);
+    assert_eq!(default.idle, Some(Duration::from_secs(1_800)));
+    let set = of(&[
+        ("METRICS_LABELS", "kiali"),
+        ("METRICS_MAX_SERIES", "64"),
+        ("METRICS_IDLE", "0s"),
+    ]);
+    assert_eq!(set.labels, LabelProfile::Kiali);
+    assert_eq!((set.max_series, set.idle), (64, None));
+    for (key, bad) in [
+        ("METRICS_LABELS", "Full"),
+        ("METRICS_MAX_SERIES", "63"),
+        ("METRICS_MAX_SERIES", "1000001"),
+        ("METRICS_IDLE", "999ms"),
+        ("METRICS_IDLE", "never"),
+    ] {
+        let faults = given(&[(key, bad)]).faulty();
+        assert!(faults.contains(key), "{key}={bad}");
+    }
 }
 
 #[test]

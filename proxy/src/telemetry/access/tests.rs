@@ -1,6 +1,8 @@
+use prometheus_client::registry::Registry;
+
 use super::*;
 use crate::{
-    config::LogFormat,
+    config::{LabelProfile, LogFormat, Metrics},
     telemetry::{Labels, Party, ServiceName, Traffic, labels::Label, logging::tests::capture},
 };
 
@@ -216,4 +218,21 @@ fn durations_are_whole_milliseconds() {
         assert_eq!(Millis::of(Duration::from_micros(micros)).as_str(), text);
     }
     assert_eq!(Millis::of(Duration::MAX).as_str(), "18446744073709551615ms");
+}
+
+#[test]
+fn the_log_tells_the_names_that_metrics_give_up() {
+    let settings = Metrics {
+        labels: LabelProfile::Minimal,
+        max_series: 0,
+        ..Metrics::default()
+    };
+    let labels = labels(Reporter::Source, Security::MutualTls);
+    let lines = capture(LogFormat::Text, "access=debug", |_| {
+        let traffic = Traffic::register(&mut Registry::default(), settings);
+        let access = Access::open(traffic.open(&labels), route());
+        access.close(None);
+    });
+    let expected = format!("debug\taccess\tconnection opened\t{START}");
+    assert_eq!(lines[0], expected);
 }

@@ -1,5 +1,6 @@
 use super::*;
 use crate::telemetry::{Party, Security, ServiceName};
+use prometheus_client::registry::Registry;
 use proptest::prelude::*;
 
 fn party<'a>(workload: &'a str, namespace: &'a str) -> Party<Label<'a>> {
@@ -30,10 +31,39 @@ fn labels<'a>(reporter: Reporter, workload: &'a str) -> Labels<Label<'a>> {
     }
 }
 
-fn scrape(registry: &Registry) -> String {
-    let mut text = String::new();
-    prometheus_client::encoding::text::encode(&mut text, registry).unwrap();
-    text
+/// A table and all that it exports.
+struct Table {
+    traffic: Traffic,
+    registry: Registry,
+}
+
+impl Table {
+    fn new(settings: Metrics) -> Self {
+        let mut registry = Registry::default();
+        let traffic = Traffic::register(&mut registry, settings);
+        Self { traffic, registry }
+    }
+
+    fn scrape(&self) -> String {
+        let mut text = String::new();
+        self.traffic.write(&mut text).unwrap();
+        prometheus_client::encoding::text::encode(&mut text, &self.registry).unwrap();
+        text
+    }
+}
+
+impl Default for Table {
+    fn default() -> Self {
+        Self::new(Metrics::default())
+    }
+}
+
+impl std::ops::Deref for Table {
+    type Target = Traffic;
+
+    fn deref(&self) -> &Traffic {
+        &self.traffic
+    }
 }
 
 /// The samples of a family: (labels in order, value).
@@ -73,11 +103,11 @@ fn parse_sample(mut rest: &str) -> Option<(Vec<(String, String)>, u64)> {
 
 #[test]
 fn no_family_appears_before_its_first_sample() {
-    let mut registry = Registry::default();
-    let traffic = Traffic::register(&mut registry);
-    assert_eq!(scrape(&registry), "# EOF\n");
+    let traffic = Table::default();
+    let text = traffic.scrape();
+    assert!(!text.contains("istio_"), "{text}");
     let meter = traffic.open(&labels(Reporter::Source, "web"));
-    let text = scrape(&registry);
+    let text = traffic.scrape();
     for (family, there) in [
         ("# TYPE istio_tcp_connections_opened counter", true),
         ("# TYPE istio_tcp_received_bytes counter", true),
@@ -91,39 +121,37 @@ fn no_family_appears_before_its_first_sample() {
     assert_eq!(samples(&text, "istio_tcp_sent_bytes_total")[0].1, 0);
     drop(meter);
     assert_eq!(
-        samples(&scrape(&registry), "istio_tcp_connections_closed_total")[0].1,
+        samples(&traffic.scrape(), "istio_tcp_connections_closed_total")[0].1,
         1
     );
 }
 
 #[test]
 fn only_unstable_families_say_so_in_their_help() {
-    let mut registry = Registry::default();
-    let traffic = Traffic::register(&mut registry);
+    let traffic = Table::default();
     traffic
         .open(&labels(Reporter::Source, "web"))
         .close(ResponseFlag::Deny);
     drop(traffic.socket(Reporter::Source));
-    let text = scrape(&registry);
+    let text = traffic.scrape();
     let helps: Vec<_> = text
         .lines()
         .filter_map(|l| l.strip_prefix("# HELP "))
         .collect();
-    assert_eq!(helps.len(), 6, "{text}");
-    for help in helps {
+    for help in helps.iter().filter(|help| help.starts_with("istio_")) {
         let name = help.split(' ').next().unwrap();
         let unstable = ["istio_tcp_connections_failed", "istio_tcp_sockets_open"].contains(&name);
         assert_eq!(help.contains("(unstable)"), unstable, "{help}");
-        assert!(help.ends_with('.'), "{help}");
     }
+    assert_eq!(helps.len(), 9, "{text}");
+    assert!(helps.iter().all(|help| help.ends_with('.')), "{text}");
 }
 
 #[test]
 fn a_series_has_all_labels_in_order() {
-    let mut registry = Registry::default();
-    let traffic = Traffic::register(&mut registry);
+    let traffic = Table::default();
     let _meter = traffic.open(&labels(Reporter::Source, "web"));
-    let text = scrape(&registry);
+    let text = traffic.scrape();
     let printed = &samples(&text, "istio_tcp_connections_opened_total")[0].0;
     let printed: Vec<_> = printed
         .iter()
@@ -166,20 +194,19 @@ fn a_series_has_all_labels_in_order() {
 
 #[test]
 fn bytes_move_at_once_and_failures_close_under_their_flag() {
-    let mut registry = Registry::default();
-    let traffic = Traffic::register(&mut registry);
+    let traffic = Table::default();
     let key = labels(Reporter::Destination, "web");
     let (first, second) = (traffic.open(&key), traffic.open(&key));
     first.received(100);
     second.received(1);
     first.sent(300);
     assert_eq!(first.totals(), (100, 300));
-    let text = scrape(&registry);
+    let text = traffic.scrape();
     assert_eq!(samples(&text, "istio_tcp_received_bytes_total")[0].1, 101);
     assert_eq!(samples(&text, "istio_tcp_sent_bytes_total")[0].1, 300);
     first.close(ResponseFlag::Deny);
     second.close(ResponseFlag::None);
-    let text = scrape(&registry);
+    let text = traffic.scrape();
     let flags = |name| -> Vec<(String, u64)> {
         let all = samples(&text, name).into_iter();
         all.map(|(labels, value)| (labels[21].1.clone(), value))
@@ -200,14 +227,13 @@ fn bytes_move_at_once_and_failures_close_under_their_flag() {
 
 #[test]
 fn every_flag_has_its_own_counter_and_name() {
-    let mut registry = Registry::default();
-    let traffic = Traffic::register(&mut registry);
+    let traffic = Table::default();
     for (flag, times) in ResponseFlag::FAILURES.into_iter().zip(1..) {
         for _ in 0..times {
             traffic.open(&labels(Reporter::Source, "web")).close(flag);
         }
     }
-    let failed = samples(&scrape(&registry), "istio_tcp_connections_failed_total");
+    let failed = samples(&traffic.scrape(), "istio_tcp_connections_failed_total");
     let failed: Vec<_> = failed.iter().map(|(l, n)| (l[21].1.as_str(), *n)).collect();
     assert_eq!(
         failed,
@@ -237,24 +263,23 @@ fn what_prints_alike_is_one_series() {
         traffic.open(&labels(Reporter::Destination, "web")),
     ];
     assert_eq!(traffic.series_count(), 3);
-    // The shared string is kept, not copied: ours and the one of the series.
+    // The shared string is kept, not copied, and so is the party: ours and the one of both reporters.
     assert_eq!(Arc::strong_count(&shared), 2);
     drop(meters);
 }
 
 #[test]
 fn sockets_are_counted_while_open() {
-    let mut registry = Registry::default();
-    let traffic = Traffic::register(&mut registry);
+    let traffic = Table::default();
     let (first, second) = (
         traffic.socket(Reporter::Source),
         traffic.socket(Reporter::Source),
     );
     drop(first);
     let line = |n| format!("istio_tcp_sockets_open{{reporter=\"source\"}} {n}\n");
-    assert!(scrape(&registry).contains(&line(1)));
+    assert!(traffic.scrape().contains(&line(1)));
     drop(second);
-    let text = scrape(&registry);
+    let text = traffic.scrape();
     assert!(
         text.contains(&line(0)) && !text.contains("destination"),
         "{text}"
@@ -263,9 +288,11 @@ fn sockets_are_counted_while_open() {
 
 #[test]
 fn a_meter_is_small() {
-    assert!(size_of::<Meter>() <= 32, "{}", size_of::<Meter>());
-    // Labels are pointers; the text is shared with the mesh.
-    assert!(size_of::<Series>() <= 408, "{}", size_of::<Series>());
+    let meter = size_of::<Meter>() + size_of::<Flow>();
+    assert!(meter <= 56, "{meter}");
+    // Parties are pointers, shared by all series of a party.
+    let series = size_of::<Entry<Counters>>();
+    assert!(series <= 96, "{series}");
 }
 
 /// Who the labels name, for each way a connection is seen (path, source record, derived source).
@@ -312,14 +339,12 @@ fn source_labels_follow_the_order_of_knowledge() {
     for (case, derived, record, expected) in cases {
         let source = Party::source(derived, record);
         let got = [source.workload, source.canonical_service, source.principal];
-        let traffic = Traffic::default();
+        let traffic = Table::default();
         let meter = traffic.open(&Labels {
             source,
             ..labels(Reporter::Source, "")
         });
-        let mut text = Registry::default();
-        text.register_collector(Box::new(traffic));
-        let printed = samples(&scrape(&text), "istio_tcp_connections_opened_total")
+        let printed = samples(&traffic.scrape(), "istio_tcp_connections_opened_total")
             .remove(0)
             .0;
         let printed = [1, 2, 5].map(|i: usize| printed[i].1.clone());
@@ -331,12 +356,11 @@ fn source_labels_follow_the_order_of_knowledge() {
 proptest! {
     #[test]
     fn any_label_value_survives_the_exposition(value in any::<String>(), hostile in "[\"\\\\\n,={}a]*") {
-        let mut registry = Registry::default();
-        let traffic = Traffic::register(&mut registry);
+        let traffic = Table::default();
         let mut key = labels(Reporter::Source, &value);
         key.destination.zone = hostile.as_str().into();
         let _meter = traffic.open(&key);
-        let text = scrape(&registry);
+        let text = traffic.scrape();
         let lines = text.split('\n').filter(|l| l.starts_with("istio_tcp_")).count();
         prop_assert_eq!(lines, 3);
         let (printed, _) = samples(&text, "istio_tcp_connections_opened_total").remove(0);
@@ -345,4 +369,182 @@ proptest! {
         prop_assert_eq!(&printed[1].1, &or_unknown(&value));
         prop_assert_eq!(&printed[26].1, &or_unknown(&hostile));
     }
+}
+
+/// The value of a label of each sample of a family.
+fn values<'a>(samples: &'a [(Vec<(String, String)>, u64)], name: &str) -> Vec<&'a str> {
+    let one = |(labels, _): &'a (Vec<(String, String)>, u64)| {
+        let label = labels.iter().find(|(key, _)| key == name);
+        label.map_or("(none)", |(_, value)| value.as_str())
+    };
+    samples.iter().map(one).collect()
+}
+
+fn bounded(max_series: usize) -> Table {
+    Table::new(Metrics {
+        max_series,
+        ..Metrics::default()
+    })
+}
+
+#[test]
+fn beyond_the_ceiling_flows_are_counted_by_namespace_and_none_is_lost() {
+    let traffic = bounded(64);
+    let names: Vec<String> = (0..1_000).map(|n| format!("pod-{n}")).collect();
+    for name in &names {
+        traffic.open(&labels(Reporter::Source, name)).sent(7);
+    }
+    assert_eq!(
+        traffic.series_count(),
+        56 + 1,
+        "an eighth is kept in reserve"
+    );
+    let text = traffic.scrape();
+    let opened = samples(&text, "istio_tcp_connections_opened_total");
+    assert_eq!(opened.iter().map(|(_, count)| count).sum::<u64>(), 1_000);
+    let bytes = samples(&text, "istio_tcp_sent_bytes_total");
+    assert_eq!(bytes.iter().map(|(_, count)| count).sum::<u64>(), 7_000);
+    let folded: Vec<_> = opened
+        .into_iter()
+        .filter(|(labels, _)| labels[1].1 == "other")
+        .collect();
+    assert_eq!((folded.len(), folded[0].1), (1, 1_000 - 56));
+    for (name, value) in [
+        ("source_canonical_service", "other"),
+        ("source_principal", "other"),
+        ("source_app", "other"),
+        ("source_workload_namespace", "shop"),
+        ("source_cluster", "Kubernetes"),
+        ("destination_service", "other"),
+        ("destination_service_namespace", "shop"),
+        ("destination_workload", "unknown"),
+        ("connection_security_policy", "mutual_tls"),
+    ] {
+        assert_eq!(values(&folded, name), [value], "{name}");
+    }
+    assert!(
+        text.contains("culvert_traffic_flows_folded_total{into=\"namespace\"} 944\n"),
+        "{text}"
+    );
+}
+
+#[test]
+fn beyond_that_everything_is_other_so_that_the_ceiling_holds() {
+    let traffic = bounded(64);
+    let names: Vec<String> = (0..1_000).map(|n| format!("ns-{n}")).collect();
+    for name in &names {
+        let mut key = labels(Reporter::Destination, name);
+        key.source.namespace = name.as_str().into();
+        drop(traffic.open(&key));
+    }
+    assert_eq!(traffic.series_count(), 64 + 1);
+    let text = traffic.scrape();
+    let opened = samples(&text, "istio_tcp_connections_opened_total");
+    assert_eq!(opened.iter().map(|(_, count)| count).sum::<u64>(), 1_000);
+    let rest = opened.iter().find(|(labels, _)| labels[4].1 == "other");
+    assert_eq!(rest.unwrap().1, 1_000 - 64);
+    // A reader of the mesh drops series with a namespace but without workload or cluster.
+    for (labels, _) in &opened {
+        let value = |name: &str| {
+            labels
+                .iter()
+                .find(|(key, _)| key == name)
+                .unwrap()
+                .1
+                .as_str()
+        };
+        for side in ["source", "destination"] {
+            let known = value(&format!("{side}_workload_namespace")) != "unknown";
+            for name in ["workload", "canonical_service", "cluster"] {
+                let name = format!("{side}_{name}");
+                assert!(!known || value(&name) != "unknown", "{name} of {labels:?}");
+            }
+        }
+    }
+}
+
+#[test]
+fn profiles_leave_labels_out_and_add_up_what_then_looks_alike() {
+    let flows = |profile| {
+        let traffic = Table::new(Metrics {
+            labels: profile,
+            ..Metrics::default()
+        });
+        for zone in ["a", "b"] {
+            for revision in ["v1", "v2"] {
+                let mut key = labels(Reporter::Source, "web");
+                key.source.zone = zone.into();
+                key.source.canonical_revision = revision.into();
+                drop(traffic.open(&key));
+            }
+        }
+        let opened = samples(&traffic.scrape(), "istio_tcp_connections_opened_total");
+        let all: u64 = opened.iter().map(|(_, count)| count).sum();
+        assert_eq!(all, 4);
+        let names: Vec<String> = opened[0].0.iter().map(|(name, _)| name.clone()).collect();
+        (opened.len(), names)
+    };
+    let (series, full) = flows(LabelProfile::Full);
+    assert_eq!((series, full.len()), (4, 27));
+    let (series, kiali) = flows(LabelProfile::Kiali);
+    assert_eq!((series, kiali.len()), (2, 18));
+    let (series, minimal) = flows(LabelProfile::Minimal);
+    assert_eq!((series, minimal.len()), (1, 8));
+    assert!(minimal.iter().all(|name| kiali.contains(name)));
+    assert!(kiali.iter().all(|name| full.contains(name)));
+    // What the graph and the security badges of Kiali group by; `app` comes from the scrape.
+    for name in [
+        "reporter",
+        "source_cluster",
+        "source_workload_namespace",
+        "source_workload",
+        "source_canonical_service",
+        "source_canonical_revision",
+        "destination_cluster",
+        "destination_service_namespace",
+        "destination_service",
+        "destination_service_name",
+        "destination_workload_namespace",
+        "destination_workload",
+        "destination_canonical_service",
+        "destination_canonical_revision",
+        "response_flags",
+        "source_principal",
+        "destination_principal",
+        "connection_security_policy",
+    ] {
+        assert!(kiali.iter().any(|one| one == name), "{name}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn series_of_ended_flows_go_and_begin_at_zero_when_they_come_back() {
+    let idle = Metrics::default().idle.unwrap();
+    let traffic = Table::default();
+    let (web, api) = (
+        labels(Reporter::Source, "web"),
+        labels(Reporter::Source, "api"),
+    );
+    let open = traffic.open(&web);
+    open.sent(5);
+    traffic.open(&api).close(ResponseFlag::Deny);
+    assert_eq!(traffic.series_count(), 2);
+    let evicting = tokio::time::timeout(idle * 2, traffic.evict_idle());
+    evicting.await.unwrap_err();
+
+    let text = traffic.scrape();
+    let opened = samples(&text, "istio_tcp_connections_opened_total");
+    assert_eq!(values(&opened, "source_workload"), ["web"]);
+    assert_eq!(samples(&text, "istio_tcp_sent_bytes_total")[0].1, 5);
+    assert!(!text.contains("istio_tcp_connections_failed"), "{text}");
+    assert!(
+        text.contains("culvert_traffic_series_evicted_total 1\n"),
+        "{text}"
+    );
+    assert!(text.contains("culvert_traffic_series 1\n"), "{text}");
+
+    drop(traffic.open(&api));
+    drop(open);
+    let opened = samples(&traffic.scrape(), "istio_tcp_connections_opened_total");
+    assert_eq!((opened.len(), opened[0].1, opened[1].1), (2, 1, 1));
 }
