@@ -14,6 +14,7 @@ pub mod node;
 pub mod pods;
 pub mod policy;
 pub mod relay;
+pub mod resolve;
 pub mod route;
 pub mod telemetry;
 pub mod tunnel;

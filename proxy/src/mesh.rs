@@ -32,11 +32,14 @@ pub use workload::{
     ApplicationTunnel, Health, Link, NetworkMode, Protocol, TunnelProtocol, Workload, WorkloadType,
 };
 
-use std::{ops::Deref, sync::Arc, time::Duration};
+use std::{ops::Deref, sync::Arc};
 
 use cert_agent::SpiffeId;
 use parking_lot::{Mutex, RwLock, RwLockWriteGuard};
-use tokio::{sync::watch, time::timeout};
+use tokio::{
+    sync::watch,
+    time::{Instant, timeout_at},
+};
 use xds_client::{Batch, Extent, Kind, Versions, local::Document};
 
 use crate::config::WorkloadRef;
@@ -121,14 +124,15 @@ impl Mesh {
         self.shared.changes.subscribe()
     }
 
-    /// The record of a pod of this node; waits up to `limit` for it to be told of.
+    /// The record of a pod of this node; waits until `deadline` for it to be told of: a pod may be captured before the control
+    /// plane has told of it.
     ///
     /// # Cancel safety
     /// Nothing is lost.
     pub async fn local_workload(
         &self,
         who: &WorkloadRef,
-        limit: Duration,
+        deadline: Instant,
     ) -> Option<Arc<Workload>> {
         let known = || self.read().local_workload(who).cloned();
         if let Some(known) = known() {
@@ -143,7 +147,7 @@ impl Mesh {
                 changes.changed().await.ok()?;
             }
         };
-        timeout(limit, appears).await.ok().flatten()
+        timeout_at(deadline, appears).await.ok().flatten()
     }
 
     /// Applies what the control plane told. Updates wait for each other; readers wait only while records that

@@ -13,6 +13,7 @@ mod exposition;
 mod labels;
 pub mod logging;
 mod names;
+mod on_demand;
 mod process;
 mod readiness;
 mod reason;
@@ -28,6 +29,7 @@ pub use labels::{
     Kept, Label, LabelValue, Labels, Party, Reporter, ResponseFlag, Security, ServiceName,
 };
 pub use names::Names;
+pub use on_demand::OnDemandDns;
 pub use process::{PodMetrics, register_process};
 pub use readiness::{Readiness, ReadinessTask};
 pub use reason::Reason;

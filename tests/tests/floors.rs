@@ -22,7 +22,7 @@ const FLOORS: &[(u8, &[&str])] = &[
     (7, &["node"]),
     (6, &["admin", "pods"]),
     (5, &["flow", "dns"]),
-    (4, &["tunnel", "relay", "listen"]),
+    (4, &["tunnel", "relay", "listen", "resolve"]),
     (3, &["route", "policy"]),
     (2, &["mesh"]),
     (1, &["telemetry", "config"]),

@@ -282,8 +282,9 @@ impl Names {
             bytes,
             transport,
         } = waiting;
-        let (mesh, wait) = (&self.shared.mesh, self.shared.workload_wait);
-        let Some(client) = mesh.local_workload(&self.who, wait).await else {
+        let (mesh, patience) = (&self.shared.mesh, self.shared.workload_wait);
+        let deadline = Instant::now() + patience;
+        let Some(client) = mesh.local_workload(&self.who, deadline).await else {
             let labels = self.labels(Some(&request), transport, None);
             self.shared.metrics.requested(&labels);
             self.shared.metrics.unanswered("unknown_client");

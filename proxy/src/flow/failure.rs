@@ -43,9 +43,6 @@ pub(super) enum Failure {
     /// Our own workload has no identity that a certificate could carry.
     #[error("identity error: the local workload has no valid identity")]
     NoIdentity,
-    /// The route is one that this version does not carry.
-    #[error("no data path yet for {0}")]
-    Uncarried(&'static str),
     /// A side broke while bytes moved.
     #[error(transparent)]
     Relay(Box<dyn Error + Send + Sync>),
@@ -72,7 +69,6 @@ impl Failure {
             | Self::Answer(_)
             | Self::Abandoned
             | Self::NoIdentity
-            | Self::Uncarried(_)
             | Self::Relay(_) => false,
         }
     }
@@ -89,7 +85,6 @@ impl Failure {
             Self::Answer(_) => Reason::Http2,
             Self::Abandoned => Reason::ClientGone,
             Self::NoIdentity => Reason::NoIdentity,
-            Self::Uncarried(_) => Reason::Unsupported,
             Self::Relay(_) => Reason::Broken,
         }
     }
@@ -105,7 +100,6 @@ impl Failure {
             | Self::Abandoned
             | Self::NoIdentity
             | Self::PeerRevoked
-            | Self::Uncarried(_)
             | Self::Relay(_) => StatusCode::SERVICE_UNAVAILABLE,
         }
     }

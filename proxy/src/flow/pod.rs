@@ -22,8 +22,9 @@ use crate::{
     mesh::{Mesh, Workload},
     policy::Permit,
     relay::Buffers,
+    resolve::Resolver,
     route::LoopGuard,
-    telemetry::{AuthorizationLog, Reporter, Traffic},
+    telemetry::{AuthorizationLog, OnDemandDns, Reporter, Traffic},
     tunnel,
 };
 
@@ -46,6 +47,10 @@ pub struct Shared {
     pub buffers: Buffers,
     /// Where to ask for what is not known; `None` if everything is told unasked.
     pub demand: Option<Demand>,
+    /// Addresses of workloads that are known by a host name only.
+    pub resolver: Resolver,
+    /// Counts what is asked of the resolver.
+    pub resolutions: OnDemandDns,
     /// Settings.
     pub settings: Settings,
 }
@@ -180,40 +185,15 @@ impl Pod {
         &self.source_ports
     }
 
-    /// The record of this pod. Waits for it as long as the settings say: a pod may be captured
-    /// before the control plane has told of it.
+    /// The record of this pod. Waits for it as long as the settings say.
     pub(super) async fn workload(&self) -> Option<Arc<Workload>> {
-        match self.known_workload() {
-            Some(known) => Some(known),
-            None => {
-                self.new_workload(Instant::now() + self.settings().workload_wait)
-                    .await
-            }
-        }
+        let patience = Instant::now() + self.settings().workload_wait;
+        self.shared.mesh.local_workload(&self.who, patience).await
     }
 
     /// As [`Self::workload`], and waits until `deadline` at the latest.
     pub(super) async fn workload_by(&self, deadline: Instant) -> Option<Arc<Workload>> {
-        match self.known_workload() {
-            Some(known) => Some(known),
-            None => {
-                let patience = Instant::now() + self.settings().workload_wait;
-                self.new_workload(patience.min(deadline)).await
-            }
-        }
-    }
-
-    async fn new_workload(&self, deadline: Instant) -> Option<Arc<Workload>> {
-        let mut changes = self.shared.mesh.changes();
-        let appears = async {
-            loop {
-                if let Some(known) = self.known_workload() {
-                    return Some(known);
-                }
-                changes.changed().await.ok()?;
-            }
-        };
-        timeout_at(deadline, appears).await.ok().flatten()
+        timeout_at(deadline, self.workload()).await.ok().flatten()
     }
 
     /// The record of this pod, if it is there.

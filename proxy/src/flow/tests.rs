@@ -16,8 +16,9 @@ use crate::{
     listen::Netns,
     mesh::{Mesh, View},
     relay::Buffers,
+    resolve::Resolver,
     route::LoopGuard,
-    telemetry::{AuthorizationLog, Traffic},
+    telemetry::{AuthorizationLog, OnDemandDns, Traffic},
 };
 
 fn pod() -> Arc<Pod> {
@@ -38,6 +39,8 @@ pub(super) fn pod_with(demand: Option<Demand>) -> Arc<Pod> {
         verdicts: AuthorizationLog::new(false),
         buffers: Buffers::new(),
         demand,
+        resolver: Resolver::new("/nonexistent", true),
+        resolutions: OnDemandDns::default(),
         settings: Settings {
             sockets: sockets(),
             tunnel: Arc::new(tunnel()),

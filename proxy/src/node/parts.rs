@@ -13,8 +13,9 @@ use crate::{
     flow::{Settings, Shared},
     mesh::{Mesh, View},
     relay::Buffers,
+    resolve::Resolver,
     route::LoopGuard,
-    telemetry::{AuthorizationLog, DnsMetrics, Traffic},
+    telemetry::{AuthorizationLog, DnsMetrics, OnDemandDns, Traffic},
 };
 
 /// Everything that flows share, with its metrics registered.
@@ -31,6 +32,8 @@ pub(super) fn shared(config: &Config, agent: Agent, registry: &mut Registry) -> 
         verdicts: AuthorizationLog::new(config.logging.policy_at_info),
         buffers: Buffers::new(),
         demand: (config.control.on_demand && config.control.xds.is_some()).then(Demand::default),
+        resolver: Resolver::new(RESOLV_CONF, config.sockets.ipv6),
+        resolutions: OnDemandDns::register(registry),
         settings: Settings {
             sockets: config.sockets.clone(),
             tunnel: Arc::new(config.tunnel.clone()),

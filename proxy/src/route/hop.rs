@@ -151,8 +151,14 @@ impl Lookup {
         }
         match usable.choose(rng) {
             Some(ip) => leg.land(*ip),
-            None => Outbound::Refuse(Refusal::Unresolved(leg.workload.uid().into())),
+            None => Outbound::Refuse(leg.unresolved()),
         }
+    }
+
+    /// The refusal if the name cannot be resolved.
+    #[must_use]
+    pub fn unresolved(&self) -> Refusal {
+        self.0.leg.unresolved()
     }
 }
 
@@ -210,6 +216,10 @@ impl Leg {
             service: service.cloned(),
             way,
         }
+    }
+
+    fn unresolved(&self) -> Refusal {
+        Refusal::Unresolved(self.workload.uid().into())
     }
 
     /// Puts the address in, or asks for a look-up of the host name.

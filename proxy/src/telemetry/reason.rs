@@ -76,8 +76,6 @@ pub enum Reason {
     NoVirtualAddress,
     /// Too many handshakes are under way.
     Overloaded,
-    /// This version does not carry such a route.
-    Unsupported,
     /// The proxy is stopping, or the pod has gone.
     Drained,
     /// A defect of this program.
@@ -86,7 +84,7 @@ pub enum Reason {
 
 impl Reason {
     /// All of them, in the order of [`Self::index`].
-    pub(super) const ALL: [Self; 35] = [
+    pub(super) const ALL: [Self; 34] = [
         Self::PolicyDenied,
         Self::PolicyChanged,
         Self::DeniedByPeer,
@@ -119,7 +117,6 @@ impl Reason {
         Self::NoTargetPort,
         Self::NoVirtualAddress,
         Self::Overloaded,
-        Self::Unsupported,
         Self::Drained,
         Self::Internal,
     ];
@@ -160,7 +157,6 @@ impl Reason {
             Self::NoTargetPort => "no-target-port",
             Self::NoVirtualAddress => "no-virtual-address",
             Self::Overloaded => "overloaded",
-            Self::Unsupported => "unsupported",
             Self::Drained => "drained",
             Self::Internal => "internal",
         }
@@ -200,7 +196,6 @@ impl Reason {
             | Self::NoTargetPort
             | Self::NoVirtualAddress
             | Self::Overloaded
-            | Self::Unsupported
             | Self::Internal => ResponseFlag::Connect,
         }
     }

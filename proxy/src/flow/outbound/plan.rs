@@ -3,8 +3,9 @@
 use std::{error::Error, net::SocketAddr, sync::Arc};
 
 use crate::{
-    flow::{Carried, Pod, failure::Failure},
+    flow::{Carried, Pod, parties},
     mesh::{Service, Workload},
+    resolve::ResolveError,
     route::{self, Hop, InnerHop, Outbound, OutboundQuery, Refusal},
     telemetry::Reason,
 };
@@ -80,7 +81,8 @@ impl Plan {
         match route::outbound(&state, guard, &ask, &mut rand::rng()) {
             Outbound::Direct { workload, .. } => workload != *chosen,
             Outbound::Hbone(hop) | Outbound::Nested { outer: hop, .. } => hop.workload != *chosen,
-            Outbound::Passthrough { .. } | Outbound::Resolve(_) | Outbound::Refuse(_) => false,
+            Outbound::Resolve(lookup) => lookup.workload() != chosen,
+            Outbound::Passthrough { .. } | Outbound::Refuse(_) => false,
         }
     }
 }
@@ -96,15 +98,6 @@ impl From<Refusal> for Unplanned {
         Self {
             reason: refusal.reason(),
             error: refusal.into(),
-        }
-    }
-}
-
-impl From<Failure> for Unplanned {
-    fn from(failure: Failure) -> Self {
-        Self {
-            reason: failure.reason(),
-            error: failure.into(),
         }
     }
 }
@@ -132,6 +125,7 @@ pub(super) async fn decide(
             |outbound| outbound.missing(&source),
         )
         .await;
+    let outbound = resolved(pod, &source, outbound).await?;
     let plan = |to, destination, service, way| Plan {
         source: Arc::clone(&source),
         to,
@@ -155,9 +149,35 @@ pub(super) async fn decide(
             let (to, workload, service) = through(&outer);
             Ok(plan(to, workload, service, Way::Nested(outer, inner)))
         }
-        Outbound::Resolve(_) => {
-            Err(Failure::Uncarried("a workload that is known by a host name only").into())
-        }
+        Outbound::Resolve(lookup) => Err(lookup.unresolved().into()),
         Outbound::Refuse(refusal) => Err(refusal.into()),
     }
+}
+
+/// Completes a decision that lacks the address of a host name.
+async fn resolved(pod: &Pod, source: &Workload, outbound: Outbound) -> Result<Outbound, Unplanned> {
+    let Outbound::Resolve(lookup) = outbound else {
+        return Ok(outbound);
+    };
+    let (shared, host) = (pod.shared(), lookup.hostname());
+    shared.resolutions.resolving(&parties::party(source), host);
+    let limit = pod.settings().sockets.connect_timeout / 2;
+    match shared.resolver.addresses(host, limit).await {
+        Ok(addresses) => Ok(lookup.resolved(&addresses, &mut rand::rng())),
+        Err(source) => {
+            let refusal = lookup.unresolved();
+            Err(Unplanned {
+                reason: refusal.reason(),
+                error: Box::new(Unresolved { refusal, source }),
+            })
+        }
+    }
+}
+
+/// A refusal with the cause that only the resolver knows.
+#[derive(Debug, thiserror::Error)]
+#[error("{refusal}")]
+struct Unresolved {
+    refusal: Refusal,
+    source: ResolveError,
 }
