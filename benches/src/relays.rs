@@ -5,7 +5,7 @@ use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 use cert_agent::{Agent, AgentOptions, CsrSource, InProcessCa, SpiffeId, Svid};
 use culvert::{
     config,
-    relay::{Buffers, Count, pump},
+    relay::{Buffers, Count, Socket, pump},
     tunnel::{Credentials, Cut, Dial, Incoming, Key, Pool, Request, accept, serve},
 };
 use futures_util::future::BoxFuture;
@@ -86,7 +86,13 @@ async fn run(path: Path, to: SocketAddr, buffers: Buffers, ready: oneshot::Sende
                 tasks.spawn(async move {
                     let upstream = TcpStream::connect(to).await.unwrap();
                     upstream.set_nodelay(true).unwrap();
-                    pump(downstream, upstream, &Uncounted, &buffers).await;
+                    pump(
+                        Socket::new(downstream),
+                        Socket::new(upstream),
+                        &Uncounted,
+                        &buffers,
+                    )
+                    .await;
                 });
             }
         }
@@ -133,7 +139,13 @@ async fn carry(outbound: Arc<Outbound>, downstream: TcpStream, from: SocketAddr)
         .connect(&outbound.key, &request.unwrap())
         .await;
     let stream = opened.unwrap().stream;
-    pump(downstream, stream, &Uncounted, &outbound.buffers).await;
+    pump(
+        Socket::new(downstream),
+        stream,
+        &Uncounted,
+        &outbound.buffers,
+    )
+    .await;
 }
 
 async fn serve_all(listener: TcpListener, svid: Arc<Svid>, to: SocketAddr, buffers: Buffers) {
@@ -164,7 +176,7 @@ async fn deliver(incoming: Incoming, to: SocketAddr, buffers: Buffers) {
     let upstream = TcpStream::connect(to).await.unwrap();
     upstream.set_nodelay(true).unwrap();
     if let Ok(stream) = incoming.responder.accept(None) {
-        pump(stream, upstream, &Uncounted, &buffers).await;
+        pump(stream, Socket::new(upstream), &Uncounted, &buffers).await;
     }
 }
 

@@ -114,6 +114,19 @@ impl Pod {
         connect(self.netns(), to).await
     }
 
+    /// Connects to where nobody lets the pod in, and tells how that ends: a reset may come before the client has
+    /// noticed that it was connected.
+    ///
+    /// # Errors
+    /// When there is no connection, or it is still open after ten seconds.
+    pub async fn turned_away(&self, to: SocketAddr) -> io::Result<End> {
+        match self.connect(to).await {
+            Ok(mut stream) => closed(&mut stream, wait::SOON).await,
+            Err(error) if error.kind() == io::ErrorKind::ConnectionReset => Ok(End::Reset),
+            Err(error) => Err(error),
+        }
+    }
+
     /// Connects from a chosen address and port of the pod.
     ///
     /// # Errors

@@ -173,8 +173,7 @@ async fn the_ports_of_the_proxy_are_no_way_into_itself() {
         .await
         .unwrap();
     for port in [15001, 15006] {
-        let mut stream = outside.connect(api.at(port)).await.unwrap();
-        traffic::closed(&mut stream, wait::SOON).await.unwrap();
+        outside.turned_away(api.at(port)).await.unwrap();
         let denied = cluster.proxy(1).log().wait("a denial line", |line| {
             line.is_access("connection failed")
                 && line.field("dst.addr") == api.at(port).to_string()
@@ -187,8 +186,7 @@ async fn the_ports_of_the_proxy_are_no_way_into_itself() {
         );
     }
     let to = SocketAddr::new(Ipv4Addr::LOCALHOST.into(), 15001);
-    let mut stream = web.connect(to).await.unwrap();
-    traffic::closed(&mut stream, wait::SOON).await.unwrap();
+    web.turned_away(to).await.unwrap();
     let denied = cluster
         .proxy(0)
         .log()

@@ -338,10 +338,12 @@ async fn resets_of_the_peer_end_the_application_connection() {
     let mut talk = foreign.talk().await;
     let log = talk.cluster.proxy(0).log();
     let mut first = Some(talk.call);
-    for (reason, graceful) in [
-        (h2::Reason::CANCEL, true),
-        (h2::Reason::NO_ERROR, true),
-        (h2::Reason::INTERNAL_ERROR, false),
+    for (reason, expected, error) in [
+        (h2::Reason::CANCEL, End::Eof, ""),
+        (h2::Reason::NO_ERROR, End::Eof, ""),
+        (h2::Reason::STREAM_CLOSED, End::Eof, ""),
+        (h2::Reason::CONNECT_ERROR, End::Reset, ""),
+        (h2::Reason::INTERNAL_ERROR, End::Reset, "h2 failed"),
     ] {
         let mut call = match first.take() {
             Some(call) => call,
@@ -354,17 +356,37 @@ async fn resets_of_the_peer_end_the_application_connection() {
         call.read_exact(&mut [0; 8]).await.unwrap();
         send.send_reset(reason);
         let end = traffic::closed(&mut call, wait::SOON).await.unwrap();
-        if graceful {
-            assert_eq!(end, End::Eof, "{reason}");
-        }
+        assert_eq!(end, expected, "{reason}");
         drop(call);
         let line = log
             .wait_from(mark, "the end", |line| {
                 line.is_access("connection complete")
             })
             .await;
-        assert_eq!(line.field("error").is_empty(), graceful, "{}", line.raw);
+        assert!(line.field("error").starts_with(error), "{}", line.raw);
+        assert_eq!(line.field("error").is_empty(), error.is_empty());
     }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_answer_arrives_whole_though_the_peer_takes_no_more_of_the_question() {
+    let foreign = Foreign::new();
+    let mut talk = foreign.talk().await;
+    let (recv, mut send) = talk.connection.next().await.unwrap().accept().unwrap();
+    let (mut reader, mut writer) = talk.call.into_split();
+    let mut asking = JoinSet::new();
+    asking.spawn(async move { while writer.write_all(&[1; 4096]).await.is_ok() {} });
+    let answer = traffic::pattern(1 << 20);
+    send.send_data(answer.clone().into(), true).unwrap();
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    // The peer leaves; the application has not read anything yet.
+    drop((recv, send));
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    let mut got = Vec::new();
+    let end = wait::soon("the answer", reader.read_to_end(&mut got)).await;
+    assert_eq!((end.unwrap(), got == answer), (answer.len(), true));
+    // Once it was delivered, the application learns that nobody listens.
+    wait::soon("the question is given up", asking.join_next()).await;
 }
 
 #[tokio::test]
@@ -372,9 +394,13 @@ async fn an_application_reset_ends_the_stream_and_not_the_connection() {
     let foreign = Foreign::new();
     let mut talk = foreign.talk().await;
     let (mut recv, _send) = talk.connection.next().await.unwrap().accept().unwrap();
+    talk.call.write_all(b"last words").await.unwrap();
     traffic::reset(talk.call).unwrap();
-    let ended = async { while let Some(Ok(_)) = recv.data().await {} };
-    wait::soon("the stream ends", ended).await;
+    let last = wait::soon("the bytes before the reset", recv.data()).await;
+    assert_eq!(last.unwrap().unwrap(), "last words");
+    let end = wait::soon("the stream ends", recv.data()).await;
+    let code = end.unwrap().unwrap_err().reason();
+    assert_eq!(code, Some(h2::Reason::CONNECT_ERROR));
     talk.call = foreign.call().await;
     talk.echo().await;
     talk.ping(b"usable").await;
@@ -387,9 +413,8 @@ async fn a_peer_that_answers_no_ping_loses_its_streams() {
     talk.echo().await;
     talk.ping(b"alive").await;
     talk.connection.freeze().await.unwrap();
-    traffic::closed(&mut talk.call, Duration::from_secs(40))
-        .await
-        .unwrap();
+    let end = traffic::closed(&mut talk.call, Duration::from_secs(40)).await;
+    assert_eq!(end.unwrap(), End::Reset, "not the end of an answer");
 }
 
 #[tokio::test]

@@ -11,8 +11,7 @@ use std::{net::SocketAddr, sync::Arc};
 
 use testkit::{
     Cluster, Mesh, Pod, PodSpec, World,
-    traffic::{self, Behaviour},
-    wait,
+    traffic::{Behaviour, End},
 };
 
 /// `web` calls a service of the other three pods: one on its node, two on the other.
@@ -75,12 +74,8 @@ async fn a_restart_of_one_endpoint_after_the_other_loses_no_connection() {
 async fn where_nobody_can_be_reached_the_connection_ends() {
     let stage = Stage::new();
     let cluster = stage.start().await;
-    let mut stream = stage
-        .web
-        .connect(SocketAddr::from((VIP, 80)))
-        .await
-        .unwrap();
-    traffic::closed(&mut stream, wait::SOON).await.unwrap();
+    let vip = SocketAddr::from((VIP, 80));
+    assert_eq!(stage.web.turned_away(vip).await.unwrap(), End::Reset);
     for app in &stage.apps {
         let log = cluster.proxy(0).log();
         log.wait(app.name(), |line| {
@@ -101,8 +96,7 @@ async fn an_endpoint_that_was_dialled_by_its_own_address_has_no_stand_in() {
     let cluster = stage.start().await;
     let _others = stage.apps[1].serve(8080, Behaviour::Echo).unwrap();
     let to = SocketAddr::new(stage.apps[2].ip4(), 8080);
-    let mut stream = stage.web.connect(to).await.unwrap();
-    traffic::closed(&mut stream, wait::SOON).await.unwrap();
+    assert_eq!(stage.web.turned_away(to).await.unwrap(), End::Reset);
     let metrics = cluster.proxy(0).metrics().await.unwrap();
     assert_eq!(metrics.sum("istio_tcp_connection_retries_total", &[]), 0.0);
 }

@@ -17,7 +17,7 @@ use testkit::{
     Capture, Cluster, Line, Mesh, Pod, PodSpec, World,
     mesh::Ports,
     stage::ForeignClient,
-    traffic::{self, Behaviour, Server},
+    traffic::{Behaviour, Server},
     wait,
 };
 
@@ -72,8 +72,7 @@ impl Stage {
     /// A connection that the proxy must close without an upstream.
     async fn refused(&self, cluster: &Cluster<'_>, to: SocketAddr, reason: &str) -> Line {
         let mark = cluster.proxy(0).log().mark();
-        let mut stream = self.web.connect(to).await.unwrap();
-        traffic::closed(&mut stream, wait::SOON).await.unwrap();
+        self.web.turned_away(to).await.unwrap();
         let refusal = cluster
             .proxy(0)
             .log()

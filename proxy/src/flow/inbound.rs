@@ -30,7 +30,7 @@ use crate::{
     listen,
     mesh::Workload,
     policy::{self, Connection, Denied, Permit},
-    relay,
+    relay::{self, Socket},
     route::{
         self, Authority, AuthorityError, ClientAddress, InboundQuery, InboundRefusal, InboundRoute,
     },
@@ -193,7 +193,7 @@ async fn stream(pod: Arc<Pod>, caller: Arc<Caller>, incoming: Incoming) {
     } = opened;
     let pump = relay::pump(
         downstream,
-        upstream,
+        Socket::new(upstream),
         told.access.meter(),
         &pod.shared().buffers,
     );

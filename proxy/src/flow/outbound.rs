@@ -19,7 +19,7 @@ use super::{
 use crate::{
     listen,
     mesh::Workload,
-    relay,
+    relay::{self, Socket},
     telemetry::{Access, Attempt, Reporter},
 };
 use plan::{Call, Plan, Unplanned, decide};
@@ -27,6 +27,8 @@ use reach::{FarEnd, Reached, Upstream, opened, reach};
 
 /// Carries one connection to where `route` says.
 pub(super) async fn carry(pod: Arc<Pod>, downstream: TcpStream, peer: SocketAddr) {
+    // A connection that is not carried is reset.
+    let downstream = Socket::new(downstream);
     // Boxed, so that the space of the set-up is given back before bytes move.
     let Some(opened) = Box::pin(open(&pod, &downstream, peer)).await else {
         return;
@@ -35,7 +37,8 @@ pub(super) async fn carry(pod: Arc<Pod>, downstream: TcpStream, peer: SocketAddr
     let (meter, buffers) = (told.access.meter(), &pod.shared().buffers);
     let end = match upstream {
         Upstream::Socket(stream) => {
-            Guarded::new(&told.entry, relay::pump(downstream, stream, meter, buffers)).await
+            let pump = relay::pump(downstream, Socket::new(stream), meter, buffers);
+            Guarded::new(&told.entry, pump).await
         }
         Upstream::Tunnel(stream, fate) => {
             let pump = relay::pump(downstream, stream, meter, buffers);

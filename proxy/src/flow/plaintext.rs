@@ -14,13 +14,15 @@ use crate::{
     listen,
     mesh::Workload,
     policy::Connection,
-    relay,
+    relay::{self, Socket},
     route::{self, InboundRefusal, InboundRoute, PlaintextQuery},
     telemetry::{Access, Labels, Party, Reporter, Route, Security},
 };
 
 /// Carries one connection to the application, if policy allows it for a peer without identity.
 pub(super) async fn carry(pod: Arc<Pod>, downstream: TcpStream, peer: SocketAddr) {
+    // A connection that is not carried is reset.
+    let downstream = Socket::new(downstream);
     // Boxed, so that the space of the set-up is given back before bytes move.
     let Some(opened) = Box::pin(open(&pod, &downstream, peer)).await else {
         return;
@@ -28,7 +30,7 @@ pub(super) async fn carry(pod: Arc<Pod>, downstream: TcpStream, peer: SocketAddr
     let Opened { told, upstream } = opened;
     let pump = relay::pump(
         downstream,
-        upstream,
+        Socket::new(upstream),
         told.access.meter(),
         &pod.shared().buffers,
     );

@@ -5,15 +5,20 @@ use std::{
     fmt,
     pin::Pin,
     task::{Context, Poll, ready},
+    time::Duration,
 };
 
 use bytes::Buf;
+use tokio::time::{Sleep, sleep};
 
-use super::{Appetite, Buffers, Endpoint, Fault, Payload};
+use super::{Appetite, Buffers, Endpoint, Fault, Leave, Payload};
 use crate::telemetry::Meter;
 
 /// Chunks that one direction moves before it lets other tasks run.
 const TURN: u8 = 16;
+
+/// How long an endpoint of an ended flow may take to deliver what was put there.
+const LONGEST_LEAVE: Duration = Duration::from_secs(2);
 
 /// Where moved bytes are counted.
 pub trait Count {
@@ -68,7 +73,7 @@ pub struct Outcome {
 pub enum Ending {
     /// Both directions came to their orderly end.
     Clean,
-    /// A side gave up (TCP reset, `CANCEL`): no error, though bytes may be missing.
+    /// A side gave up (TCP reset, `CONNECT_ERROR`, `CANCEL`): no error, though bytes may be missing.
     Reset,
     /// A side broke, with the text for the access log.
     Failed(Box<dyn Error + Send + Sync>),
@@ -97,6 +102,7 @@ where
         count,
         buffers,
         outcome: None,
+        leaving: None,
     }
 }
 
@@ -112,6 +118,8 @@ pub struct Pump<'a, D, U, C> {
     count: &'a C,
     buffers: &'a Buffers,
     outcome: Option<Outcome>,
+    /// The limit of the leave, once an endpoint needs time for it.
+    leaving: Option<Pin<Box<Sleep>>>,
 }
 
 impl<D, U, C> fmt::Debug for Pump<'_, D, U, C> {
@@ -135,13 +143,11 @@ where
         let this = self.get_mut();
         let (down, up, count) = (&mut this.downstream, &mut this.upstream, this.count);
         let (inward, outward) = (&mut this.inward, &mut this.outward);
-        let outcome = &mut this.outcome;
-        let buffers = this.buffers;
-        let reverse = &mut outward.state;
+        let (outcome, buffers) = (&mut this.outcome, this.buffers);
         let mut turn = Turn {
             cx,
             buffers,
-            reverse,
+            reverse: outward,
         };
         inward.run(&mut turn, down, up, |event| {
             match event {
@@ -149,11 +155,10 @@ where
                 Event::Ended(end) => end.settle(outcome, Side::Downstream, Side::Upstream),
             };
         });
-        let reverse = &mut inward.state;
         let mut turn = Turn {
             cx,
             buffers,
-            reverse,
+            reverse: inward,
         };
         outward.run(&mut turn, up, down, |event| {
             match event {
@@ -164,6 +169,7 @@ where
         if inward.state != State::Done || outward.state != State::Done {
             return Poll::Pending;
         }
+        ready!(this.poll_leave(cx));
         Poll::Ready(this.outcome.take().unwrap_or(Outcome {
             ended_by: Side::Downstream,
             ending: Ending::Clean,
@@ -171,12 +177,38 @@ where
     }
 }
 
+impl<D: Endpoint, U: Endpoint, C> Pump<'_, D, U, C> {
+    /// Lets both endpoints deliver what was put there, within a limit.
+    fn poll_leave(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        let broken = [&self.inward, &self.outward].map(|lane| lane.source == Source::Broken);
+        let leave = |lane: &Lane| match lane.source {
+            _ if broken.contains(&true) => Leave::Reset,
+            Source::Ended => Leave::Ended,
+            Source::Open | Source::Failing | Source::Broken => Leave::Early,
+        };
+        let (down, up) = (leave(&self.inward), leave(&self.outward));
+        loop {
+            let limit = self.leaving.as_mut();
+            let late = limit.is_some_and(|limit| limit.as_mut().poll(cx).is_ready());
+            let down = self.downstream.poll_leave(cx, down, self.buffers, late);
+            let up = self.upstream.poll_leave(cx, up, self.buffers, late);
+            if down.is_ready() && up.is_ready() {
+                return Poll::Ready(());
+            }
+            if self.leaving.is_some() {
+                return Poll::Pending;
+            }
+            self.leaving = Some(Box::pin(sleep(LONGEST_LEAVE)));
+        }
+    }
+}
+
 /// What a poll of the pump passes down.
 struct Turn<'t, 'c> {
     cx: &'t mut Context<'c>,
     buffers: &'t Buffers,
-    /// The state of the other lane.
-    reverse: &'t mut State,
+    /// The other lane.
+    reverse: &'t mut Lane,
 }
 
 /// What happened in a lane.
@@ -200,9 +232,9 @@ impl End {
     fn settle(self, outcome: &mut Option<Outcome>, source: Side, sink: Side) {
         let (ended_by, ending) = match self {
             Self::Orderly => (source, Ending::Clean),
-            Self::Source(Fault::Reset) => (source, Ending::Reset),
+            Self::Source(Fault::Gone | Fault::Reset) => (source, Ending::Reset),
             Self::Source(Fault::Failed(error)) => (source, Ending::Failed(error)),
-            Self::Sink(Fault::Reset) => (sink, Ending::Reset),
+            Self::Sink(Fault::Gone | Fault::Reset) => (sink, Ending::Reset),
             Self::Sink(Fault::Failed(error)) => (sink, Ending::Failed(error)),
         };
         let rank = |ending: &Ending| match ending {
@@ -225,6 +257,21 @@ struct Lane {
     pending: Payload,
     appetite: Appetite,
     state: State,
+    source: Source,
+}
+
+/// What is known of the endpoint that a lane reads from.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+enum Source {
+    /// More may come.
+    #[default]
+    Open,
+    /// It came to its orderly end.
+    Ended,
+    /// It broke while it was written to: what it has sent may still be read, but no end of that is an orderly one.
+    Failing,
+    /// It broke.
+    Broken,
 }
 
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
@@ -283,10 +330,10 @@ impl Lane {
     ) -> Poll<Result<usize, End>> {
         if !self.pending.has_remaining() {
             match source.poll_readable(turn.cx) {
-                Poll::Pending if *turn.reverse == State::Done => {
+                Poll::Pending if turn.reverse.state == State::Done => {
                     // Nothing is read from the sink any more, so only asking it tells of its end.
-                    ready!(sink.poll_gone(turn.cx));
-                    return Poll::Ready(Err(End::Sink(Fault::Reset)));
+                    let fault = ready!(sink.poll_gone(turn.cx));
+                    return Poll::Ready(Err(End::Sink(fault)));
                 }
                 Poll::Pending => return Poll::Pending,
                 Poll::Ready(readable) => readable.map_err(End::Source)?,
@@ -306,16 +353,33 @@ impl Lane {
         Poll::Ready(Ok(put))
     }
 
-    fn stop(&mut self, end: &End, reverse: &mut State) {
+    /// Notes why no more bytes are moved, and what that means for the other lane.
+    fn stop(&mut self, end: &End, reverse: &mut Self) {
         self.pending = Payload::empty();
         self.state = match end {
-            End::Orderly => State::Finishing,
-            End::Source(_) => {
-                // A side that cannot be read any more takes no bytes either.
-                *reverse = State::Done;
+            End::Orderly if self.source != Source::Failing => {
+                self.source = Source::Ended;
                 State::Finishing
             }
-            End::Sink(_) => State::Done,
+            End::Source(Fault::Gone) => {
+                // A side that ends its stream as a whole takes no bytes either.
+                reverse.state = State::Done;
+                self.source = Source::Ended;
+                State::Finishing
+            }
+            End::Orderly | End::Source(_) => {
+                reverse.state = State::Done;
+                self.source = Source::Broken;
+                State::Done
+            }
+            End::Sink(fault) => {
+                reverse.source = match (fault, reverse.state) {
+                    (Fault::Gone, _) => reverse.source,
+                    (_, State::Moving) => Source::Failing,
+                    (_, State::Finishing | State::Done) => Source::Broken,
+                };
+                State::Done
+            }
         };
     }
 }

@@ -1,6 +1,8 @@
 //! Two sockets and a pump between them.
 
-use std::{sync::atomic::AtomicU64, sync::atomic::Ordering::Relaxed, time::Duration};
+use std::{
+    io::ErrorKind, sync::atomic::AtomicU64, sync::atomic::Ordering::Relaxed, time::Duration,
+};
 
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
@@ -8,7 +10,7 @@ use tokio::{
     task::JoinSet,
 };
 
-use super::{Appetite, Buffers, Count, Ending, Outcome, Side, pump};
+use super::{Appetite, Buffers, Count, Ending, Outcome, Side, Socket, pump};
 
 /// Counts both ways.
 #[derive(Default)]
@@ -42,6 +44,7 @@ async fn relayed(buffers: &Buffers) -> (TcpStream, TcpStream, JoinSet<(Outcome, 
     let mut tasks = JoinSet::new();
     tasks.spawn(async move {
         let tally = Tally::default();
+        let (downstream, upstream) = (Socket::new(downstream), Socket::new(upstream));
         let outcome = pump(downstream, upstream, &tally, &buffers).await;
         (
             outcome,
@@ -87,7 +90,8 @@ async fn a_reset_ends_the_flow_and_names_its_side() {
         .set_linger(Some(Duration::ZERO))
         .unwrap();
     drop(server);
-    assert_eq!(client.read(&mut [0; 8]).await.unwrap(), 0, "FIN, not RST");
+    let end = client.read(&mut [0; 8]).await.unwrap_err();
+    assert_eq!(end.kind(), ErrorKind::ConnectionReset);
     let (outcome, ..) = outcome(tasks).await;
     assert!(matches!(outcome.ending, Ending::Reset), "{outcome:?}");
     assert_eq!(outcome.ended_by, Side::Upstream);
@@ -164,6 +168,6 @@ fn trim_frees_what_nobody_needed_since_the_last() {
 
 #[test]
 fn the_future_is_small() {
-    let size = size_of::<super::Pump<'_, TcpStream, TcpStream, Tally>>();
+    let size = size_of::<super::Pump<'_, Socket, Socket, Tally>>();
     assert!(size <= 320, "{size} bytes");
 }

@@ -1,6 +1,7 @@
 //! One HTTP/2 stream as a byte stream.
 
 use std::{
+    convert::Infallible,
     fmt, io,
     pin::Pin,
     task::{Context, Poll, ready},
@@ -8,17 +9,23 @@ use std::{
 
 use bytes::{Buf, Bytes};
 use h2::{Reason, RecvStream, SendStream};
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::{
+    io::{AsyncRead, AsyncWrite, ReadBuf},
+    sync::oneshot,
+};
 
 use super::pool::Lease;
-use crate::relay::{Appetite, Buffers, Endpoint, Fault, Payload};
+use crate::relay::{Appetite, Buffers, Endpoint, Fault, Leave, Payload};
 
 /// A byte stream inside a tunnel. Dropped unfinished, it is reset (`CANCEL`; `NO_ERROR` by a
-/// server that has sent its end). Holds no buffer; the peer's credit grows only as
+/// server that has sent its end), which its peer takes for an end; a flow that broke resets it with
+/// `CONNECT_ERROR`. Holds no buffer; the peer's credit grows only as
 /// [`Endpoint::release`] is called, so a stalled reader stops its sender.
 pub struct Stream {
     send: SendStream<Payload>,
     recv: RecvStream,
+    /// Ends when all that was put here is on its way and a reset may follow.
+    flushed: Option<oneshot::Receiver<Infallible>>,
     /// Keeps the pooled connection; frees its slot after the stream is gone.
     _lease: Option<Lease>,
 }
@@ -37,7 +44,32 @@ impl Stream {
         Self {
             send,
             recv,
+            flushed: None,
             _lease: lease,
+        }
+    }
+
+    /// Why nothing can be put here any more.
+    fn fault(&mut self, cx: &mut Context<'_>) -> Fault {
+        match self.send.poll_reset(cx) {
+            Poll::Ready(Ok(reason)) => fault_of(Some(reason), reason.into()),
+            Poll::Ready(Err(error)) => fault(error),
+            Poll::Pending => Fault::Gone,
+        }
+    }
+
+    /// Ready once the library has passed on all that was put here: a reset throws away what it still holds.
+    fn poll_flushed(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        if self.flushed.is_none() {
+            let (mark, flushed) = oneshot::channel();
+            if self.send.send_data(Payload::Mark(mark), false).is_err() {
+                return Poll::Ready(());
+            }
+            self.flushed = Some(flushed);
+        }
+        match &mut self.flushed {
+            Some(flushed) => Pin::new(flushed).poll(cx).map(|_| ()),
+            None => Poll::Ready(()),
         }
     }
 
@@ -95,26 +127,25 @@ impl Endpoint for Stream {
             }
             match ready!(self.send.poll_capacity(cx)) {
                 Some(Ok(_)) => {}
-                Some(Err(_)) | None => return Poll::Ready(Err(Fault::Reset)),
+                Some(Err(_)) | None => return Poll::Ready(Err(self.fault(cx))),
             }
         }
     }
 
     fn poll_put(
         &mut self,
-        _: &mut Context<'_>,
+        cx: &mut Context<'_>,
         payload: &mut Payload,
     ) -> Poll<Result<usize, Fault>> {
         let payload = std::mem::take(payload);
         let bytes = payload.remaining();
         let sent = self.send.send_data(payload, false);
-        // The direction from the stream tells why it broke.
-        Poll::Ready(sent.map(|()| bytes).map_err(|_| Fault::Reset))
+        Poll::Ready(sent.map(|()| bytes).map_err(|_| self.fault(cx)))
     }
 
-    fn poll_finish(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Fault>> {
+    fn poll_finish(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Fault>> {
         let sent = self.send.send_data(Payload::empty(), true);
-        Poll::Ready(sent.map_err(|_| Fault::Reset))
+        Poll::Ready(sent.map_err(|_| self.fault(cx)))
     }
 
     fn release(&mut self, bytes: usize) {
@@ -122,19 +153,44 @@ impl Endpoint for Stream {
         let _ = self.recv.flow_control().release_capacity(bytes);
     }
 
-    fn poll_gone(&mut self, cx: &mut Context<'_>) -> Poll<()> {
-        self.send.poll_reset(cx).map(|_| ())
+    fn poll_gone(&mut self, cx: &mut Context<'_>) -> Poll<Fault> {
+        Poll::Ready(match ready!(self.send.poll_reset(cx)) {
+            Ok(reason) => fault_of(Some(reason), reason.into()),
+            Err(error) => fault(error),
+        })
+    }
+
+    fn poll_leave(
+        &mut self,
+        cx: &mut Context<'_>,
+        leave: Leave,
+        _: &Buffers,
+        late: bool,
+    ) -> Poll<()> {
+        if leave == Leave::Reset {
+            if !late {
+                ready!(self.poll_flushed(cx));
+            }
+            self.send.send_reset(Reason::CONNECT_ERROR);
+        }
+        Poll::Ready(())
     }
 }
 
-/// `NO_ERROR` and `CANCEL` are graceful ends, `STREAM_CLOSED` a broken pipe; all else is an error.
-fn fault(error: h2::Error) -> Fault {
-    let graceful = [Reason::NO_ERROR, Reason::CANCEL, Reason::STREAM_CLOSED];
-    if error.is_reset() && error.reason().is_some_and(|why| graceful.contains(&why)) {
-        Fault::Reset
-    } else {
-        Fault::Failed(Box::new(StreamError(error)))
+/// `NO_ERROR` and `CANCEL` are graceful ends, `STREAM_CLOSED` is a broken pipe, and `CONNECT_ERROR` the reset of the
+/// connection at the far end; all else is an error.
+fn fault_of(code: Option<Reason>, error: h2::Error) -> Fault {
+    match code {
+        Some(Reason::NO_ERROR | Reason::CANCEL | Reason::STREAM_CLOSED) => Fault::Gone,
+        Some(Reason::CONNECT_ERROR) => Fault::Reset,
+        _ => Fault::Failed(Box::new(StreamError(error))),
     }
+}
+
+/// What an error of a stream means. That of a connection is no end of its streams, whatever its code.
+fn fault(error: h2::Error) -> Fault {
+    let code = error.reason().filter(|_| error.is_reset());
+    fault_of(code, error)
 }
 
 /// A [`Stream`] behind `AsyncRead` and `AsyncWrite`. Holds the unread rest of one DATA frame.
@@ -156,7 +212,10 @@ impl AsyncRead for Buffered {
             match ready!(this.stream.recv.poll_data(cx)) {
                 Some(Ok(bytes)) => this.unread = bytes,
                 Some(Err(error)) => match fault(error) {
-                    Fault::Reset => return Poll::Ready(Ok(())),
+                    Fault::Gone => return Poll::Ready(Ok(())),
+                    Fault::Reset => {
+                        return Poll::Ready(Err(io::ErrorKind::ConnectionReset.into()));
+                    }
                     Fault::Failed(error) => return Poll::Ready(Err(io::Error::other(error))),
                 },
                 None => return Poll::Ready(Ok(())),
