@@ -18,6 +18,7 @@ use crate::{
     BoxFuture, ObtainError, Retry, SignedChain, Signer, SigningRequest, SpiffeId,
     error_text::chain_text,
 };
+pub(crate) use chain::split;
 use connection::Connection;
 use proto::{
     IstioCertificateRequest, istio_certificate_service_client::IstioCertificateServiceClient,
@@ -110,7 +111,7 @@ impl<C: Connect> IstioCa<C> {
             }) => self.attempt(&message, &metadata).await,
             answer => answer,
         };
-        Ok(chain::split(&answer.map_err(|failure| failure.error)?)?)
+        Ok(split(&answer.map_err(|failure| failure.error)?)?)
     }
 
     fn message(&self, request: SigningRequest<'_>) -> IstioCertificateRequest {

@@ -42,6 +42,9 @@ mod clock;
 mod crl;
 mod error_text;
 mod file;
+#[cfg(any(test, fuzzing))]
+#[doc(hidden)]
+pub mod fuzzing;
 mod id;
 mod in_process;
 pub mod istio;

@@ -271,6 +271,18 @@ impl Inner {
     }
 }
 
+/// Reads an answer as that of each call, for fuzzing.
+#[cfg(any(test, fuzzing))]
+pub(crate) fn read_all(body: &[u8]) {
+    drop(Signed::parse(body));
+    drop(wire::LoggedIn::parse(body));
+    drop(wire::issuers(body));
+    drop(wire::issuer(body));
+    drop(wire::requested_token(body));
+    assert!(wire::error_texts(body).len() <= 4 * 300);
+    assert!(wire::kubernetes_text(body).len() <= 4 * 300);
+}
+
 /// The pause after so many failures in a row.
 fn back_off(failures: u32) -> Duration {
     Duration::from_secs(1).saturating_mul(2_u32.saturating_pow(failures.saturating_sub(1)))

@@ -5,11 +5,15 @@
 //! and their answer likewise. Names that the proxy does not know, types it has never heard of, and options of either side are
 //! none of its business.
 
+#[cfg(any(test, fuzzing))]
+#[doc(hidden)]
+pub mod fuzzing;
 mod local;
 mod names;
+mod origin;
 mod serve;
 mod upstream;
 mod wire;
 
-pub use serve::{Names, Shared};
+pub use serve::{End, Names, Shared};
 pub use upstream::Upstreams;

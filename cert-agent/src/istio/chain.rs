@@ -8,7 +8,7 @@ use crate::{Rejection, SignedChain};
 /// versions of istiod put all intermediates into one.
 ///
 /// A single element is a leaf without roots.
-pub(super) fn split(elements: &[String]) -> Result<SignedChain, Rejection> {
+pub(crate) fn split(elements: &[String]) -> Result<SignedChain, Rejection> {
     let (chain, roots) = match elements {
         [chain @ .., roots] if !chain.is_empty() => (chain, roots.as_str()),
         all => (all, ""),

@@ -19,6 +19,7 @@ use tokio_util::{
 
 use super::{
     local::{self, Rules},
+    origin::Origin,
     upstream::{Query, RelayError, Upstreams},
     wire::{Ask, Request, Transport},
 };
@@ -54,12 +55,22 @@ pub struct Shared {
     pub workload_wait: Duration,
 }
 
+/// How serving ends, in two steps.
+#[derive(Debug, Clone, Default)]
+#[expect(clippy::exhaustive_structs, reason = "an end has two steps")]
+pub struct End {
+    /// Cancelled when a successor may be there: it gets what is asked from then on, and without one all goes on.
+    pub retire: CancellationToken,
+    /// Cancelled when nothing new is to be taken.
+    pub stop: CancellationToken,
+}
+
 /// The names that one pod sees.
 #[derive(Debug)]
 pub struct Names {
     shared: Arc<Shared>,
     who: WorkloadRef,
-    netns: Arc<Netns>,
+    origin: Origin,
     /// Queries that wait for somebody: bounded, so that one pod cannot take what others need.
     waiting: Arc<Semaphore>,
 }
@@ -69,19 +80,33 @@ impl Names {
     #[must_use]
     pub fn new(shared: Arc<Shared>, who: WorkloadRef, netns: Arc<Netns>) -> Arc<Self> {
         Arc::new(Self {
+            origin: Origin::new(netns, shared.sockets.clone()),
             shared,
             who,
-            netns,
             waiting: Arc::new(Semaphore::new(MAX_WAITING)),
         })
     }
 
-    /// Serves until `stop` is asked for; what was asked by then is answered, within a moment.
-    pub async fn serve(self: Arc<Self>, sockets: Vec<DnsSockets>, stop: CancellationToken) {
+    /// Serves until `end.stop` is asked for, and then until what was asked by then has its answer, which takes a few
+    /// seconds at most.
+    pub async fn serve(self: Arc<Self>, sockets: Vec<DnsSockets>, end: End) {
         let mut serving = JoinSet::new();
         for DnsSockets { udp, tcp, .. } in sockets {
-            serving.spawn(Arc::clone(&self).serve_udp(Arc::new(udp), stop.clone()));
-            serving.spawn(Arc::clone(&self).serve_tcp(tcp, stop.clone()));
+            let (udp, end) = (Arc::new(udp), end.clone());
+            serving.spawn(Arc::clone(&self).serve_udp(Arc::clone(&udp), end.stop.clone()));
+            let tcp = Arc::new(tcp);
+            serving.spawn(Arc::clone(&self).serve_tcp(Arc::clone(&tcp), end.stop.clone()));
+            serving.spawn(async move {
+                end.retire.cancelled().await;
+                for steered in [
+                    listen::prefer_successor(&*udp),
+                    listen::prefer_successor(&*tcp),
+                ] {
+                    if let Err(error) = steered {
+                        tracing::debug!(%error, "cannot point queries to a successor");
+                    }
+                }
+            });
         }
         while serving.join_next().await.is_some() {}
     }
@@ -102,10 +127,12 @@ impl Names {
                 }
             }
         }
-        let _ = timeout(LAST_ANSWERS, async {
-            while waiting.join_next().await.is_some() {}
-        })
-        .await;
+        // What has come is answered, too, but not all that a flood may bring.
+        for _ in 0..MAX_WAITING {
+            self.take_datagram(&socket, &mut waiting);
+        }
+        drop(socket);
+        while waiting.join_next().await.is_some() {}
     }
 
     /// Reads one datagram and answers it, now or when somebody else has.
@@ -137,7 +164,7 @@ impl Names {
         });
     }
 
-    async fn serve_tcp(self: Arc<Self>, listener: TcpListener, stop: CancellationToken) {
+    async fn serve_tcp(self: Arc<Self>, listener: Arc<TcpListener>, stop: CancellationToken) {
         let connections = Arc::new(Semaphore::new(MAX_CONNECTIONS));
         let mut open = JoinSet::new();
         loop {
@@ -159,10 +186,8 @@ impl Names {
                 }
             }
         }
-        let _ = timeout(LAST_ANSWERS, async {
-            while open.join_next().await.is_some() {}
-        })
-        .await;
+        drop(listener);
+        while open.join_next().await.is_some() {}
     }
 
     /// One connection: queries are answered as answers come, not in their order (RFC 7766 section 6.2.1.1).
@@ -321,10 +346,7 @@ impl Names {
         let labels = self.labels(Some(request), transport, Some(client));
         self.shared.metrics.requested(&labels);
         let began = Instant::now();
-        let asking = self
-            .shared
-            .upstreams
-            .ask(&self.netns, &self.shared.sockets, query);
+        let asking = self.shared.upstreams.ask(&self.origin, query);
         let answer = Box::pin(asking).await;
         let metrics = &self.shared.metrics;
         metrics.forwarded(&labels, answer.is_ok(), began.elapsed());
@@ -440,5 +462,3 @@ const MAX_PIPELINED: usize = 16;
 const MAX_QUERY_BYTES: usize = 4096;
 /// A connection without a query, or whose client does not read, is let go.
 const IDLE: Duration = Duration::from_secs(5);
-/// How long answers may take after a stop was asked for.
-const LAST_ANSWERS: Duration = Duration::from_secs(2);

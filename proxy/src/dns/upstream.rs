@@ -22,11 +22,11 @@ use tokio::{
     time::{Instant, sleep_until, timeout},
 };
 
-use super::wire::{self, Transport};
-use crate::{
-    config::Sockets,
-    listen::{self, LocalAddress, Netns},
+use super::{
+    origin::Origin,
+    wire::{self, Transport},
 };
+use crate::listen::{self, LocalAddress};
 
 /// The resolvers of the node, read from a `resolv.conf` that may change.
 #[derive(Debug)]
@@ -118,11 +118,10 @@ impl Upstreams {
         Arc::clone(&held.plan)
     }
 
-    /// Asks until a server helps: from inside `netns`, with the mark of the proxy.
+    /// Asks until a server helps: from inside the pod, with the mark of the proxy.
     pub(super) async fn ask(
         &self,
-        netns: &Netns,
-        sockets: &Sockets,
+        origin: &Origin,
         query: Query<'_>,
     ) -> Result<Vec<u8>, RelayError> {
         let plan = self.plan();
@@ -139,8 +138,7 @@ impl Upstreams {
                 let more = turns.next();
                 let head_start = match more.and_then(|at| Some((at, *plan.servers.get(at)?))) {
                     Some((at, server)) => {
-                        let asking =
-                            async move { (at, ask_one(netns, sockets, server, query).await) };
+                        let asking = async move { (at, ask_one(origin, server, query).await) };
                         running.push(asking);
                         Instant::now() + HEAD_START
                     }
@@ -171,7 +169,7 @@ impl Upstreams {
 }
 
 impl Plan {
-    fn of(text: &[u8]) -> Self {
+    pub(super) fn of(text: &[u8]) -> Self {
         // Lines that make no sense are left out, as every resolver does.
         let (config, _faults) = resolv_conf::Config::parse_with_errors(text);
         let servers = config.nameservers.iter().cloned().map(IpAddr::from);
@@ -195,8 +193,7 @@ impl Plan {
 }
 
 async fn ask_one(
-    netns: &Netns,
-    sockets: &Sockets,
+    origin: &Origin,
     server: SocketAddr,
     query: Query<'_>,
 ) -> Result<Vec<u8>, RelayError> {
@@ -204,8 +201,8 @@ async fn ask_one(
     let mut bytes = query.bytes.to_vec();
     wire::set_id(&mut bytes, rand::random());
     let answer = match query.transport {
-        Transport::Udp => over_udp(netns, sockets, server, &bytes, query.question_end).await,
-        Transport::Tcp => over_tcp(netns, sockets, server, &bytes, query.question_end).await,
+        Transport::Udp => over_udp(origin, server, &bytes, query.question_end).await,
+        Transport::Tcp => over_tcp(origin, server, &bytes, query.question_end).await,
     };
     let mut answer = answer.map_err(|error| RelayError::Unreachable(server, error))?;
     if let Some(id) = wire::id(query.bytes) {
@@ -216,22 +213,24 @@ async fn ask_one(
 
 /// Waits for the answer to this query; datagrams that do not belong to it are passed over.
 async fn over_udp(
-    netns: &Netns,
-    sockets: &Sockets,
+    origin: &Origin,
     server: SocketAddr,
     query: &[u8],
     question_end: usize,
 ) -> io::Result<Vec<u8>> {
-    let socket = listen::dns_client(netns, sockets, server).await?;
+    let socket = origin.dial(server).await?;
     socket.send(query).await?;
     loop {
         socket.readable().await?;
-        let mut room = [0; MAX_DATAGRAM_BYTES];
+        // Room is taken while there is something to read, and held by nobody in between.
+        let mut room = [0; u16::MAX as usize];
         match socket.try_recv(&mut room) {
             Ok(length) => {
                 let answer = room.get(..length).unwrap_or_default();
                 if wire::answers(answer, query, question_end) {
-                    return Ok(answer.to_vec());
+                    let answer = answer.to_vec();
+                    origin.rest(socket);
+                    return Ok(answer);
                 }
             }
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
@@ -241,12 +240,12 @@ async fn over_udp(
 }
 
 async fn over_tcp(
-    netns: &Netns,
-    sockets: &Sockets,
+    origin: &Origin,
     server: SocketAddr,
     query: &[u8],
     question_end: usize,
 ) -> io::Result<Vec<u8>> {
+    let (netns, sockets) = (&origin.netns, &origin.sockets);
     let dialled = listen::connect(netns, sockets, server, LocalAddress::Any).await;
     let mut stream = dialled.map_err(io::Error::other)?.stream;
     let length = u16::try_from(query.len()).map_err(io::Error::other)?;
@@ -269,8 +268,6 @@ const HEAD_START: Duration = Duration::from_secs(1);
 const LONGEST: Duration = Duration::from_secs(10);
 const LOOK_INTERVAL: Duration = Duration::from_secs(1);
 const MAX_SERVERS: usize = 8;
-/// Larger answers than any server sends over UDP.
-const MAX_DATAGRAM_BYTES: usize = 16 * 1024;
 
 #[cfg(test)]
 mod tests;

@@ -1,15 +1,14 @@
 //! Handing a listener over to the process that will take its place.
 
-use std::io;
+use std::{io, os::fd::AsFd};
 
 use nix::{
     libc::{BPF_K, BPF_RET, sock_filter, sock_fprog},
     sys::socket::{setsockopt, sockopt},
 };
-use tokio::net::TcpListener;
 
-/// Sends new connections to the socket that was bound after `listener` to the same port, so that
-/// the queue of `listener` can run empty before it is closed. During an upgrade that is the new
+/// Sends new connections, or datagrams, to the socket that was bound after `listener` to the same
+/// port, so that the queue of `listener` can run empty before it is closed. During an upgrade that is the new
 /// proxy's.
 ///
 /// The kernel keeps the sockets of a port in the order in which they began to listen and moves
@@ -19,7 +18,7 @@ use tokio::net::TcpListener;
 ///
 /// # Errors
 /// If the kernel refuses: the port is not shared (`SO_REUSEPORT` is off).
-pub fn prefer_successor(listener: &TcpListener) -> io::Result<()> {
+pub fn prefer_successor(listener: &impl AsFd) -> io::Result<()> {
     let mut answer_one = [sock_filter {
         code: RETURN_CONSTANT,
         jt: 0,
@@ -48,7 +47,10 @@ mod tests {
     use std::{net::SocketAddr, time::Duration};
 
     use socket2::{Domain, Socket, Type};
-    use tokio::{net::TcpStream, time::timeout};
+    use tokio::{
+        net::{TcpListener, TcpStream, UdpSocket},
+        time::timeout,
+    };
 
     use super::*;
 
@@ -87,6 +89,29 @@ mod tests {
             .await
             .expect("at the newest")
             .expect("accept");
+    }
+
+    #[tokio::test]
+    async fn datagrams_follow_as_well() {
+        let bound = |at: SocketAddr| {
+            let socket = Socket::new(Domain::IPV4, Type::DGRAM, None).expect("socket");
+            socket.set_reuse_port(true).expect("reuse");
+            socket.set_nonblocking(true).expect("nonblocking");
+            socket.bind(&at.into()).expect("bind");
+            UdpSocket::from_std(socket.into()).expect("register")
+        };
+        let old = bound(SocketAddr::from(([127, 0, 0, 1], 0)));
+        let at = old.local_addr().expect("address");
+        let new = bound(at);
+        prefer_successor(&old).expect("steer");
+        for _ in 0..32 {
+            let client = UdpSocket::bind("127.0.0.1:0").await.expect("client");
+            client.send_to(b"x", at).await.expect("send");
+            timeout(Duration::from_secs(1), new.recv(&mut [0; 1]))
+                .await
+                .expect("at the new one")
+                .expect("datagram");
+        }
     }
 
     #[tokio::test]

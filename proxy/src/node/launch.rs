@@ -42,12 +42,12 @@ impl Names {
         self,
         who: WorkloadRef,
         netns: Arc<Netns>,
-        stop: CancellationToken,
+        end: dns::End,
     ) -> Option<impl Future<Output = ()> + Send + use<>> {
         match listen::bind_dns(&netns, &self.shared.sockets, &self.capture) {
             Ok(sockets) => {
                 let names = dns::Names::new(self.shared, who, netns);
-                Some(names.serve(sockets, stop))
+                Some(names.serve(sockets, end))
             }
             Err(error) => {
                 let error = &error as &dyn std::error::Error;
@@ -62,7 +62,8 @@ impl Names {
 }
 
 impl Launcher {
-    /// Serves one workload: its connections and its names. When it returns, the sockets of both are there.
+    /// Serves one workload: its connections, and names as long as it has any. When it returns, the sockets of both are
+    /// there.
     fn serve(
         &self,
         who: WorkloadRef,
@@ -70,14 +71,23 @@ impl Launcher {
         listeners: PodListeners,
         stop: Stop,
     ) -> impl Future<Output = ()> + Send + use<> {
+        let end = dns::End {
+            retire: stop.accept.clone(),
+            stop: CancellationToken::new(),
+        };
         let names = self.names.clone().and_then(|names| {
-            let stop = stop.accept.clone();
-            names.serve(who.clone(), Arc::clone(&netns), stop)
+            let end = end.clone();
+            names.serve(who.clone(), Arc::clone(&netns), end)
         });
         let flows = flow::Pod::new(Arc::clone(&self.shared), who, netns, listeners.transparent);
+        let force = stop.force.clone();
         async move {
-            let names = OptionFuture::from(names);
-            tokio::join!(flows.serve(listeners, stop), names);
+            let flows = async {
+                flows.serve(listeners, stop).await;
+                end.stop.cancel();
+            };
+            let names = force.run_until_cancelled_owned(OptionFuture::from(names));
+            tokio::join!(flows, names);
         }
     }
 }

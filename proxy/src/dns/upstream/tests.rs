@@ -7,7 +7,7 @@ use hickory_proto::{
 use tokio::net::{TcpListener, UdpSocket};
 
 use super::{super::wire::Request, *};
-use crate::listen::testing::sockets;
+use crate::listen::{Netns, testing::sockets};
 
 fn query() -> (Vec<u8>, usize) {
     let mut message = Message::query();
@@ -36,15 +36,22 @@ fn upstreams(servers: &[SocketAddr], limit: Duration) -> Upstreams {
 }
 
 async fn ask(upstreams: &Upstreams, transport: Transport) -> Result<Vec<u8>, RelayError> {
+    let origin = Origin::new(Netns::current().unwrap(), sockets());
+    ask_from(&origin, upstreams, transport).await
+}
+
+async fn ask_from(
+    origin: &Origin,
+    upstreams: &Upstreams,
+    transport: Transport,
+) -> Result<Vec<u8>, RelayError> {
     let (bytes, question_end) = query();
     let query = Query {
         bytes: &bytes,
         question_end,
         transport,
     };
-    upstreams
-        .ask(&Netns::current().unwrap(), &sockets(), query)
-        .await
+    upstreams.ask(origin, query).await
 }
 
 /// A server whose answers to a query, in turn, `reply` makes.
@@ -214,4 +221,80 @@ async fn connections_are_relayed_over_connections() {
     let upstreams = upstreams(&[server], LONGEST);
     let (answer, ()) = tokio::join!(ask(&upstreams, Transport::Tcp), serving);
     assert_eq!(answer.unwrap().len(), 20_000);
+}
+
+#[tokio::test]
+async fn each_query_has_a_port_of_its_own_even_on_a_socket_that_is_used_again() {
+    let socket = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
+    let upstreams = upstreams(&[socket.local_addr().unwrap()], LONGEST);
+    let origin = Origin::new(Netns::current().unwrap(), sockets());
+    let mut ports = std::collections::BTreeSet::new();
+    for _ in 0..20 {
+        let serve = async {
+            let mut room = [0; 600];
+            let (length, client) = socket.recv_from(&mut room).await.unwrap();
+            let answer = respond(room[..length].to_vec(), ResponseCode::NoError);
+            // What comes twice must not be found by the next query.
+            socket.send_to(&answer, client).await.unwrap();
+            socket.send_to(&answer, client).await.unwrap();
+            client.port()
+        };
+        let (answer, port) = tokio::join!(ask_from(&origin, &upstreams, Transport::Udp), serve);
+        assert_eq!(answer.unwrap(), respond(query().0, ResponseCode::NoError));
+        assert_eq!(origin.resting(), 1);
+        ports.insert(port);
+    }
+    // The kernel draws out of 28,000.
+    assert!(ports.len() > 15, "{ports:?}");
+}
+
+#[tokio::test]
+async fn a_resting_socket_can_be_sent_nothing() {
+    let origin = Origin::new(Netns::current().unwrap(), sockets());
+    let (one, two) = (
+        UdpSocket::bind("127.0.0.1:0"),
+        UdpSocket::bind("127.0.0.1:0"),
+    );
+    let (one, two) = (one.await.unwrap(), two.await.unwrap());
+    let used = origin.dial(one.local_addr().unwrap()).await.unwrap();
+    let port = used.local_addr().unwrap();
+    one.send_to(b"too early", port).await.unwrap();
+    origin.rest(used);
+    let _ = one.send_to(b"too late", port).await;
+    let again = origin.dial(two.local_addr().unwrap()).await.unwrap();
+    assert_eq!(origin.resting(), 0);
+    two.send_to(b"in time", again.local_addr().unwrap())
+        .await
+        .unwrap();
+    let mut room = [0; 16];
+    let length = again.recv(&mut room).await.unwrap();
+    assert_eq!(&room[..length], b"in time");
+}
+
+#[tokio::test]
+async fn sockets_rest_in_a_small_number_and_serve_their_own_family() {
+    let origin = Origin::new(Netns::current().unwrap(), sockets());
+    let server = UdpSocket::bind("127.0.0.1:0").await.unwrap();
+    let at = server.local_addr().unwrap();
+    let mut used = Vec::new();
+    for _ in 0..4 {
+        used.push(origin.dial(at).await.unwrap());
+    }
+    used.into_iter().for_each(|socket| origin.rest(socket));
+    assert_eq!(origin.resting(), 2);
+    let six = UdpSocket::bind("[::1]:0").await.unwrap();
+    let _other = origin.dial(six.local_addr().unwrap()).await.unwrap();
+    assert_eq!(origin.resting(), 2);
+}
+
+#[tokio::test]
+async fn datagrams_of_any_size_come_whole() {
+    let (server, _serving) = server(|query| {
+        let mut answer = respond(query, ResponseCode::NoError);
+        answer.resize(65_507, 7);
+        vec![answer]
+    })
+    .await;
+    let answer = ask(&upstreams(&[server], LONGEST), Transport::Udp).await;
+    assert_eq!(answer.unwrap().len(), 65_507);
 }
