@@ -3,7 +3,10 @@
 use std::{
     net::SocketAddr,
     pin::Pin,
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
     task::{Context, Poll},
     time::Duration,
 };
@@ -11,6 +14,7 @@ use std::{
 use pin_project_lite::pin_project;
 use tokio::{
     net::{TcpListener, TcpStream},
+    sync::Notify,
     task::{JoinError, JoinSet},
     time::{Instant, timeout_at},
 };
@@ -34,15 +38,17 @@ pub(super) async fn serve<H, F>(
     F: Future<Output = ()> + Send + 'static,
 {
     let mut flows = JoinSet::new();
+    let ended = Arc::new(Ended::default());
     loop {
         tokio::select! {
             biased; // stopping goes before accepting
             () = stop.accept.cancelled() => break,
-            Some(end) = flows.join_next(), if !flows.is_empty() => tell_panic(end), // reap, or the set grows
+            () = ended.some.notified() => reap(&mut flows),
             (socket, peer) = listen::accept(&listener) => {
                 let counted = pod.shared().traffic.socket(reporter);
                 let flow = handle(Arc::clone(&pod), socket, peer);
-                flows.spawn(Counted { flow, _counted: counted });
+                let end = End(Arc::clone(&ended));
+                flows.spawn(Counted { flow, _counted: counted, _end: end });
             }
         }
     }
@@ -82,6 +88,36 @@ const QUIET: Duration = Duration::from_millis(100);
 /// How long connections may keep coming before the listener closes all the same.
 const LONGEST_DRY: Duration = Duration::from_millis(500);
 
+/// Flows of a listener that have ended. What is left of them waits in the set of tasks until some have: one that woke the
+/// listener's task each time would cost every short connection two wake-ups, of which the second is on another processor.
+#[derive(Default)]
+struct Ended {
+    count: AtomicUsize,
+    some: Notify,
+}
+
+/// Flows that end before what is left of them is taken away.
+const REAPED: usize = 8;
+
+/// Counts the end of a flow when it is dropped.
+struct End(Arc<Ended>);
+
+impl Drop for End {
+    fn drop(&mut self) {
+        let before = self.0.count.fetch_add(1, Ordering::Relaxed);
+        if before % REAPED == REAPED - 1 {
+            self.0.some.notify_one();
+        }
+    }
+}
+
+/// Takes away what is left of flows that have ended, without asking to be woken by the others.
+fn reap(flows: &mut JoinSet<()>) {
+    while let Some(end) = flows.try_join_next() {
+        tell_panic(end);
+    }
+}
+
 async fn finish(flows: &mut JoinSet<()>) {
     while let Some(end) = flows.join_next().await {
         tell_panic(end);
@@ -106,6 +142,7 @@ pin_project! {
         #[pin]
         flow: F,
         _counted: SocketGuard,
+        _end: End,
     }
 }
 

@@ -247,7 +247,7 @@ impl<T: AsyncRead + AsyncWrite + Unpin> Driver<T> {
     /// # Cancel safety
     /// Dropping the future closes the connection at once.
     pub async fn run(mut self) {
-        poll_fn(|cx| self.poll_run(cx, |_| 0)).await;
+        poll_fn(|cx| self.poll_run(cx, |_| 1)).await;
     }
 
     /// Streams the peer allows at once.
@@ -262,7 +262,8 @@ impl<T: AsyncRead + AsyncWrite + Unpin> Driver<T> {
         cx: &mut Context<'_>,
         streams: impl FnOnce(usize) -> usize,
     ) -> Poll<()> {
-        ready!(self.turn.poll_begin(cx));
+        let open = streams(self.peer_limit());
+        ready!(self.turn.poll_begin(cx, open));
         if let Poll::Ready(end) = Pin::new(&mut self.connection).poll(cx) {
             if let Err(error) = end {
                 tracing::debug!(%error, "connection ended");
@@ -270,7 +271,6 @@ impl<T: AsyncRead + AsyncWrite + Unpin> Driver<T> {
             return Poll::Ready(());
         }
         self.turn.poll_end(cx);
-        let open = streams(self.peer_limit());
         if let Some(size) = self.window.grow(open) {
             self.connection.set_target_window_size(size);
         }

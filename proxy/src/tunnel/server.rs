@@ -3,7 +3,7 @@
 use std::{
     fmt,
     future::poll_fn,
-    task::{Context, Poll, ready},
+    task::{Context, Poll, Waker, ready},
     time::Duration,
 };
 
@@ -113,6 +113,10 @@ impl Responder {
         if let Some(baggage) = baggage {
             answer.headers_mut().insert(headers::BAGGAGE, baggage);
         }
+        // Whom [`Self::gone`] left to be woken is the caller; what it does next with the stream would wake it in vain.
+        let _ = self
+            .send
+            .poll_reset(&mut Context::from_waker(Waker::noop()));
         let send = self.send.send_response(answer, false)?;
         Ok(Stream::new(send, self.recv, None))
     }
@@ -251,7 +255,7 @@ where
     }
 
     fn poll_run(&mut self, cx: &mut Context<'_>) -> Poll<End> {
-        ready!(self.turn.poll_begin(cx));
+        ready!(self.turn.poll_begin(cx, self.streams.len()));
         while let Poll::Ready(Some(ended)) = self.streams.poll_join_next(cx) {
             report(ended);
         }

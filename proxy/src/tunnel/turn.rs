@@ -7,7 +7,7 @@
 
 use std::{
     io::{self, IoSlice},
-    pin::Pin,
+    pin::{Pin, pin},
     sync::Arc,
     task::{Context, Poll, ready},
 };
@@ -60,12 +60,13 @@ impl<T: AsyncWrite + Unpin> Turn<T> {
         self.writer.lock().lazy = true;
     }
 
-    /// Ready every second time: a woken connection goes to the end of the run queue once, so that
-    /// streams that are ready add their frames to the same write.
-    pub(super) fn poll_begin(&mut self, cx: &Context<'_>) -> Poll<()> {
-        self.begun = !self.begun;
+    /// Ready every second time: a woken connection lets everything else that is ready run first, so
+    /// that its streams add their frames to the same write. One of no more than one of `streams` has
+    /// nobody to wait for.
+    pub(super) fn poll_begin(&mut self, cx: &mut Context<'_>, streams: usize) -> Poll<()> {
+        self.begun = !self.begun && streams > 1;
         if self.begun {
-            cx.waker().wake_by_ref();
+            give_way(cx);
             return Poll::Pending;
         }
         Poll::Ready(())
@@ -79,6 +80,12 @@ impl<T: AsyncWrite + Unpin> Turn<T> {
             let _ = Pin::new(&mut writer.io).poll_flush(cx);
         }
     }
+}
+
+/// Wakes the current task again after the others that are ready. To wake it at once instead would also wake an idle
+/// worker of the runtime, which then takes the task to another processor.
+fn give_way(cx: &mut Context<'_>) {
+    let _ = pin!(tokio::task::yield_now()).poll(cx);
 }
 
 impl<T: AsyncWrite + Unpin> Writer<T> {
