@@ -7,6 +7,7 @@ mod certificates;
 mod control_plane;
 mod error;
 mod launch;
+mod memory_metrics;
 mod mesh_metrics;
 mod openbao;
 mod parts;
@@ -80,6 +81,12 @@ async fn serve(config: &Config, log: &LogGuard, data: &Handle) -> Result<(), Sta
     log.register(&mut registry);
     let Certificates { agent, openbao } = certificates::build(config)?;
     let shared = Arc::new(parts::shared(config, agent, &mut registry));
+    memory_metrics::register(
+        &shared.buffers,
+        &shared.traffic,
+        log.backlog(),
+        &mut registry,
+    );
     start.certificates(&shared, openbao);
     start.trust(&shared, &mut registry);
     start.revocations(&shared, &mut registry);

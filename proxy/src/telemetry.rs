@@ -11,6 +11,7 @@ mod authorization;
 mod dns;
 mod exposition;
 mod labels;
+mod latency;
 pub mod logging;
 mod names;
 mod on_demand;
@@ -28,6 +29,7 @@ pub use exposition::Exposition;
 pub use labels::{
     Kept, Label, LabelValue, Labels, Party, Reporter, ResponseFlag, Security, ServiceName,
 };
+pub use latency::{Latencies, Step};
 pub use names::Names;
 pub use on_demand::OnDemandDns;
 pub use process::{PodMetrics, register_process};

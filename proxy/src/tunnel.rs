@@ -28,7 +28,7 @@ pub use self::{
     client::{Answer, Request},
     cut::Cut,
     error::{ConnectError, OpenError, ServeError},
-    pool::{Credentials, Dial, Fate, Key, Nested, Pool},
+    pool::{Credentials, Dial, Fate, Key, Nested, Pool, PoolMetrics},
     server::{Connect, Incoming, Responder, serve},
     stream::{Buffered, Stream},
     tls::{AcceptError, RecordError, Tls, accept},

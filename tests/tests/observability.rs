@@ -403,11 +403,45 @@ async fn open_sockets_are_a_gauge() {
         .proxy(1)
         .metric(open, &[("reporter", "destination")], |count| count == 1.0)
         .await;
+    let source = cluster.proxy(0).metrics().await.unwrap();
+    for (name, expected) in [
+        ("culvert_pool_connections", 1.0),
+        ("culvert_pool_streams", 3.0),
+        ("culvert_pool_waiting", 0.0),
+        ("culvert_pods_unprotected", 0.0),
+    ] {
+        assert_eq!(only(&source, name).value, expected, "{name}");
+    }
     drop(held);
     cluster
         .proxy(0)
         .metric(open, &[("reporter", "source")], |count| count == 0.0)
         .await;
+    cluster
+        .proxy(0)
+        .metric("culvert_pool_streams", &[], |count| count == 0.0)
+        .await;
+}
+
+#[tokio::test]
+async fn each_step_of_a_flow_is_timed_on_either_side() {
+    let asked = Asked::new();
+    let cluster = asked.start(&[]).await;
+    asked.ask(&cluster).await;
+    for (node, reporter) in [(0, "source"), (1, "destination")] {
+        let metrics = cluster.proxy(node).metrics().await.unwrap();
+        for step in ["connect", "tls_handshake", "first_byte"] {
+            let family = format!("culvert_{step}_duration_seconds");
+            let one = |suffix: &str| {
+                metrics.sum(&format!("{family}_{suffix}"), &[("reporter", reporter)])
+            };
+            assert_eq!(one("count"), 1.0, "{family} of the {reporter}");
+            let took = one("sum");
+            assert!(took > 0.0 && took < 10.0, "{family}: {took}");
+        }
+        assert!(only(&metrics, "process_resident_memory_bytes").value > 1e6);
+        assert!(only(&metrics, "process_cpu_seconds_total").value > 0.0);
+    }
 }
 
 #[tokio::test]

@@ -34,7 +34,7 @@ use crate::{
     route::{
         self, Authority, AuthorityError, ClientAddress, InboundQuery, InboundRefusal, InboundRoute,
     },
-    telemetry::{Access, Attempt, Labels, Party, Reason, Reporter, Route, Security},
+    telemetry::{Access, Attempt, Labels, Party, Reason, Reporter, Route, Security, Step},
     tunnel::{self, AcceptError, Cut, Incoming, Responder, Retirement, ServeError, Stream, Tls},
 };
 
@@ -163,9 +163,12 @@ async fn shake(
         .map_err(|_| Refused::NoCertificate(limit))??;
     let buffers = &pod.shared().buffers;
     let accepting = tunnel::accept(socket, svid.server_config(), buffers, limit);
-    let tls = timeout_at(deadline, accepting)
-        .await
-        .unwrap_or(Err(AcceptError::Timeout(limit)))?;
+    let accepting = async {
+        let accepted = timeout_at(deadline, accepting).await;
+        accepted.unwrap_or(Err(AcceptError::Timeout(limit)))
+    };
+    let step = (Step::Handshake, Reporter::Destination);
+    let tls = pod.shared().timed(step, accepting).await?;
     let age = Retirement::new(settings.max_age, svid.not_after(), tls.peer_certificates());
     let identity = peer_id(tls.peer_certificates()).ok_or(Refused::Stranger)?;
     Ok((

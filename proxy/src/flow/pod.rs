@@ -24,7 +24,7 @@ use crate::{
     relay::Buffers,
     resolve::Resolver,
     route::LoopGuard,
-    telemetry::{AuthorizationLog, OnDemandDns, Reporter, Traffic},
+    telemetry::{AuthorizationLog, OnDemandDns, Reporter, Step, Traffic},
     tunnel,
 };
 
@@ -43,6 +43,8 @@ pub struct Shared {
     pub traffic: Traffic,
     /// Where policy verdicts are logged.
     pub verdicts: AuthorizationLog,
+    /// What the pools of all pods hold.
+    pub pools: tunnel::PoolMetrics,
     /// Relay buffers.
     pub buffers: Buffers,
     /// Where to ask for what is not known; `None` if everything is told unasked.
@@ -53,6 +55,21 @@ pub struct Shared {
     pub resolutions: OnDemandDns,
     /// Settings.
     pub settings: Settings,
+}
+
+impl Shared {
+    /// Tells how long `step` took, if it succeeds.
+    pub(super) async fn timed<T, E>(
+        &self,
+        (step, reporter): (Step, Reporter),
+        doing: impl Future<Output = Result<T, E>>,
+    ) -> Result<T, E> {
+        let began = Instant::now();
+        let done = doing.await?;
+        let latencies = self.traffic.latencies();
+        latencies.observe(step, reporter, began.elapsed());
+        Ok(done)
+    }
 }
 
 /// What the flows of all pods are told.
@@ -106,7 +123,8 @@ impl Pod {
             Arc::clone(&shared.settings.tunnel),
             dialer,
             shared.buffers.clone(),
-        );
+        )
+        .counted(shared.pools.clone());
         Arc::new(Self {
             shared,
             who,
@@ -215,7 +233,11 @@ impl Pod {
         &self,
         to: SocketAddr,
     ) -> Result<listen::Upstream, listen::ConnectError> {
-        listen::connect(&self.netns, &self.settings().sockets, to, LocalAddress::Any).await
+        let sockets = &self.settings().sockets;
+        let connecting = listen::connect(&self.netns, sockets, to, LocalAddress::Any);
+        self.shared
+            .timed((Step::Connect, Reporter::Source), connecting)
+            .await
     }
 
     /// Connects to the pod's application, with the client's address where that is possible.
@@ -233,7 +255,10 @@ impl Pod {
         } else {
             LocalAddress::Any
         };
-        listen::connect(&self.netns, &self.settings().sockets, to, from).await
+        let connecting = listen::connect(&self.netns, &self.settings().sockets, to, from);
+        self.shared
+            .timed((Step::Connect, Reporter::Destination), connecting)
+            .await
     }
 }
 
@@ -249,14 +274,13 @@ impl tunnel::Dial for Dialer {
 
     fn dial(&self, to: SocketAddr) -> BoxFuture<'_, io::Result<TcpStream>> {
         Box::pin(async move {
-            let dialled = listen::connect(
-                &self.netns,
-                &self.shared.settings.sockets,
-                to,
-                LocalAddress::Any,
-            )
-            .await;
-            match dialled {
+            let sockets = &self.shared.settings.sockets;
+            let connecting = listen::connect(&self.netns, sockets, to, LocalAddress::Any);
+            match self
+                .shared
+                .timed((Step::Connect, Reporter::Source), connecting)
+                .await
+            {
                 Ok(upstream) => Ok(upstream.stream),
                 Err(error @ listen::ConnectError::Timeout { .. }) => {
                     Err(io::Error::new(io::ErrorKind::TimedOut, error))

@@ -16,11 +16,14 @@ use crate::{
     resolve::Resolver,
     route::LoopGuard,
     telemetry::{AuthorizationLog, DnsMetrics, OnDemandDns, Traffic},
+    tunnel::PoolMetrics,
 };
 
 /// Everything that flows share, with its metrics registered.
 pub(super) fn shared(config: &Config, agent: Agent, registry: &mut Registry) -> Shared {
     agent.register_metrics(registry);
+    let traffic = Traffic::register(registry, config.metrics);
+    let pools = PoolMetrics::register(registry, traffic.latencies().clone());
     Shared {
         mesh: Mesh::new(View {
             node_name: config.identity.node_name.clone(),
@@ -28,7 +31,8 @@ pub(super) fn shared(config: &Config, agent: Agent, registry: &mut Registry) -> 
             cluster_id: Arc::clone(&config.identity.cluster_id),
         }),
         agent,
-        traffic: Traffic::register(registry, config.metrics),
+        traffic,
+        pools,
         verdicts: AuthorizationLog::new(config.logging.policy_at_info),
         buffers: Buffers::new(),
         demand: (config.control.on_demand && config.control.xds.is_some()).then(Demand::default),

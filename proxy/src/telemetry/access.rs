@@ -8,7 +8,6 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use tokio::time::Instant;
 use tracing::{
     Level,
     field::{DisplayValue, display},
@@ -30,7 +29,6 @@ use super::{
 pub struct Access {
     meter: Meter,
     route: Route,
-    opened: Instant,
     reported: bool,
 }
 
@@ -91,12 +89,11 @@ macro_rules! access_line {
     }};
 }
 impl Access {
-    /// Logs `connection opened` (debug) and starts the clock.
+    /// Logs `connection opened` (debug).
     pub fn open(meter: Meter, route: Route) -> Self {
         let access = Self {
             meter,
             route,
-            opened: Instant::now(),
             reported: false,
         };
         access.log_opened();
@@ -154,7 +151,7 @@ impl Access {
         access_line!(Level::INFO, "connection complete", self, {
             bytes_sent = self.bytes().0,
             bytes_recv = self.bytes().1,
-            duration = Millis::of(self.opened.elapsed()).as_str(),
+            duration = Millis::of(self.meter.opened().elapsed()).as_str(),
         });
     }
 
@@ -162,7 +159,7 @@ impl Access {
         access_line!(Level::ERROR, "connection complete", self, {
             bytes_sent = self.bytes().0,
             bytes_recv = self.bytes().1,
-            duration = Millis::of(self.opened.elapsed()).as_str(),
+            duration = Millis::of(self.meter.opened().elapsed()).as_str(),
             error,
             reason = reason.as_str(),
         });

@@ -6,7 +6,7 @@ use std::{
     sync::Arc,
 };
 
-use prometheus_client::encoding::LabelSetEncoder;
+use prometheus_client::encoding::{EncodeLabelSet, LabelSetEncoder};
 
 /// Everything that tells one traffic series from another, but for the response flag.
 ///
@@ -364,6 +364,16 @@ pub(super) fn label(set: &mut LabelSetEncoder<'_>, name: &str, value: &str) -> f
     let mut encoder = key.encode_label_value()?;
     encoder.write_str(value)?;
     encoder.finish()
+}
+
+/// A label set of one label: its name and its value.
+#[derive(Debug)]
+pub(super) struct Single(pub(super) &'static str, pub(super) &'static str);
+
+impl EncodeLabelSet for Single {
+    fn encode(&self, set: &mut LabelSetEncoder<'_>) -> fmt::Result {
+        label(set, self.0, self.1)
+    }
 }
 
 /// What an absent value prints as.

@@ -17,7 +17,10 @@ use tracing_subscriber::layer::SubscriberExt;
 
 pub use filter::{Filter, FilterError};
 
-use self::{layer::LogLayer, writer::Writer};
+use self::{
+    layer::LogLayer,
+    writer::{Queue, Writer},
+};
 use crate::config::Logging;
 
 /// Keeps the log open. Dropping it writes what is queued, within a bounded time.
@@ -71,6 +74,11 @@ impl LogGuard {
         self.levels.clone()
     }
 
+    /// What waits to be written.
+    pub fn backlog(&self) -> Backlog {
+        Backlog(self.writer.queue())
+    }
+
     /// Exports `culvert_log_records_dropped_total`.
     pub fn register(&self, registry: &mut Registry) {
         registry.register(
@@ -78,6 +86,18 @@ impl LogGuard {
             "Log records dropped because standard output did not take them (unstable)",
             self.writer.queue().dropped(),
         );
+    }
+}
+
+/// What waits to be written.
+#[derive(Debug, Clone, Default)]
+pub struct Backlog(Queue);
+
+impl Backlog {
+    /// Its size in bytes.
+    #[must_use]
+    pub fn bytes(&self) -> usize {
+        self.0.bytes()
     }
 }
 

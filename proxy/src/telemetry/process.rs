@@ -1,22 +1,35 @@
 //! Families about the process itself: build, file descriptors, pods.
 
-use std::fmt;
+use std::{
+    fmt, fs,
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
 
-use nix::sys::resource::{Resource, getrlimit};
+use nix::{
+    sys::{
+        resource::{Resource, UsageWho, getrlimit, getrusage},
+        time::TimeValLike,
+    },
+    unistd::{SysconfVar, sysconf},
+};
 use prometheus_client::{
     collector::Collector,
-    encoding::{DescriptorEncoder, EncodeLabelSet, LabelSetEncoder},
+    encoding::{DescriptorEncoder, EncodeLabelSet, LabelSetEncoder, NoLabelSet},
     metrics::{MetricType, counter::Counter, gauge::Gauge},
     registry::Registry,
 };
 
 use super::labels::label;
 
-/// Registers `istio_build`, with `version` as its tag, and the families of file descriptors.
+/// Registers `istio_build`, with `version` as its tag, and the families of descriptors, memory and CPU.
 pub fn register_process(registry: &mut Registry, version: &str) {
     let build = Build(version.into());
     registry.register_collector(Box::new(build));
     registry.register_collector(Box::new(FileDescriptors));
+    let started = SystemTime::now().duration_since(UNIX_EPOCH);
+    registry.register_collector(Box::new(Consumption {
+        started: started.unwrap_or_default(),
+    }));
 }
 
 /// What the pod manager reports. Exists in shared mode only.
@@ -49,6 +62,11 @@ impl PodMetrics {
         registry.register(
             "workload_manager_pending_proxy_count",
             "Pods that wait to be served (unstable)",
+            metrics.pending.clone(),
+        );
+        registry.register(
+            "culvert_pods_unprotected",
+            "Pods that the CNI agent named and whose traffic nobody takes",
             metrics.pending.clone(),
         );
         registry.register(
@@ -114,8 +132,78 @@ impl Collector for FileDescriptors {
 
 /// Entries of `/dev/fd`, without the one that reads it.
 fn open_fds() -> Option<u64> {
-    let entries = std::fs::read_dir("/dev/fd").ok()?.count();
+    let entries = fs::read_dir("/dev/fd").ok()?.count();
     u64::try_from(entries).ok()?.checked_sub(1)
+}
+
+/// Memory and CPU, read when scraped; a family that cannot be read is left out.
+#[derive(Debug)]
+struct Consumption {
+    /// Since 1970.
+    started: Duration,
+}
+
+impl Collector for Consumption {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
+        let mut gauge = |name, help, value: Option<f64>| match value {
+            Some(value) => encoder
+                .encode_descriptor(name, help, None, MetricType::Gauge)?
+                .encode_gauge(&value),
+            None => Ok(()),
+        };
+        gauge(
+            "process_resident_memory_bytes",
+            "Resident memory.",
+            resident_bytes(),
+        )?;
+        gauge(
+            "culvert_memory_limit_bytes",
+            "Memory that the container may use; absent without a limit.",
+            memory_limit(),
+        )?;
+        gauge(
+            "process_start_time_seconds",
+            "When the process started, in seconds since 1970.",
+            Some(self.started.as_secs_f64()),
+        )?;
+        let Some(cpu) = cpu_seconds() else {
+            return Ok(());
+        };
+        encoder
+            .encode_descriptor(
+                "process_cpu_seconds",
+                "CPU time spent, user and system.",
+                None,
+                MetricType::Counter,
+            )?
+            .encode_counter::<NoLabelSet, _, u64>(&cpu, None)
+    }
+}
+
+fn resident_bytes() -> Option<f64> {
+    let pages: u32 = number(
+        fs::read_to_string("/proc/self/statm")
+            .ok()?
+            .split(' ')
+            .nth(1)?,
+    )?;
+    let page = u32::try_from(sysconf(SysconfVar::PAGE_SIZE).ok()??).ok()?;
+    Some(f64::from(pages) * f64::from(page))
+}
+
+/// The limit of the own control group, version 2.
+fn memory_limit() -> Option<f64> {
+    number(fs::read_to_string("/sys/fs/cgroup/memory.max").ok()?.trim())
+}
+
+fn number<T: std::str::FromStr>(text: &str) -> Option<T> {
+    text.parse().ok()
+}
+
+fn cpu_seconds() -> Option<f64> {
+    let usage = getrusage(UsageWho::RUSAGE_SELF).ok()?;
+    let micros = (usage.user_time() + usage.system_time()).num_microseconds();
+    Some(Duration::from_micros(u64::try_from(micros).ok()?).as_secs_f64())
 }
 
 #[cfg(test)]
@@ -143,11 +231,14 @@ mod tests {
         ] {
             assert!(text.lines().any(|l| l == line), "{line} in\n{text}");
         }
-        let value = |name| -> u64 {
+        let value = |name| -> f64 {
             let line = text.lines().find_map(|l| l.strip_prefix(name)).unwrap();
             line.trim().parse().unwrap()
         };
-        assert!(value("process_open_fds ") >= 3);
+        assert!(value("process_open_fds ") >= 3.0);
+        assert!(value("process_resident_memory_bytes ") > 1e6);
+        assert!(value("process_cpu_seconds_total ") > 0.0);
+        assert!(value("process_start_time_seconds ") > 1.7e9);
         assert!(value("process_max_fds ") >= value("process_open_fds "));
     }
 }

@@ -11,9 +11,11 @@ use std::{
 };
 
 use prometheus_client::registry::Registry;
+use tokio::time::Instant;
 
 use super::{
     labels::{Label, Labels, Reporter, ResponseFlag},
+    latency::{Latencies, Step},
     names::{Fold, Names, Pool},
     refusals::Refusals,
     series::{Counted, Entry, Key, Table},
@@ -28,7 +30,7 @@ use crate::config::{LabelProfile, Metrics};
 #[derive(Debug, Clone, Default)]
 pub struct Traffic(Arc<Inner>);
 
-/// The counters of one open flow: some 80 bytes and no lock. Dropping it counts the flow as closed
+/// The counters of one open flow: some 90 bytes and no lock. Dropping it counts the flow as closed
 /// without failure.
 #[must_use = "dropping the meter closes the flow"]
 pub struct Meter {
@@ -48,6 +50,7 @@ struct Flow {
     own: Option<Box<Names>>,
     received: AtomicU64,
     sent: AtomicU64,
+    opened: Instant,
     traffic: Traffic,
 }
 
@@ -69,6 +72,7 @@ impl Traffic {
     pub fn register(registry: &mut Registry, settings: Metrics) -> Self {
         let traffic = Self(Arc::new(Inner {
             settings,
+            latencies: Latencies::register(registry),
             ..Inner::default()
         }));
         registry.register_collector(Box::new(traffic.clone()));
@@ -84,6 +88,7 @@ impl Traffic {
             own,
             received: AtomicU64::new(0),
             sent: AtomicU64::new(0),
+            opened: Instant::now(),
             traffic: self.clone(),
         };
         Meter {
@@ -106,6 +111,11 @@ impl Traffic {
         self.0.retries.fetch_add(1, Relaxed);
     }
 
+    /// How long the steps of flows take.
+    pub fn latencies(&self) -> &Latencies {
+        &self.0.latencies
+    }
+
     /// What was refused or failed.
     pub fn refusals(&self) -> &Refusals {
         &self.0.refusals
@@ -119,6 +129,11 @@ impl Traffic {
     /// Number of label sets held.
     pub fn series_count(&self) -> usize {
         self.0.table.len()
+    }
+
+    /// Bytes that the label sets take, their shared names not counted.
+    pub fn series_bytes(&self) -> usize {
+        self.series_count() * SERIES_BYTES
     }
 
     /// Evicts label sets without open flows that no flow used for the configured time, and up to an eighth of that longer.
@@ -143,13 +158,22 @@ impl Meter {
 
     /// Counts `bytes` carried from server to client.
     pub fn sent(&self, bytes: u64) {
-        self.flow.sent.fetch_add(bytes, Relaxed);
+        if self.flow.sent.fetch_add(bytes, Relaxed) == 0 && bytes > 0 {
+            let (reporter, took) = (self.labels().reporter, self.flow.opened.elapsed());
+            let latencies = self.flow.traffic.latencies();
+            latencies.observe(Step::FirstByte, reporter, took);
+        }
         self.flow.counted.series.sent.fetch_add(bytes, Relaxed);
     }
 
     /// What this flow carried so far: (client to server, server to client), in bytes.
     pub fn totals(&self) -> (u64, u64) {
         self.flow.totals()
+    }
+
+    /// When the flow was opened.
+    pub fn opened(&self) -> Instant {
+        self.flow.opened
     }
 
     /// The same flow, for others to look at.
@@ -261,6 +285,7 @@ struct Inner {
     destination_sockets: Sockets,
     retries: AtomicU64,
     refusals: Refusals,
+    latencies: Latencies,
 }
 
 #[derive(Debug, Default)]
@@ -393,6 +418,8 @@ impl Counters {
     }
 }
 
+/// What a series takes with its counts of references and its place in the table.
+const SERIES_BYTES: usize = size_of::<Entry<Counters>>() + 4 * size_of::<usize>();
 /// The part of the table, one of so many, that is kept for flows counted by namespace.
 const RESERVE: usize = 8;
 

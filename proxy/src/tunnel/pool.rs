@@ -6,6 +6,7 @@
 //! the same attempt: it succeeds or fails once for all of them.
 
 mod lease;
+mod metrics;
 mod nested;
 mod shelf;
 #[cfg(test)]
@@ -33,6 +34,7 @@ use tokio::{
 };
 
 pub(super) use self::lease::Lease;
+pub use self::metrics::PoolMetrics;
 pub use self::nested::Nested;
 use self::{
     lease::{Load, State, Tunnel},
@@ -45,7 +47,11 @@ use super::{
     error::{ConnectError, OpenError},
     tls,
 };
-use crate::{config, relay::Buffers};
+use crate::{
+    config,
+    relay::Buffers,
+    telemetry::{Reporter, Step},
+};
 
 /// Connections that a request tries before it gives up: more than a chain of closing ones.
 const TRIES: usize = 4;
@@ -127,6 +133,7 @@ pub struct Pool<D> {
     config: Arc<config::Tunnel>,
     buffers: Buffers,
     tasks: Mutex<JoinSet<()>>,
+    metrics: PoolMetrics,
 }
 
 impl<D> fmt::Debug for Pool<D> {
@@ -159,7 +166,14 @@ impl<D: Dial> Pool<D> {
             config,
             buffers,
             tasks: Mutex::new(JoinSet::new()),
+            metrics: PoolMetrics::default(),
         }
+    }
+
+    /// The same pool, counted in `metrics`.
+    #[must_use]
+    pub fn counted(self, metrics: PoolMetrics) -> Self {
+        Self { metrics, ..self }
     }
 
     /// Opens a stream on a connection of `key`, which is opened if there is none with room.
@@ -205,7 +219,10 @@ impl<D: Dial> Pool<D> {
     fn lease(&self, key: &Key) -> Lease {
         self.shelf.lease(key, || {
             let (opened, state) = watch::channel(State::Opening);
-            let load = Arc::new(Load::new(self.config.pool_max_streams));
+            let load = Arc::new(Load::new(
+                self.config.pool_max_streams,
+                self.metrics.clone(),
+            ));
             let task = Task {
                 key: key.clone(),
                 shelf: Arc::clone(&self.shelf),
@@ -213,6 +230,7 @@ impl<D: Dial> Pool<D> {
                 config: Arc::clone(&self.config),
                 buffers: self.buffers.clone(),
                 load: Arc::clone(&load),
+                metrics: self.metrics.clone(),
             };
             self.spawn(task.run(opened));
             Arc::new(Tunnel::new(load, state))
@@ -238,6 +256,7 @@ struct Task<D> {
     config: Arc<config::Tunnel>,
     buffers: Buffers,
     load: Arc<Load>,
+    metrics: PoolMetrics,
 }
 
 /// What ends a connection that works.
@@ -248,6 +267,7 @@ struct Ends {
 
 impl<D: Dial> Task<D> {
     async fn run(self, opened: watch::Sender<State>) {
+        let _connection = self.metrics.connection();
         match Box::pin(self.open()).await {
             Ok((sender, driver, ends)) => {
                 self.load.limit_to(driver.peer_limit());
@@ -284,8 +304,10 @@ impl<D: Dial> Task<D> {
                 OpenError::Dial(source)
             }
         })?;
-        let limit = settings.handshake_timeout;
+        let (limit, began) = (settings.handshake_timeout, Instant::now());
         let io = tls::connect(io, config, to.ip(), &self.buffers, limit).await?;
+        let (latencies, took) = (self.metrics.latencies(), began.elapsed());
+        latencies.observe(Step::Handshake, Reporter::Source, took);
         let ends = Ends {
             age: Retirement::new(settings.max_age, not_after, io.peer_certificates()),
             cut: Cut::new(tracker, io.peer_certificates(), || {}),

@@ -11,7 +11,7 @@ use parking_lot::{Condvar, Mutex};
 use prometheus_client::metrics::counter::Counter;
 
 /// Where records are appended. Clones share one queue.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Default)]
 pub(super) struct Queue(Arc<Shared>);
 
 /// Owns the thread that writes. Dropping it ends the thread, after what is queued was written or
@@ -60,6 +60,11 @@ impl Queue {
             drop(state);
             self.0.work.notify_one();
         }
+    }
+
+    /// Bytes that wait to be written.
+    pub(super) fn bytes(&self) -> usize {
+        self.0.state.lock().pending.bytes.len()
     }
 
     /// Counts the records that were dropped.

@@ -7,12 +7,12 @@ use std::{
 
 use prometheus_client::{
     collector::Collector,
-    encoding::{DescriptorEncoder, EncodeLabelSet, LabelSetEncoder, NoLabelSet},
+    encoding::{DescriptorEncoder, NoLabelSet},
     metrics::MetricType,
 };
 
 use super::{Counters, Entry, Traffic};
-use crate::telemetry::labels::{Reporter, ResponseFlag, label};
+use crate::telemetry::labels::{Reporter, ResponseFlag, Single};
 
 impl Traffic {
     /// Writes the families that are counted by labels, as they are now, in `OpenMetrics` text. No lock is held while
@@ -215,14 +215,4 @@ fn count(encoder: &mut DescriptorEncoder<'_>, name: &str, help: &str, value: u64
     encoder
         .encode_descriptor(name, help, None, MetricType::Counter)?
         .encode_counter::<NoLabelSet, _, u64>(&value, None)
-}
-
-/// A label set of one label.
-#[derive(Debug)]
-struct Single(&'static str, &'static str);
-
-impl EncodeLabelSet for Single {
-    fn encode(&self, set: &mut LabelSetEncoder<'_>) -> fmt::Result {
-        label(set, self.0, self.1)
-    }
 }

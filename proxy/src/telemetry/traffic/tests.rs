@@ -143,7 +143,13 @@ fn only_unstable_families_say_so_in_their_help() {
         let unstable = ["istio_tcp_connections_failed", "istio_tcp_sockets_open"].contains(&name);
         assert_eq!(help.contains("(unstable)"), unstable, "{help}");
     }
-    assert_eq!(helps.len(), 9, "{text}");
+    assert_eq!(
+        helps
+            .iter()
+            .filter(|help| help.starts_with("istio_"))
+            .count(),
+        6
+    );
     assert!(helps.iter().all(|help| help.ends_with('.')), "{text}");
 }
 
@@ -281,7 +287,7 @@ fn sockets_are_counted_while_open() {
     drop(second);
     let text = traffic.scrape();
     assert!(
-        text.contains(&line(0)) && !text.contains("destination"),
+        text.contains(&line(0)) && !text.contains("open{reporter=\"destination"),
         "{text}"
     );
 }
@@ -289,7 +295,7 @@ fn sockets_are_counted_while_open() {
 #[test]
 fn a_meter_is_small() {
     let meter = size_of::<Meter>() + size_of::<Flow>();
-    assert!(meter <= 56, "{meter}");
+    assert!(meter <= 72, "{meter}");
     // Parties are pointers, shared by all series of a party.
     let series = size_of::<Entry<Counters>>();
     assert!(series <= 96, "{series}");

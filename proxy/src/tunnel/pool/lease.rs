@@ -11,7 +11,7 @@ use std::{
 use parking_lot::Mutex;
 use tokio::{sync::watch, time::Instant};
 
-use super::{Fate, OpenError, Sender};
+use super::{Fate, OpenError, PoolMetrics, Sender};
 
 /// How far a connection is.
 #[derive(Clone)]
@@ -30,10 +30,11 @@ pub(super) struct Load {
     idle_since: Mutex<Instant>,
     closing: AtomicBool,
     cut: AtomicBool,
+    metrics: PoolMetrics,
 }
 
 impl Load {
-    pub(super) fn new(limit: u16) -> Self {
+    pub(super) fn new(limit: u16, metrics: PoolMetrics) -> Self {
         let configured = usize::from(limit).max(1);
         Self {
             streams: AtomicUsize::new(0),
@@ -42,6 +43,7 @@ impl Load {
             idle_since: Mutex::new(Instant::now()),
             closing: AtomicBool::new(false),
             cut: AtomicBool::new(false),
+            metrics,
         }
     }
 
@@ -81,6 +83,7 @@ impl Load {
         let free = self.has_room();
         if free {
             self.streams.fetch_add(1, Ordering::Relaxed);
+            self.metrics.streams().inc();
         }
         free
     }
@@ -95,10 +98,15 @@ impl Load {
         let limit = self.limit.load(Ordering::Relaxed);
         let fewer = |streams| (streams > limit).then(|| streams - 1);
         let (set, fetch) = (Ordering::Relaxed, Ordering::Relaxed);
-        self.streams.fetch_update(set, fetch, fewer).is_ok()
+        let left = self.streams.fetch_update(set, fetch, fewer).is_ok();
+        if left {
+            self.metrics.streams().dec();
+        }
+        left
     }
 
     fn leave(&self) {
+        self.metrics.streams().dec();
         if self.streams.fetch_sub(1, Ordering::Relaxed) == 1 {
             *self.idle_since.lock() = Instant::now();
         }
@@ -146,6 +154,7 @@ impl Lease {
 
     /// The connection, once it is open.
     pub(super) async fn sender(&self) -> Result<Sender, Arc<OpenError>> {
+        let _waits = self.tunnel.load.metrics.waits();
         let mut state = self.tunnel.state.clone();
         let settled = state.wait_for(|state| !matches!(state, State::Opening));
         // The sender of the state is gone only if the task of the connection was ended.

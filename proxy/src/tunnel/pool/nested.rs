@@ -76,7 +76,7 @@ impl<D: Dial> Pool<D> {
         let limit = settings.handshake_timeout;
         let io = tls::connect(io, config, address, buffers, limit).await?;
         let peer = peer_id(io.peer_certificates());
-        let load = Arc::new(Load::new(1));
+        let load = Arc::new(Load::new(1, self.metrics.clone()));
         let noting = Arc::clone(&load);
         let cut = Cut::new(tracker, io.peer_certificates(), move || noting.cut());
         let (sender, driver) = client::handshake(io, settings).await?;

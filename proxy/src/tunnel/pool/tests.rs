@@ -373,7 +373,10 @@ async fn beyond_its_capacity_the_shelf_lets_go_of_the_longest_idle() {
         let mut key = key("client");
         key.destination.set_port(port);
         shelf.lease(&key, || {
-            Arc::new(Tunnel::new(Arc::new(Load::new(100)), state.clone()))
+            Arc::new(Tunnel::new(
+                Arc::new(Load::new(100, crate::tunnel::PoolMetrics::default())),
+                state.clone(),
+            ))
         })
     };
     let busy = take(1);
