@@ -6,7 +6,6 @@
 //! configuration are found in one pass and told together, so that an operator repairs a
 //! deployment once and not once per variable.
 
-pub mod build_info;
 mod command;
 mod control;
 mod data;
@@ -29,8 +28,15 @@ pub use demo::{DemoError, demo};
 pub use environment::{Disk, Environment, Files};
 pub use fault::{Fault, Faults, Given};
 
-use crate::config::{Config, Logging};
+use crate::config::{BuildInfo, Config, Logging};
 use reader::Reader;
+
+/// What this binary was built from, and for.
+#[must_use]
+pub fn build_info(environment: &Environment<'_>) -> BuildInfo {
+    let istio_version = environment.variable("ISTIO_META_ISTIO_VERSION");
+    BuildInfo::new(istio_version.unwrap_or("unknown"))
+}
 
 /// How logs are written. Never fails: whether the filter makes sense is for the log writer to say.
 #[must_use]

@@ -4,6 +4,7 @@
 //! fills the sections from the environment and the mesh configuration; `node` hands each room
 //! its own section and no other.
 
+mod build_info;
 mod control;
 mod data;
 mod metrics;
@@ -11,6 +12,7 @@ mod openbao;
 mod runtime;
 mod show;
 
+pub use build_info::BuildInfo;
 pub use control::{
     Address, AuthToken, CertificateSource, ControlPlane, Header, Identity, MeshSource, RootSource,
     SelfIdentity,

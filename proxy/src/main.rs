@@ -4,7 +4,7 @@ use std::{ffi::OsString, io::Write as _, process::ExitCode};
 
 use anyhow::Context as _;
 use culvert::{
-    cli::{self, Command, build_info::BuildInfo},
+    cli::{self, Command},
     node,
     telemetry::logging::{self, DOCUMENT_SCOPE, LogGuard},
 };
@@ -35,7 +35,7 @@ fn run() -> anyhow::Result<()> {
     let shown = arguments.join(" ".as_ref());
     match cli::command(arguments)? {
         Command::Proxy { .. } => proxy(&environment, &shown.to_string_lossy(), &logs),
-        Command::Version { .. } => say(&BuildInfo::new(&environment).to_string()),
+        Command::Version { .. } => say(&cli::build_info(&environment).to_string()),
         Command::Help { .. } => say(cli::command_list().trim_end()),
         Command::Demo { arguments } => Err(cli::demo(arguments).into()),
     }
@@ -47,13 +47,14 @@ fn proxy(
     logs: &LogGuard,
 ) -> anyhow::Result<()> {
     let config = cli::configuration(environment, arguments)?;
-    info!("{}", BuildInfo::new(environment));
+    let build = cli::build_info(environment);
+    info!("{build}");
     if let Err(error) = raise_open_files() {
         warn!("the limit of open files stays as it is: {error}");
     }
     let yaml = serde_yaml_ng::to_string(&config).context("cannot print the configuration")?;
     info!(target: DOCUMENT_SCOPE, "running with the configuration:\n{yaml}");
-    node::run(&config, logs)?;
+    node::run(&config, build, logs)?;
     Ok(())
 }
 

@@ -19,6 +19,7 @@ mod state;
 mod workload;
 
 pub use convert::{Invalid, Rejection};
+pub use origin::Source;
 pub use policy::{
     Action, Clause, Condition, Match, Policy, PolicyScope, Rule, ServiceAccount, StringMatch,
 };
@@ -45,7 +46,6 @@ use xds_client::{Batch, Extent, Kind, Versions, local::Document};
 use crate::config::WorkloadRef;
 use intake::{Intake, Taken};
 use intern::Pool;
-use origin::Source;
 use state::{Effects, Record, Step};
 
 /// From where the mesh is looked at.
@@ -186,6 +186,47 @@ impl Mesh {
         })
     }
 
+    /// All workloads in order of their uid, each with who told of it.
+    ///
+    /// Copied in parts, with writers let in between: a change meanwhile may be seen or not.
+    #[must_use]
+    pub fn workloads(&self) -> Vec<(Arc<Workload>, Source)> {
+        let mut all = self.gather(State::workload_page);
+        all.sort_by(|(one, _), (other, _)| one.uid().cmp(other.uid()));
+        all.dedup_by(|(later, _), (earlier, _)| later.uid() == earlier.uid());
+        all
+    }
+
+    /// All services in order of their host names, each with who told of it; copied as [`Self::workloads`] are.
+    #[must_use]
+    pub fn services(&self) -> Vec<(Arc<Service>, Source)> {
+        let mut all = self.gather(State::service_page);
+        let order = |service: &Service| (Arc::clone(service.hostname()), Arc::clone(service.key()));
+        all.sort_by_cached_key(|(service, _)| order(service));
+        all.dedup_by(|(later, _), (earlier, _)| later.key() == earlier.key());
+        all
+    }
+
+    /// All policies in order of their keys, each with who told of it.
+    #[must_use]
+    pub fn policies(&self) -> Vec<(Arc<Policy>, Source)> {
+        let mut all: Vec<_> = self.read().policies_told().collect();
+        all.sort_by(|(one, _), (other, _)| one.key.cmp(&other.key));
+        all
+    }
+
+    /// Copies out page by page, each under a short lock of its own.
+    fn gather<T>(&self, page: impl Fn(&State, usize, usize) -> Option<Vec<T>>) -> Vec<T> {
+        let mut all = Vec::new();
+        for from in (0..).step_by(PAGE) {
+            match page(&self.read(), from, PAGE) {
+                Some(more) => all.extend(more),
+                None => break,
+            }
+        }
+        all
+    }
+
     /// Tells names and versions of what the control plane told, for as long as there is room.
     pub fn versions(&self, kind: Kind, versions: &mut Versions) {
         self.read().versions(kind, |name, version| {
@@ -241,6 +282,8 @@ impl Mesh {
     }
 }
 
+/// How many records are copied out before writers are let in.
+const PAGE: usize = 1024;
 /// How many records are put in place before readers are let in: a fraction of a millisecond.
 const STEPS_AT_ONCE: usize = 256;
 

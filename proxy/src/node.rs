@@ -4,6 +4,7 @@
 //! data workers; mesh state, certificates, the CNI agent and metrics on one control thread.
 
 mod certificates;
+mod console;
 mod control_plane;
 mod error;
 mod launch;
@@ -12,6 +13,7 @@ mod mesh_metrics;
 mod openbao;
 mod parts;
 mod revocation;
+mod served;
 mod source;
 mod target;
 mod tasks;
@@ -28,10 +30,11 @@ use tokio::{
     time::timeout,
 };
 use tokio_util::sync::CancellationToken;
+use xds_client::Metrics;
 
 use crate::{
     admin,
-    config::{Config, DnsCapture, ProxyMode},
+    config::{BuildInfo, Config, DnsCapture, ProxyMode},
     flow::{Shared, Stop},
     listen,
     pods::{self, Pods},
@@ -40,16 +43,18 @@ use crate::{
     },
 };
 use certificates::Certificates;
+use console::Shown;
 pub use error::StartError;
 use launch::{Launcher, Names};
+use served::Served;
 use source::MeshFile;
 use tasks::Tasks;
 
-/// Runs the proxy until SIGTERM or SIGINT asks it to stop and what was open has ended.
+/// Runs the proxy until SIGTERM, SIGINT or the admin server asks it to stop and what was open has ended.
 ///
 /// # Errors
 /// [`StartError`] if it cannot start, or if a part that everything depends on ended by itself.
-pub fn run(config: &Config, log: &LogGuard) -> Result<(), StartError> {
+pub fn run(config: &Config, build: BuildInfo, log: &LogGuard) -> Result<(), StartError> {
     if config.capture.enabled && config.capture.mode == ProxyMode::Shared {
         listen::check_privileges(config.sockets.mark)?;
     }
@@ -59,22 +64,29 @@ pub fn run(config: &Config, log: &LogGuard) -> Result<(), StartError> {
             .thread_name("data")
             .worker_threads(config.runtime.worker_threads),
     )?;
-    let ended = control.block_on(serve(config, log, data.handle()));
+    let ended = control.block_on(serve(config, build, log, data.handle()));
     data.shutdown_timeout(LAST_WORK);
     ended
 }
 
 /// Starts everything in the order in which things need each other, then waits for a signal.
-async fn serve(config: &Config, log: &LogGuard, data: &Handle) -> Result<(), StartError> {
-    let mut signals = Signals::new().map_err(StartError::Signals)?;
-    let mut start = Start::new(config, data);
+async fn serve(
+    config: &Config,
+    build: BuildInfo,
+    log: &LogGuard,
+    data: &Handle,
+) -> Result<(), StartError> {
     let readiness = Readiness::new();
+    let mut shown = Shown::new(readiness.clone(), log.levels(), build);
+    let mut signals = Signals::new(shown.quit.clone()).map_err(StartError::Signals)?;
+    let mut start = Start::new(config, data);
     let state_known = readiness.task("state manager");
     let wired = readiness.task("proxy");
     let naming = (config.capture.dns != DnsCapture::Off).then(|| readiness.task("dns proxy"));
     let captured =
         (config.capture.mode == ProxyMode::Shared).then(|| readiness.task(pods::READINESS_TASK));
     start.readiness(readiness)?;
+    let admin = start.bind_admin()?;
 
     let mut registry = Registry::default();
     register_process(&mut registry, &config.identity.istio_version);
@@ -92,9 +104,10 @@ async fn serve(config: &Config, log: &LogGuard, data: &Handle) -> Result<(), Sta
     start.revocations(&shared, &mut registry);
     start.trimming(&shared);
     start.eviction(&shared);
-    let known = start.mesh(&shared, &mut registry).await?;
+    let known = start.mesh(&shared, &mut registry, &mut shown).await?;
     let names = parts::names(config, &shared.mesh, &mut registry);
     let pods = captured.map(|task| (task, PodMetrics::register(&mut registry)));
+    start.admin(admin, &shared, &shown);
     start.stats(Exposition::new(registry, shared.traffic.clone()))?;
     wired.ready();
     naming.iter().for_each(ReadinessTask::ready);
@@ -103,7 +116,7 @@ async fn serve(config: &Config, log: &LogGuard, data: &Handle) -> Result<(), Sta
     let ended = async {
         if start.reaches(known, &mut signals).await? {
             state_known.ready();
-            start.capture(&shared, names, pods)?;
+            start.capture(&shared, &shown.served, names, pods)?;
             start.runs(&mut signals).await?;
         }
         Ok(())
@@ -218,16 +231,20 @@ impl<'a> Start<'a> {
         &mut self,
         shared: &Arc<Shared>,
         registry: &mut Registry,
+        shown: &mut Shown,
     ) -> Result<impl Future<Output = ()> + use<>, StartError> {
         mesh_metrics::register(&shared.mesh, registry);
         let control = &self.config.control;
         if let Some(local) = &control.local {
-            let file = MeshFile::load(local, shared).await?;
+            let file = MeshFile::load(local, shared, shown.rejections.clone()).await?;
             let following = file.follow(self.background.clone());
             self.here(MESH_FILE, following);
         }
         let synced = control.xds.as_ref().map(|address| {
-            let client = control_plane::client(self.config, address, shared, registry);
+            let metrics = Metrics::register(registry);
+            shown.client = Some(metrics.clone());
+            let sink = (shared, shown.rejections.clone());
+            let client = control_plane::client(self.config, address, sink, metrics);
             let synced = client.synced();
             self.here(CONTROL_PLANE, client.run(self.background.clone()));
             synced
@@ -244,20 +261,27 @@ impl<'a> Start<'a> {
     fn capture(
         &mut self,
         shared: &Arc<Shared>,
+        served: &Served,
         names: Option<Names>,
         pods: Option<(ReadinessTask, PodMetrics)>,
     ) -> Result<(), StartError> {
         let config = self.config;
-        let launcher = Launcher::new(Arc::clone(shared), names);
+        let launcher = Launcher::new(Arc::clone(shared), names, served.clone());
         match (&config.capture.mode, pods) {
             (ProxyMode::Shared, Some((captured, metrics))) => {
                 let launcher = Arc::new(launcher);
                 let pods = Pods::new(self.pod_settings(), launcher, metrics, captured);
+                served.follow(pods.view());
                 let following = pods.run(self.stop.clone());
                 self.here("pods", following);
                 if config.identity.own.is_some() {
                     let listener = self.bind(self.data, config.ports.hbone)?;
-                    let own = launch::own(&config.identity, shared, listener, self.stop.clone())?;
+                    let own = launch::own(
+                        &config.identity,
+                        (shared, served),
+                        listener,
+                        self.stop.clone(),
+                    )?;
                     self.tasks.start("own HBONE listener", self.data, own);
                 }
             }
@@ -279,6 +303,19 @@ impl<'a> Start<'a> {
             drain: self.config.drain,
             data: self.data.clone(),
         }
+    }
+
+    /// On the control thread, beside what it shows.
+    fn bind_admin(&self) -> Result<Vec<TcpListener>, StartError> {
+        let port = self.config.ports.admin;
+        admin::bind_loopback(port, self.config.sockets.ipv6)
+            .map_err(|source| StartError::Bind { port, source })
+    }
+
+    fn admin(&mut self, listeners: Vec<TcpListener>, shared: &Arc<Shared>, shown: &Shown) {
+        let stop = self.stop.accept.clone();
+        let serving = shown.serve(self.config, shared, listeners, stop);
+        self.here("admin", serving);
     }
 
     fn stats(&mut self, exposition: Exposition) -> Result<(), StartError> {
@@ -343,21 +380,25 @@ struct Signals {
     terminate: Signal,
     interrupt: Signal,
     interrupted: bool,
+    /// Asks for the same as SIGTERM.
+    quit: CancellationToken,
 }
 
 impl Signals {
-    fn new() -> std::io::Result<Self> {
+    fn new(quit: CancellationToken) -> std::io::Result<Self> {
         Ok(Self {
             terminate: signal(SignalKind::terminate())?,
             interrupt: signal(SignalKind::interrupt())?,
             interrupted: false,
+            quit,
         })
     }
 
-    /// The first SIGTERM or SIGINT.
+    /// The first SIGTERM or SIGINT, or a request of the admin server.
     async fn asked(&mut self) {
         tokio::select! {
             _ = self.terminate.recv() => {}
+            () = self.quit.cancelled() => {}
             _ = self.interrupt.recv() => self.interrupted = true,
         }
     }

@@ -24,6 +24,7 @@ pub mod agent;
 pub mod ca;
 pub mod capture;
 pub mod cluster;
+pub mod consumers;
 pub mod dns;
 pub mod envoy;
 pub mod http;

@@ -264,6 +264,30 @@ impl Proxy<'_> {
         http::request(self.netns, server, &format!("GET {path}"), &[]).await
     }
 
+    /// Posts to its admin server, from inside its namespace.
+    ///
+    /// # Errors
+    /// When there is no answer.
+    pub async fn post(&self, path: &str) -> anyhow::Result<http::Answer> {
+        let server = SocketAddr::new(Ipv4Addr::LOCALHOST.into(), ADMIN_PORT);
+        http::request(self.netns, server, &format!("POST {path}"), &[]).await
+    }
+
+    /// A document of its admin server.
+    ///
+    /// # Errors
+    /// When there is none.
+    pub async fn document(&self, path: &str) -> anyhow::Result<serde_json::Value> {
+        let answer = self.get(ADMIN_PORT, path).await?;
+        ensure!(
+            answer.status == 200,
+            "status {}: {}",
+            answer.status,
+            answer.body
+        );
+        Ok(serde_json::from_str(&answer.body)?)
+    }
+
     /// Whether it says that it is ready; a server that does not answer is not.
     pub async fn is_ready(&self) -> bool {
         self.get(READINESS_PORT, "/healthz/ready")

@@ -2,11 +2,13 @@
 
 mod guarded;
 mod named;
+mod pair;
 mod steady;
 mod steered;
 
 pub use guarded::{BYTES, Guarded};
 pub use named::{Named, RESOLVER, RESOLVER6, UPSTREAM, UPSTREAM6};
+pub use pair::Pair;
 pub use steady::Steady;
 pub use steered::{Steered, vip, web_port};
 

@@ -31,18 +31,40 @@ pub(super) type Body = UnsyncBoxBody<Bytes, fmt::Error>;
 /// # Errors
 /// What the operating system says.
 pub fn bind(port: u16, ipv6: bool) -> io::Result<TcpListener> {
-    let (domain, any) = if ipv6 {
-        (Domain::IPV6, IpAddr::from(Ipv6Addr::UNSPECIFIED))
+    let any = if ipv6 {
+        IpAddr::from(Ipv6Addr::UNSPECIFIED)
     } else {
-        (Domain::IPV4, IpAddr::from(Ipv4Addr::UNSPECIFIED))
+        IpAddr::from(Ipv4Addr::UNSPECIFIED)
     };
-    let socket = Socket::new(domain, Type::STREAM, Some(Protocol::TCP))?;
+    listen(SocketAddr::new(any, port))
+}
+
+/// Listens on `port` of loopback: IPv4, and IPv6 where the system has it. Nobody outside of this network namespace gets here.
+///
+/// # Errors
+/// What the operating system says. That there is no IPv6 is none.
+pub fn bind_loopback(port: u16, ipv6: bool) -> io::Result<Vec<TcpListener>> {
+    let mut listeners = vec![listen((Ipv4Addr::LOCALHOST, port).into())?];
     if ipv6 {
-        socket.set_only_v6(false)?;
+        match listen((Ipv6Addr::LOCALHOST, port).into()) {
+            Ok(listener) => listeners.push(listener),
+            Err(error) if error.kind() == io::ErrorKind::AddrNotAvailable => {}
+            Err(error) if error.raw_os_error() == Some(NO_FAMILY) => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(listeners)
+}
+
+fn listen(address: SocketAddr) -> io::Result<TcpListener> {
+    let domain = Domain::for_address(address);
+    let socket = Socket::new(domain, Type::STREAM, Some(Protocol::TCP))?;
+    if address.is_ipv6() {
+        socket.set_only_v6(address.ip().is_loopback())?;
     }
     socket.set_reuse_address(true)?;
     socket.set_nonblocking(true)?;
-    socket.bind(&SocketAddr::new(any, port).into())?;
+    socket.bind(&address.into())?;
     socket.listen(BACKLOG)?;
     TcpListener::from_std(socket.into())
 }
@@ -156,6 +178,8 @@ where
     }
 }
 
+/// The system knows no IPv6 (`EAFNOSUPPORT`).
+const NO_FAMILY: i32 = nix::libc::EAFNOSUPPORT;
 /// Listen backlog.
 const BACKLOG: i32 = 128;
 /// Connections served at a time; more wait in the backlog.

@@ -1,9 +1,8 @@
 //! 15020: metrics in OpenMetrics text.
 //!
-//! An exposition of many series is large, so it is never held as a whole: a blocking task encodes
-//! it into chunks, compresses them when the scraper asks, and hands them to the connection through
-//! a short queue. A scraper that stops reading stops its encoding. Scrapers take turns chunk by
-//! chunk: however many there are, they occupy one core, and the others are left to traffic.
+//! An exposition of many series is large, so it is never held as a whole: it is encoded, and compressed when the scraper
+//! asks, while it is sent. Scrapers take turns chunk by chunk: however many there are, they occupy one core, and the others
+//! are left to traffic.
 
 use std::{
     fmt,
@@ -11,23 +10,22 @@ use std::{
     sync::Arc,
 };
 
-use bytes::Bytes;
 use flate2::{
     Compression,
     write::{GzEncoder, ZlibEncoder},
 };
-use futures_util::stream;
 use http::{
     HeaderMap, HeaderValue, Response, StatusCode,
-    header::{ACCEPT, ACCEPT_ENCODING, CONTENT_ENCODING, CONTENT_TYPE, VARY},
+    header::{ACCEPT, ACCEPT_ENCODING, CONTENT_ENCODING, VARY},
 };
-use http_body_util::{BodyExt, StreamBody};
-use hyper::body::Frame;
 use parking_lot::{Mutex, MutexGuard};
-use tokio::{net::TcpListener, sync::mpsc, task::spawn_blocking};
+use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
-use super::http1::{Body, empty, serve, text};
+use super::{
+    http1::{Body, empty, serve},
+    stream::{CHUNK_BYTES, Chunks, streamed},
+};
 use crate::telemetry::Exposition;
 
 /// Serves `/metrics` and `/stats/prometheus` until `stop` fires.
@@ -124,43 +122,16 @@ fn is_refused(parameters: &str) -> bool {
     weight.is_some_and(|weight| weight.trim().parse() == Ok(0.0_f32))
 }
 
-/// Starts the encoding and answers when its first chunk is there; a failure before that is told by
-/// the status, a later one by cutting the body.
 async fn answer(source: Arc<Source>, shape: Shape) -> Response<Body> {
-    let (chunk_tx, mut chunk_rx) = mpsc::channel(QUEUED_CHUNKS);
-    // Nobody awaits the task: it ends with the body, which holds the other end of the queue.
-    drop(spawn_blocking(move || {
-        let chunks = Chunks {
-            tx: &chunk_tx,
-            turn: source.turn.lock(),
-        };
-        if source.write(shape.encoding, chunks).is_err() {
-            // Fails if the scraper has gone, which is fine.
-            let _ = chunk_tx.blocking_send(Err(fmt::Error));
-        }
-    }));
-    let first = match chunk_rx.recv().await {
-        Some(Ok(chunk)) => chunk,
-        Some(Err(error)) => {
-            return text(StatusCode::INTERNAL_SERVER_ERROR, error.to_string());
-        }
-        None => {
-            return text(
-                StatusCode::INTERNAL_SERVER_ERROR,
-                "encoding ended".to_owned(),
-            );
-        }
-    };
-    let chunks = stream::unfold((Some(Ok(first)), chunk_rx), |(first, mut rest)| async {
-        let chunk = match first {
-            Some(first) => first,
-            None => rest.recv().await?,
-        };
-        Some((chunk.map(Frame::data), (None, rest)))
-    });
-    let mut response = Response::new(BodyExt::boxed_unsync(StreamBody::new(chunks)));
+    let mut response = streamed(shape.content_type, move |chunks| {
+        let turn = source.turn.lock();
+        source.write(shape.encoding, InTurn { chunks, turn })
+    })
+    .await;
+    if response.status() != StatusCode::OK {
+        return response;
+    }
     let headers = response.headers_mut();
-    headers.insert(CONTENT_TYPE, HeaderValue::from_static(shape.content_type));
     headers.insert(VARY, HeaderValue::from_static("accept, accept-encoding"));
     if let Some(name) = shape.encoding.name() {
         headers.insert(CONTENT_ENCODING, HeaderValue::from_static(name));
@@ -180,7 +151,7 @@ impl Encoding {
 }
 
 impl Source {
-    fn write(&self, encoding: Encoding, chunks: Chunks<'_>) -> io::Result<()> {
+    fn write(&self, encoding: Encoding, chunks: InTurn<'_>) -> io::Result<()> {
         let buffered = |chunks| BufWriter::with_capacity(CHUNK_BYTES, chunks);
         let level = Compression::fast();
         match encoding {
@@ -213,31 +184,22 @@ impl<W: Write> fmt::Write for Text<W> {
     }
 }
 
-/// Sends what is written to the connection, and waits while the connection has enough: the next scraper has its turn
-/// meanwhile.
-struct Chunks<'a> {
-    tx: &'a mpsc::Sender<Result<Bytes, fmt::Error>>,
+/// Lets the next scraper have its turn while the connection of this one has enough.
+struct InTurn<'a> {
+    chunks: Chunks,
     turn: MutexGuard<'a, ()>,
 }
 
-impl Write for Chunks<'_> {
+impl Write for InTurn<'_> {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        let chunk = Bytes::copy_from_slice(bytes);
-        let send = || self.tx.blocking_send(Ok(chunk));
-        let sent = MutexGuard::unlocked_fair(&mut self.turn, send);
-        sent.map_err(|_| io::ErrorKind::BrokenPipe)?;
-        Ok(bytes.len())
+        let Self { chunks, turn } = self;
+        MutexGuard::unlocked_fair(turn, || chunks.write(bytes))
     }
 
     fn flush(&mut self) -> io::Result<()> {
         Ok(())
     }
 }
-
-/// Size of the pieces in which an exposition travels.
-const CHUNK_BYTES: usize = 32 << 10;
-/// Pieces that wait for the scraper to read.
-const QUEUED_CHUNKS: usize = 2;
 
 #[cfg(test)]
 mod tests;

@@ -73,6 +73,13 @@ impl<T> Slab<T> {
         self.slots.iter().flatten().map(|(value, _)| value)
     }
 
+    /// Up to `most` places from the one at `from`; `None` beyond the last one.
+    pub(super) fn page(&self, from: usize, most: usize) -> Option<impl Iterator<Item = &T>> {
+        let rest = self.slots.get(from..).filter(|rest| !rest.is_empty())?;
+        let page = rest.iter().take(most).flatten();
+        Some(page.map(|(value, _)| value))
+    }
+
     fn slot(&self, id: u32) -> Option<&(T, u64)> {
         self.slots.get(id as usize)?.as_ref()
     }

@@ -14,10 +14,13 @@ pub(super) enum Origin {
     Versioned(Box<String>),
 }
 
-/// The kinds of origin.
+/// Who told of a record.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Source {
+#[non_exhaustive]
+pub enum Source {
+    /// A local file.
     File,
+    /// The control plane.
     ControlPlane,
 }
 

@@ -13,7 +13,7 @@ use hashbrown::HashMap;
 use super::{
     Policy, PortMap, Service, View, Workload,
     index::{HostKey, Index, Slab},
-    origin::Origin,
+    origin::{Origin, Source},
 };
 use crate::config::WorkloadRef;
 use services::{Entry, PrefixLengths};
@@ -268,6 +268,35 @@ impl State {
     /// All policies, in no particular order.
     pub fn policies(&self) -> impl Iterator<Item = &Arc<Policy>> {
         self.policies.values().map(|(policy, _)| policy)
+    }
+
+    /// Workloads at up to `most` places from `from`; `None` beyond the last place.
+    pub(super) fn workload_page(
+        &self,
+        from: usize,
+        most: usize,
+    ) -> Option<Vec<(Arc<Workload>, Source)>> {
+        let page = self.workloads.page(from, most)?;
+        let told = |held: &Held| (Arc::clone(&held.record), held.origin.source());
+        Some(page.map(told).collect())
+    }
+
+    /// Services, as [`Self::workload_page`].
+    pub(super) fn service_page(
+        &self,
+        from: usize,
+        most: usize,
+    ) -> Option<Vec<(Arc<Service>, Source)>> {
+        let page = self.services.page(from, most)?;
+        let records = page.filter_map(|entry| entry.record.as_ref());
+        let told = |(record, origin): &(Arc<_>, Origin)| (Arc::clone(record), origin.source());
+        Some(records.map(told).collect())
+    }
+
+    /// All policies, in no particular order, with who told of them.
+    pub(super) fn policies_told(&self) -> impl Iterator<Item = (Arc<Policy>, Source)> {
+        let told = |(policy, origin): &(Arc<Policy>, Origin)| (Arc::clone(policy), origin.source());
+        self.policies.values().map(told)
     }
 
     /// Keys of services that workloads name and that are not known, with the endpoints that wait for them.

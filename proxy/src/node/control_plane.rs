@@ -2,26 +2,30 @@
 
 use std::sync::Arc;
 
-use prometheus_client::registry::Registry;
 use xds_client::{Batch, Client, Kind, Metrics, NodeFacts, Rejected, Sink, Versions};
 
 use super::{source, target::target};
 use crate::{
+    admin::Rejections,
     config::{Address, Config, Identity},
     flow::Shared,
+    mesh::Rejection,
 };
 
 /// The client that keeps the mesh as istiod at `address` tells it.
 pub(super) fn client(
     config: &Config,
     address: &Address,
-    shared: &Arc<Shared>,
-    registry: &mut Registry,
+    (shared, rejections): (&Arc<Shared>, Rejections),
+    metrics: Metrics,
 ) -> Client {
-    let sink = Arc::new(Follower(Arc::clone(shared)));
+    let sink = Arc::new(Follower {
+        shared: Arc::clone(shared),
+        rejections,
+    });
     let node = facts(&config.identity).to_node();
     let target = Arc::new(target(config, address));
-    let client = Client::new(node, target, sink, Metrics::register(registry));
+    let client = Client::new(node, target, sink, metrics);
     let Some(demand) = &shared.demand else {
         return client;
     };
@@ -46,16 +50,20 @@ fn facts(identity: &Identity) -> NodeFacts {
 }
 
 /// Puts what istiod tells into the mesh, and asks for the certificates that come with it.
-struct Follower(Arc<Shared>);
+struct Follower {
+    shared: Arc<Shared>,
+    rejections: Rejections,
+}
 
 impl Sink for Follower {
     fn held(&self, kind: Kind, versions: &mut Versions) {
-        self.0.mesh.versions(kind, versions);
+        self.shared.mesh.versions(kind, versions);
     }
 
     fn apply(&self, batch: Batch) -> Vec<Rejected> {
-        let report = self.0.mesh.apply(&batch);
-        source::follow_identities(&self.0, &report);
+        let report = self.shared.mesh.apply(&batch);
+        source::follow_identities(&self.shared, &report);
+        self.tell(&batch, &report.rejected);
         tracing::debug!(
             kind = ?batch.kind(),
             resources = batch.len(),
@@ -71,5 +79,18 @@ impl Sink for Follower {
             reason: one.reason.to_string(),
         });
         rejected.collect()
+    }
+}
+
+impl Follower {
+    /// Keeps what is refused for people to see.
+    fn tell(&self, batch: &Batch, rejected: &[Rejection]) {
+        if rejected.is_empty() && self.rejections.is_empty() {
+            return; // nearly always
+        }
+        let told: Vec<_> = batch.resources().filter_map(Result::ok).collect();
+        let names = told.iter().map(|resource| resource.name.as_str());
+        let names = names.chain(batch.removed().iter().map(String::as_str));
+        self.rejections.told(batch.kind(), names, rejected);
     }
 }

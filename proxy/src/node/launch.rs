@@ -6,7 +6,7 @@ use futures_util::future::{BoxFuture, OptionFuture};
 use tokio::{net::TcpListener, runtime::Handle};
 use tokio_util::sync::CancellationToken;
 
-use super::StartError;
+use super::{StartError, served::Served};
 use crate::{
     config::{Config, DnsCapture, Identity, WorkloadRef},
     dns,
@@ -19,11 +19,17 @@ use crate::{
 pub(super) struct Launcher {
     shared: Arc<Shared>,
     names: Option<Names>,
+    served: Served,
 }
 
 impl Launcher {
-    pub(super) fn new(shared: Arc<Shared>, names: Option<Names>) -> Self {
-        Self { shared, names }
+    /// `served` is told of every workload that is served.
+    pub(super) fn new(shared: Arc<Shared>, names: Option<Names>, served: Served) -> Self {
+        Self {
+            shared,
+            names,
+            served,
+        }
     }
 }
 
@@ -66,7 +72,7 @@ impl Launcher {
     /// there.
     fn serve(
         &self,
-        who: WorkloadRef,
+        (uid, who): (Option<Arc<str>>, WorkloadRef),
         netns: Arc<Netns>,
         listeners: PodListeners,
         stop: Stop,
@@ -79,7 +85,9 @@ impl Launcher {
             let end = end.clone();
             names.serve(who.clone(), Arc::clone(&netns), end)
         });
-        let flows = flow::Pod::new(Arc::clone(&self.shared), who, netns, listeners.transparent);
+        let shared = Arc::clone(&self.shared);
+        let flows = flow::Pod::new(shared, who.clone(), netns, listeners.transparent);
+        self.served.enter(uid, who, flows.flows());
         let force = stop.force.clone();
         async move {
             let flows = async {
@@ -94,7 +102,7 @@ impl Launcher {
 
 impl Launch for Launcher {
     fn launch(&self, pod: pods::Pod, stop: Stop) -> BoxFuture<'static, ()> {
-        Box::pin(self.serve(pod.who, pod.netns, pod.listeners, stop))
+        Box::pin(self.serve((Some(pod.uid), pod.who), pod.netns, pod.listeners, stop))
     }
 }
 
@@ -110,7 +118,7 @@ pub(super) fn dedicated(
     let _registered_there = data.enter();
     let listeners = listen::bind(&netns, &config.sockets, &config.ports);
     let listeners = listeners.map_err(StartError::Listen)?;
-    let serving = launcher.serve(who.clone(), netns, listeners, stop.clone());
+    let serving = launcher.serve((None, who.clone()), netns, listeners, stop.clone());
     Ok(with_deadline(serving, stop, config.drain.deadline))
 }
 
@@ -118,7 +126,7 @@ pub(super) fn dedicated(
 /// listener's own namespace has no rules that would bring the answers back.
 pub(super) fn own(
     identity: &Identity,
-    shared: &Arc<Shared>,
+    (shared, served): (&Arc<Shared>, &Served),
     listener: TcpListener,
     stop: Stop,
 ) -> Result<impl Future<Output = ()> + Send + use<>, StartError> {
@@ -133,7 +141,8 @@ pub(super) fn own(
         account,
     );
     let netns = Netns::current().map_err(StartError::Netns)?;
-    let pod = flow::Pod::new(Arc::clone(shared), who, netns, false);
+    let pod = flow::Pod::new(Arc::clone(shared), who.clone(), netns, false);
+    served.enter(None, who, pod.flows());
     Ok(pod.serve_hbone(listener, stop))
 }
 

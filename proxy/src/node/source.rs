@@ -6,12 +6,13 @@ use tokio_util::sync::CancellationToken;
 use xds_client::local::{self, Document, LocalFile};
 
 use super::StartError;
-use crate::{config::MeshSource, flow::Shared, mesh::Report};
+use crate::{admin::Rejections, config::MeshSource, flow::Shared, mesh::Report};
 
 /// A local description that is in force, and followed if it is a file.
 pub(super) struct MeshFile {
     file: Option<LocalFile>,
     shared: Arc<Shared>,
+    rejections: Rejections,
 }
 
 impl MeshFile {
@@ -19,6 +20,7 @@ impl MeshFile {
     pub(super) async fn load(
         source: &MeshSource,
         shared: &Arc<Shared>,
+        rejections: Rejections,
     ) -> Result<Self, StartError> {
         let (file, document) = match source {
             MeshSource::Text(text) => (None, local::parse(text).map_err(StartError::Mesh)?),
@@ -28,24 +30,29 @@ impl MeshFile {
                 (Some(file), document)
             }
         };
-        put_in_force(shared, &document);
+        put_in_force(shared, &rejections, &document);
         Ok(Self {
             file,
             shared: Arc::clone(shared),
+            rejections,
         })
     }
 
     /// Loads the file again whenever it changes, until told to stop. A file that cannot be used
     /// changes nothing.
     pub(super) async fn follow(self, stop: CancellationToken) {
-        let Self { file, shared } = self;
+        let Self {
+            file,
+            shared,
+            rejections,
+        } = self;
         let following = async {
             let Some(mut file) = file else {
                 return std::future::pending().await;
             };
             loop {
                 match file.changed().await {
-                    Ok(document) => put_in_force(&shared, &document),
+                    Ok(document) => put_in_force(&shared, &rejections, &document),
                     Err(error) => {
                         let error = &error as &dyn std::error::Error;
                         tracing::error!(
@@ -64,7 +71,7 @@ impl MeshFile {
 }
 
 /// Makes the mesh what `document` says, and asks for the certificates it needs.
-fn put_in_force(shared: &Shared, document: &Document) {
+fn put_in_force(shared: &Shared, rejections: &Rejections, document: &Document) {
     for rejected in &document.rejected {
         tracing::warn!(name = %rejected.name, reason = %rejected.reason, "a record of the mesh file is not usable");
     }
@@ -72,6 +79,11 @@ fn put_in_force(shared: &Shared, document: &Document) {
     for rejection in &report.rejected {
         tracing::warn!(name = %rejection.name, reason = %rejection.reason, "a resource of the mesh file is refused");
     }
+    let unreadable = document.rejected.iter();
+    let unreadable = unreadable.map(|one| (one.name.clone(), one.reason.clone()));
+    let unusable = report.rejected.iter();
+    let unusable = unusable.map(|one| (one.name.clone(), one.reason.to_string()));
+    rejections.file(unreadable.chain(unusable));
     tracing::info!(
         workloads = report.workloads,
         services = report.services,

@@ -3,7 +3,6 @@
 use std::sync::Arc;
 
 use arc_swap::ArcSwap;
-use serde_json::{Map, Value, json};
 
 use crate::config::WorkloadRef;
 
@@ -39,31 +38,6 @@ impl View {
         self.0.load_full()
     }
 
-    /// The object `workloadState` of the admin dump; `connections` gives those of a uid.
-    pub fn workload_state(&self, connections: impl Fn(&str) -> Value) -> Value {
-        let entry = |pod: &PodState| {
-            let WorkloadRef {
-                name,
-                namespace,
-                service_account,
-            } = &pod.who;
-            let info = json!({
-                "name": **name,
-                "namespace": **namespace,
-                "serviceAccount": **service_account,
-            });
-            match pod.phase {
-                PodPhase::Pending => json!({"state": "Pending", "info": info}),
-                PodPhase::Up => {
-                    json!({"state": "Up", "info": info, "connections": connections(&pod.uid)})
-                }
-            }
-        };
-        let pods = self.pods();
-        let entries = pods.iter().map(|pod| (pod.uid.to_string(), entry(pod)));
-        Value::Object(entries.collect::<Map<_, _>>())
-    }
-
     /// Replaces what is shown. Of several states of one uid the first stands.
     pub(super) fn show(&self, mut pods: Vec<PodState>) {
         pods.sort_by(|one, other| one.uid.cmp(&other.uid));
@@ -85,22 +59,15 @@ mod tests {
     }
 
     #[test]
-    fn shows_each_uid_once_as_istioctl_reads_it() {
+    fn shows_each_uid_once() {
         let view = View::default();
-        assert_eq!(view.workload_state(|_| Value::Null), json!({}));
+        assert!(view.pods().is_empty());
         view.show(vec![
             pod("b", PodPhase::Up),
             pod("a", PodPhase::Pending),
-            pod("b", PodPhase::Up),
+            pod("b", PodPhase::Pending),
         ]);
-        let info = json!({"name": "web-1", "namespace": "shop", "serviceAccount": "web"});
-        let connections = json!({"inbound": [], "outbound": []});
-        assert_eq!(
-            view.workload_state(|_| connections.clone()),
-            json!({
-                "a": {"state": "Pending", "info": info},
-                "b": {"state": "Up", "info": info, "connections": connections},
-            })
-        );
+        let shown = [pod("a", PodPhase::Pending), pod("b", PodPhase::Up)];
+        assert_eq!(**view.pods(), shown);
     }
 }

@@ -119,6 +119,19 @@ impl Metrics {
         );
     }
 
+    /// Whether a stream is up.
+    #[must_use]
+    pub fn is_connected(&self) -> bool {
+        self.connected.get() == 1
+    }
+
+    /// When the control plane was last heard; `None` is never.
+    #[must_use]
+    pub fn last_response(&self) -> Option<SystemTime> {
+        let seconds = u64::try_from(self.last_response.get()).ok()?;
+        (seconds > 0).then(|| UNIX_EPOCH + Duration::from_secs(seconds))
+    }
+
     pub(super) fn connected(&self, yes: bool) {
         self.connected.set(yes.into());
     }

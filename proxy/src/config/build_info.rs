@@ -2,8 +2,6 @@
 
 use serde::Serialize;
 
-use super::Environment;
-
 /// The facts of the build, under the names that the config dump gives them.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "camelCase")]
@@ -26,20 +24,16 @@ pub struct BuildInfo {
 }
 
 impl BuildInfo {
-    /// The build of this binary. The Istio version is a fact of the image, so it comes from the
-    /// environment.
+    /// The build of this binary. The Istio version is a fact of the image.
     #[must_use]
-    pub fn new(environment: &Environment<'_>) -> Self {
+    pub fn new(istio_version: &str) -> Self {
         Self {
             version: env!("CARGO_PKG_VERSION"),
             git_revision: env!("CULVERT_GIT_REVISION"),
             rust_version: env!("CULVERT_RUST_VERSION"),
             build_profile: env!("CULVERT_BUILD_PROFILE"),
             build_status: env!("CULVERT_BUILD_STATUS"),
-            istio_version: environment
-                .variable("ISTIO_META_ISTIO_VERSION")
-                .unwrap_or("unknown")
-                .to_owned(),
+            istio_version: istio_version.to_owned(),
             crypto_provider: "aws-lc-rs",
         }
     }
