@@ -23,6 +23,7 @@ mod stop;
 mod table;
 #[cfg(test)]
 mod tests;
+mod verdict;
 
 pub use pod::{Pod, Settings, Shared};
 pub use stop::Stop;

@@ -74,6 +74,15 @@ impl Verdict {
         &self.decision
     }
 
+    /// Keys of policies that the workload names and that were not delivered.
+    pub fn missing(&self) -> impl Iterator<Item = &Arc<str>> {
+        let missing = self
+            .asides
+            .iter()
+            .filter(|note| note.event == Event::Missing);
+        missing.filter_map(|note| note.policy.as_ref())
+    }
+
     /// Everything to be logged, in order: missing policies, dry runs, then what decided.
     pub fn notes(&self) -> impl Iterator<Item = &Note> {
         self.asides.iter().chain([&self.decision])
@@ -144,6 +153,9 @@ pub fn authorize(state: &State, workload: &Workload, connection: &Connection<'_>
     for applicable in state.policies_for(workload) {
         match applicable {
             Applicable::Policy(policy) => judgement.weigh(policy, connection),
+            Applicable::Missing(key) if is_static_strict(key) => {
+                judgement.weigh_static_strict(key, connection);
+            }
             Applicable::Missing(key) => judgement
                 .missing
                 .push(note(Event::Missing, Arc::clone(key))),
@@ -196,6 +208,13 @@ impl<'a> Judgement<'a> {
         }
     }
 
+    /// As the policy of that name would, which refuses peers without an identity and nobody else.
+    fn weigh_static_strict(&mut self, key: &'a Arc<str>, connection: &Connection<'_>) {
+        if connection.identity.is_none() {
+            self.denied_by.get_or_insert(key);
+        }
+    }
+
     fn pronounce(mut self) -> Verdict {
         let mut asides = self.missing;
         asides.append(&mut self.dry_denials);
@@ -224,6 +243,13 @@ impl<'a> Judgement<'a> {
             asides,
         }
     }
+}
+
+/// Whether this is the policy by which istiod makes mutual TLS mandatory. Its name says all that is in it, so it is in force
+/// where a workload names it, delivered or not.
+fn is_static_strict(key: &str) -> bool {
+    let name = key.split_once('/').map(|(_, name)| name);
+    name == Some("istio_converted_static_strict")
 }
 
 fn note(event: Event, policy: Arc<str>) -> Note {

@@ -365,8 +365,10 @@ async fn a_new_policy_ends_the_connections_that_it_forbids_and_no_other() {
     }
     traffic::ping(&mut web, b"allowed").await.unwrap();
     let log = cluster.proxy(1).log();
-    let closed =
-        |line: &testkit::Line| line.field("error") == "connection closed due to policy change";
+    let closed = |line: &testkit::Line| {
+        line.field("error")
+            == "connection closed due to policy change: allow policies exist, but none allowed"
+    };
     log.wait("the reason", closed).await;
     let flags = [("response_flags", "DENY")];
     cluster
@@ -396,8 +398,10 @@ async fn a_policy_attached_to_a_live_workload_ends_what_it_forbids_and_no_other(
     mesh.write(&cluster.mesh_file).unwrap();
     traffic::closed(&mut intruder, wait::SOON).await.unwrap();
     traffic::ping(&mut web, b"allowed").await.unwrap();
-    let closed =
-        |line: &testkit::Line| line.field("error") == "connection closed due to policy change";
+    let closed = |line: &testkit::Line| {
+        line.field("error")
+            == "connection closed due to policy change: explicitly denied by: shop/not-you"
+    };
     let log = cluster.proxy(1).log();
     log.wait("the reason", closed).await;
     assert_eq!(log.since(0, closed).len(), 1, "one connection was cut");
@@ -423,4 +427,123 @@ async fn a_revoked_stream_is_cancelled_and_its_siblings_live_on() {
     sibling.ping(b"lives on").await.unwrap();
     assert_eq!(talk.client.status(&talk.target).await.unwrap(), 401);
     assert_eq!(talk.client.status(&second).await.unwrap(), 200);
+}
+
+/// What istiod makes of a mesh-wide STRICT.
+const STATIC_STRICT: &str = "istio-system/istio_converted_static_strict";
+
+fn static_strict() -> Policy {
+    let nobody = Match {
+        not_principals: vec![StringMatch::Presence(vec![])],
+        ..Match::default()
+    };
+    Policy {
+        namespace: "istio-system".to_owned(),
+        ..Policy::deny("istio_converted_static_strict", vec![nobody]).selected()
+    }
+}
+
+#[tokio::test]
+async fn mutual_tls_made_mandatory_ends_plaintext_that_is_open_and_nothing_else() {
+    let stage = Stage::new();
+    let mut mesh = stage.mesh();
+    mesh.policy(static_strict());
+    let cluster = stage.start(&mesh).await;
+    let app = stage.api.serve(8080, Behaviour::Echo).unwrap();
+    let mut web = open(&stage.web, &app).await;
+    let mut outside = open(&stage.outside, &app).await;
+    mesh.workload(&stage.api).authorization_policies = vec![STATIC_STRICT.to_owned()];
+    mesh.write(&cluster.mesh_file).unwrap();
+    traffic::closed(&mut outside, wait::SOON).await.unwrap();
+    traffic::ping(&mut web, b"mutual").await.unwrap();
+    assert_eq!(stage.admitted(app.address).await, [true, true, false]);
+}
+
+#[tokio::test]
+async fn mandatory_mutual_tls_needs_no_more_than_its_name() {
+    let stage = Stage::new();
+    let mut mesh = stage.mesh();
+    mesh.workload(&stage.api).authorization_policies = vec![STATIC_STRICT.to_owned()];
+    let cluster = stage.start(&mesh).await;
+    let app = stage.api.serve(8080, Behaviour::Echo).unwrap();
+    assert_eq!(stage.admitted(app.address).await, [true, true, false]);
+    let log = cluster.proxy(1).log();
+    let denied = |line: &testkit::Line| line.field("error").ends_with(STATIC_STRICT);
+    let line = log.wait("the denial", denied).await;
+    let millis: u32 = line
+        .field("duration")
+        .trim_end_matches("ms")
+        .parse()
+        .unwrap();
+    assert!(millis < 4_000, "it was waited for, {millis} ms");
+}
+
+#[tokio::test]
+async fn a_policy_on_its_way_is_waited_for() {
+    let stage = Stage::new();
+    let mut mesh = stage.mesh();
+    mesh.workload(&stage.api).authorization_policies = vec!["shop/late".to_owned()];
+    let cluster = stage.start(&mesh).await;
+    let app = stage.api.serve(8080, Behaviour::Echo).unwrap();
+    let log = cluster.proxy(1).log();
+    let mut calls = Vec::new();
+    for pod in [&stage.web, &stage.intruder, &stage.outside] {
+        let call = pod.connect(app.address).await.unwrap();
+        // Behind a tunnel the port is another one.
+        let opened = |line: &testkit::Line| {
+            line.is_access("connection opened")
+                && line
+                    .field("src.addr")
+                    .starts_with(&format!("{}:", pod.ip4()))
+        };
+        log.wait("the flow is known", opened).await;
+        calls.push(call);
+    }
+    assert!(
+        app.peers().is_empty(),
+        "a flow was let in before its policy"
+    );
+    mesh.policy(Policy::deny("late", vec![Match::pod(&stage.intruder)]).selected());
+    mesh.write(&cluster.mesh_file).unwrap();
+    let [web, intruder, outside] = &mut calls[..] else {
+        unreachable!()
+    };
+    traffic::closed(intruder, wait::SOON).await.unwrap();
+    traffic::ping(web, b"waited").await.unwrap();
+    traffic::ping(outside, b"waited").await.unwrap();
+    assert_eq!(app.peers().len(), 2);
+}
+
+#[tokio::test]
+async fn a_change_of_identity_ends_what_the_pod_did_under_the_old_one() {
+    let stage = Stage::new();
+    let mut mesh = stage.mesh();
+    let cluster = stage.start(&mesh).await;
+    let app = stage.api.serve(8080, Behaviour::Echo).unwrap();
+    let plain = stage.outside.serve(8080, Behaviour::Echo).unwrap();
+    let mut web = open(&stage.web, &app).await;
+    let mut intruder = open(&stage.intruder, &app).await;
+    let mut outwards = open(&stage.web, &plain).await;
+    mesh.workload(&stage.web).trust_domain = "renamed.example".to_owned();
+    mesh.write(&cluster.mesh_file).unwrap();
+    traffic::closed(&mut web, wait::SOON).await.unwrap();
+    let log = cluster.proxy(0).log();
+    let changed = |line: &testkit::Line| line.field("reason") == "identity-changed";
+    let line = log.wait("the reason", changed).await;
+    assert_eq!(line.field("direction"), "outbound");
+    traffic::ping(&mut intruder, b"another pod").await.unwrap();
+    traffic::ping(&mut outwards, b"no identity was shown")
+        .await
+        .unwrap();
+
+    // A record that is gone says nothing about who the pod is.
+    mesh.workloads.retain(|workload| workload.name != "api");
+    mesh.write(&cluster.mesh_file).unwrap();
+    let gone = "istio_mesh_resources";
+    let labels = [("kind", "workload")];
+    cluster
+        .proxy(1)
+        .metric(gone, &labels, |count| count == 2.0)
+        .await;
+    traffic::ping(&mut intruder, b"goes on").await.unwrap();
 }

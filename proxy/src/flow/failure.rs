@@ -4,7 +4,7 @@ use std::error::Error;
 
 use http::StatusCode;
 
-use super::proxy_header::HeaderError;
+use super::{proxy_header::HeaderError, table::Revocation};
 use crate::{
     listen,
     policy::Denied,
@@ -19,9 +19,9 @@ pub(super) enum Failure {
     /// A policy of the destination forbids it.
     #[error("connection closed due to policy rejection")]
     Denied(#[source] Denied),
-    /// A policy change forbids what was allowed when the flow began.
-    #[error("connection closed due to policy change")]
-    Revoked,
+    /// It may no longer be what was allowed when it began.
+    #[error(transparent)]
+    Revoked(Revocation),
     /// The certificate of the tunnel's peer was revoked while the flow ran.
     #[error("connection closed: peer certificate revoked by CRL")]
     PeerRevoked,
@@ -63,7 +63,7 @@ impl Failure {
             Self::Unreachable(error) => error.is_of_destination(),
             Self::Tunnel(error) => error.is_of_destination(),
             Self::Denied(_)
-            | Self::Revoked
+            | Self::Revoked(_)
             | Self::PeerRevoked
             | Self::Header(_)
             | Self::Answer(_)
@@ -77,7 +77,8 @@ impl Failure {
     pub(super) fn reason(&self) -> Reason {
         match self {
             Self::Denied(_) => Reason::PolicyDenied,
-            Self::Revoked => Reason::PolicyChanged,
+            Self::Revoked(Revocation::Policy(_)) => Reason::PolicyChanged,
+            Self::Revoked(Revocation::Identity) => Reason::IdentityChanged,
             Self::PeerRevoked => Reason::Revoked,
             Self::Unreachable(error) => error.reason(),
             Self::Header(_) => Reason::ProxyHeader,
@@ -92,7 +93,7 @@ impl Failure {
     /// What the peer of a CONNECT is answered.
     pub(super) fn status(&self) -> StatusCode {
         match self {
-            Self::Denied(_) | Self::Revoked => StatusCode::UNAUTHORIZED,
+            Self::Denied(_) | Self::Revoked(_) => StatusCode::UNAUTHORIZED,
             Self::Unreachable(_)
             | Self::Header(_)
             | Self::Tunnel(_)

@@ -25,11 +25,12 @@ use super::{
     proxy_header::ProxyHeader,
     report::{self, Guarded, Told},
     table::Entry,
+    verdict::authorize,
 };
 use crate::{
     listen,
     mesh::Workload,
-    policy::{self, Connection, Denied, Permit},
+    policy::{Connection, Permit},
     relay::{self, Socket},
     route::{
         self, Authority, AuthorityError, ClientAddress, InboundQuery, InboundRefusal, InboundRoute,
@@ -99,6 +100,8 @@ struct Caller {
     peer: SocketAddr,
     here: SocketAddr,
     identity: SpiffeId,
+    /// Whom the caller met.
+    shown: SpiffeId,
     /// Whether the connection was cut because the peer's certificate is revoked.
     cut: AtomicBool,
 }
@@ -106,6 +109,20 @@ struct Caller {
 impl Caller {
     fn is_cut(&self) -> bool {
         self.cut.load(Ordering::Acquire)
+    }
+
+    fn enter(&self, pod: &Pod, direction: Direction, access: &Access) -> Entry {
+        let shown = Some(self.shown.clone());
+        pod.flows().enter(direction, shown, access.meter().watch())
+    }
+
+    fn calls(&self, destination: SocketAddr, connect: &tunnel::Connect) -> Direction {
+        Direction::Inbound {
+            source: self.peer,
+            destination,
+            identity: Some(self.identity.clone()),
+            service: connect.forwarded_host().map(Into::into),
+        }
     }
 }
 
@@ -177,6 +194,7 @@ async fn shake(
             peer,
             here,
             identity,
+            shown: svid.id().clone(),
             cut: AtomicBool::new(false),
         },
         (age, svid.client_tracker()),
@@ -229,21 +247,28 @@ async fn open(pod: &Arc<Pod>, caller: &Caller, incoming: Incoming) -> Option<Ope
     let source = source(pod, caller, &connect).await;
     let access = opened(pod, caller, source.as_deref(), (&decision, &connect));
     let destination = decision.route.destination;
-    let direction = Direction::Inbound {
-        source: caller.peer,
-        destination,
-        identity: Some(caller.identity.clone()),
-        service: connect.forwarded_host().map(Into::into),
-    };
-    let entry = pod.flows().enter(direction, access.meter().watch());
+    let direction = caller.calls(destination, &connect);
+    let entry = caller.enter(pod, direction, &access);
     let judged = Connection {
         source: caller.peer,
         destination,
         identity: Some(&caller.identity),
     };
-    let dialled = match authorize(pod, &decision.local, &judged, &entry) {
-        Err(denied) => Err(Failure::Denied(denied)),
-        Ok(permit) => dial(pod, permit, caller, &decision.route, &mut responder).await,
+    let reaching = async {
+        let permit = authorize(pod, &decision.local, &judged, &entry).await;
+        dial(
+            pod,
+            permit.map_err(Failure::Denied)?,
+            caller,
+            &decision.route,
+        )
+        .await
+    };
+    let dialled = tokio::select! {
+        biased;
+        dialled = reaching => dialled,
+        // Nobody is waited for on behalf of a client that waits no longer.
+        () = responder.gone() => Err(Failure::Abandoned),
     };
     let mut upstream = match dialled {
         Ok(upstream) => upstream,
@@ -367,23 +392,18 @@ fn opened(
     )
 }
 
-/// Dials the application for as long as the client waits for it.
 async fn dial(
     pod: &Pod,
     permit: Permit,
     caller: &Caller,
     route: &InboundRoute,
-    responder: &mut Responder,
 ) -> Result<listen::Upstream, Failure> {
     let client: IpAddr = match route.from {
         ClientAddress::Original => caller.peer.ip(),
         ClientAddress::Loopback => route.to.ip(),
     };
-    tokio::select! {
-        biased;
-        dialled = pod.dial_application(permit, route.to, client) => dialled.map_err(Failure::Unreachable),
-        () = responder.gone() => Err(Failure::Abandoned),
-    }
+    let dialled = pod.dial_application(permit, route.to, client).await;
+    dialled.map_err(Failure::Unreachable)
 }
 
 /// Answers that the application was reached and, if it sits behind an application tunnel that asks
@@ -433,21 +453,6 @@ pub(super) fn reject(
         destination,
     };
     pod.shared().traffic.reject(attempt, reason, error);
-}
-
-/// Asks the policies of `local`, logs what they say, and notes what decided.
-pub(super) fn authorize(
-    pod: &Pod,
-    local: &Workload,
-    connection: &Connection<'_>,
-    entry: &Entry,
-) -> Result<Permit, Denied> {
-    let verdict = policy::authorize(&pod.shared().mesh.read(), local, connection);
-    entry.judged(verdict.decision());
-    for note in verdict.notes() {
-        report::note(pod.shared().verdicts, note);
-    }
-    verdict.outcome
 }
 
 /// Bytes of the future of one open stream.

@@ -155,7 +155,9 @@ fn begin(pod: &Pod, plan: &Plan, call: Call, far_end: Option<&FarEnd>) -> (Acces
         actual: plan.to,
         carried: plan.carried(),
     };
-    let entry = pod.flows().enter(direction, access.meter().watch());
+    let shown = plan.hop().and_then(|_| plan.source.identity()).cloned();
+    let watch = access.meter().watch();
+    let entry = pod.flows().enter(direction, shown, watch);
     (access, entry)
 }
 

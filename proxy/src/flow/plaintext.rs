@@ -9,6 +9,7 @@ use super::{
     failure::Failure,
     inbound, parties,
     report::{self, Guarded, Told},
+    verdict::authorize,
 };
 use crate::{
     listen,
@@ -63,13 +64,13 @@ async fn open(pod: &Arc<Pod>, downstream: &TcpStream, peer: SocketAddr) -> Optio
         identity: None,
         service: None,
     };
-    let entry = pod.flows().enter(direction, access.meter().watch());
+    let entry = pod.flows().enter(direction, None, access.meter().watch());
     let connection = Connection {
         source: peer,
         destination: route.destination,
         identity: None,
     };
-    let upstream = match inbound::authorize(pod, &local, &connection, &entry) {
+    let upstream = match authorize(pod, &local, &connection, &entry).await {
         Err(denied) => Err(Failure::Denied(denied)),
         Ok(permit) => pod
             .dial_application(permit, route.to, peer.ip())

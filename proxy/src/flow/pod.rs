@@ -15,7 +15,7 @@ use tokio::{
 };
 use xds_client::Demand;
 
-use super::{FlowTable, Stop, accept, inbound, judge, outbound, plaintext};
+use super::{FlowTable, Stop, accept, inbound, judge, outbound, plaintext, verdict::Awaited};
 use crate::{
     config::{self, WorkloadRef},
     listen::{self, LocalAddress, Netns, PodListeners, SourcePorts},
@@ -103,6 +103,7 @@ pub struct Pod {
     transparent: bool,
     source_ports: SourcePorts,
     flows: Arc<FlowTable>,
+    awaited: Awaited,
     pool: tunnel::Pool<Dialer>,
 }
 
@@ -132,6 +133,7 @@ impl Pod {
             transparent,
             source_ports: SourcePorts::new(),
             flows: Arc::default(),
+            awaited: Awaited::default(),
             pool,
         })
     }
@@ -197,6 +199,16 @@ impl Pod {
 
     pub(super) fn pool(&self) -> &tunnel::Pool<Dialer> {
         &self.pool
+    }
+
+    /// Its names, by which its record is found.
+    pub(super) fn who(&self) -> &WorkloadRef {
+        &self.who
+    }
+
+    /// Policies that its record names in vain.
+    pub(super) fn awaited(&self) -> &Awaited {
+        &self.awaited
     }
 
     pub(super) fn source_ports(&self) -> &SourcePorts {

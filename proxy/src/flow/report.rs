@@ -83,8 +83,8 @@ impl<P: Future<Output = Outcome> + Unpin> Future for Guarded<'_, P> {
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         let this = self.get_mut();
         // First the verdict: a revoked flow moves no further byte.
-        if this.entry.poll_revoked(cx).is_ready() {
-            return Poll::Ready(Err(Failure::Revoked));
+        if let Poll::Ready(why) = this.entry.poll_revoked(cx) {
+            return Poll::Ready(Err(Failure::Revoked(why)));
         }
         Pin::new(&mut this.pump)
             .poll(cx)

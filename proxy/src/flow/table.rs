@@ -6,10 +6,7 @@
 
 use std::{
     net::SocketAddr,
-    sync::{
-        Arc, OnceLock,
-        atomic::{AtomicBool, Ordering},
-    },
+    sync::{Arc, OnceLock},
     task::{Context, Poll},
     time::Duration,
 };
@@ -19,7 +16,10 @@ use futures_util::task::AtomicWaker;
 use parking_lot::Mutex;
 use tokio::time::Instant;
 
-use crate::{policy::Note, telemetry::Watch};
+use crate::{
+    policy::{Denied, Note},
+    telemetry::Watch,
+};
 
 /// Live flows of one pod. An entry costs about 300 bytes and leaves when its flow ends.
 #[derive(Debug, Default)]
@@ -28,15 +28,21 @@ pub struct FlowTable {
 }
 
 impl FlowTable {
-    /// Enters a flow. It stays listed until the returned guard is dropped.
+    /// Enters a flow in which the pod shows itself as `shown`, if it does. It stays listed until the returned guard is dropped.
     #[must_use]
-    pub(super) fn enter(self: &Arc<Self>, direction: Direction, watch: Watch) -> Entry {
+    pub(super) fn enter(
+        self: &Arc<Self>,
+        direction: Direction,
+        shown: Option<SpiffeId>,
+        watch: Watch,
+    ) -> Entry {
         let facts = Arc::new(Facts {
             direction,
+            shown,
             watch,
             began: Instant::now(),
             verdict: OnceLock::new(),
-            revoked: AtomicBool::new(false),
+            revoked: OnceLock::new(),
             task: AtomicWaker::new(),
         });
         let key = self.flows.lock().insert(Arc::clone(&facts));
@@ -114,10 +120,11 @@ pub enum Carried {
 #[derive(Debug)]
 pub struct Facts {
     direction: Direction,
+    shown: Option<SpiffeId>,
     watch: Watch,
     began: Instant,
     verdict: OnceLock<Note>,
-    revoked: AtomicBool,
+    revoked: OnceLock<Revocation>,
     /// The task of the flow.
     task: AtomicWaker,
 }
@@ -147,11 +154,28 @@ impl Facts {
         self.verdict.get()
     }
 
-    /// Ends the flow because a policy no longer allows it. The flow's task sees it at its next step.
-    pub(super) fn revoke(&self) {
-        self.revoked.store(true, Ordering::Release);
+    /// The identity that the pod has proven to the peer; `None` in plaintext.
+    pub(super) fn shown(&self) -> Option<&SpiffeId> {
+        self.shown.as_ref()
+    }
+
+    /// Ends the flow. Its task sees it at its next step.
+    pub(super) fn revoke(&self, why: Revocation) {
+        // The first reason is the one that is told.
+        let _ = self.revoked.set(why);
         self.task.wake();
     }
+}
+
+/// Why an open flow may no longer be.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub(super) enum Revocation {
+    /// A policy change forbids what was allowed when it began.
+    #[error("connection closed due to policy change")]
+    Policy(#[source] Denied),
+    /// The pod is no longer who it has shown itself to be.
+    #[error("connection closed: the identity of the local workload has changed")]
+    Identity,
 }
 
 /// Keeps a flow listed for as long as it lives.
@@ -169,14 +193,13 @@ impl Entry {
         let _ = self.facts.verdict.set(verdict.clone());
     }
 
-    /// Ready once a policy change has ended the flow.
-    pub(super) fn poll_revoked(&self, cx: &mut Context<'_>) -> Poll<()> {
+    /// Ready once the flow may no longer be.
+    pub(super) fn poll_revoked(&self, cx: &mut Context<'_>) -> Poll<Revocation> {
         // First the task, then the look: a revocation in between wakes it.
         self.facts.task.register(cx.waker());
-        if self.facts.revoked.load(Ordering::Acquire) {
-            Poll::Ready(())
-        } else {
-            Poll::Pending
+        match self.facts.revoked.get() {
+            Some(why) => Poll::Ready(why.clone()),
+            None => Poll::Pending,
         }
     }
 }
@@ -189,6 +212,8 @@ impl Drop for Entry {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::{AtomicBool, Ordering};
+
     use super::*;
     use crate::telemetry::{Labels, Party, Reporter, Security, ServiceName, Traffic};
 
@@ -215,8 +240,8 @@ mod tests {
     #[test]
     fn an_entry_leaves_when_its_guard_is_dropped() {
         let table = Arc::new(FlowTable::default());
-        let first = table.enter(inbound(1), watch());
-        let second = table.enter(inbound(2), watch());
+        let first = table.enter(inbound(1), None, watch());
+        let second = table.enter(inbound(2), None, watch());
         assert_eq!(table.len(), 2);
         drop(first);
         assert_eq!(table.len(), 1);
@@ -227,12 +252,14 @@ mod tests {
     #[test]
     fn a_revocation_is_seen_before_and_during_the_wait() {
         let table = Arc::new(FlowTable::default());
-        let entry = table.enter(inbound(1), watch());
+        let entry = table.enter(inbound(1), None, watch());
         let facts = table.open();
         let mut wait = waiting(&entry);
         assert!(wait.next().is_pending());
-        facts[0].revoke();
-        assert!(wait.woken() && wait.next().is_ready());
+        facts[0].revoke(Revocation::Policy(Denied::NotAllowed));
+        facts[0].revoke(Revocation::Identity);
+        let first = Poll::Ready(Revocation::Policy(Denied::NotAllowed));
+        assert!(wait.woken() && wait.next() == first);
     }
 
     /// Polls an entry by hand and tells whether it was woken since.
@@ -258,7 +285,7 @@ mod tests {
     }
 
     impl Waiting<'_> {
-        fn next(&mut self) -> Poll<()> {
+        fn next(&mut self) -> Poll<Revocation> {
             let waker = Arc::clone(&self.bell).into();
             self.entry.poll_revoked(&mut Context::from_waker(&waker))
         }

@@ -7,7 +7,7 @@ use xds_client::{
     proto::{security as wire, workload},
 };
 
-use super::{Connection, Verdict, authorize};
+use super::{Connection, Event, Verdict, authorize, note};
 use crate::mesh::{Mesh, View, Workload};
 
 /// A mesh with one workload, `default/web` at 10.0.0.2, which names the policies in `named`.
@@ -387,6 +387,22 @@ fn a_missing_policy_is_told_and_the_others_are_enforced() {
     assert!(world.allows(WEB, 90));
     let verdict = world.judge(WEB, 90);
     assert!(verdict.notes().next().unwrap().event.is_degradation());
+    assert_eq!(verdict.missing().count(), 1);
+}
+
+#[test]
+fn mandatory_mutual_tls_is_in_force_by_its_name() {
+    let name = "istio-system/istio_converted_static_strict";
+    let world = World::new([], &[name]);
+    let verdict = world.judge("", 80);
+    assert_eq!(*verdict.decision(), note(Event::DenyMatch, name.into()));
+    assert!(!verdict.is_allowed());
+    assert!(world.allows(WEB, 80));
+    assert_eq!(world.judge(WEB, 80).missing().count(), 0);
+    // What another name says, nobody knows.
+    let world = World::new([], &["shop/converted_peer_authentication_x"]);
+    assert!(world.allows("", 80));
+    assert_eq!(world.judge("", 80).missing().count(), 1);
 }
 
 #[test]

@@ -26,6 +26,8 @@ pub enum Reason {
     NoIdentity,
     /// There is no certificate for the local workload.
     NoCertificate,
+    /// The local workload is no longer who it was when the connection began.
+    IdentityChanged,
     /// The peer proved to be somebody else than was expected, or nobody of the mesh.
     PeerIdentityMismatch,
     /// The TLS handshake failed.
@@ -84,7 +86,7 @@ pub enum Reason {
 
 impl Reason {
     /// All of them, in the order of [`Self::index`].
-    pub(super) const ALL: [Self; 34] = [
+    pub(super) const ALL: [Self; 35] = [
         Self::PolicyDenied,
         Self::PolicyChanged,
         Self::DeniedByPeer,
@@ -92,6 +94,7 @@ impl Reason {
         Self::Revoked,
         Self::NoIdentity,
         Self::NoCertificate,
+        Self::IdentityChanged,
         Self::PeerIdentityMismatch,
         Self::TlsHandshake,
         Self::TlsTimeout,
@@ -132,6 +135,7 @@ impl Reason {
             Self::Revoked => "revoked",
             Self::NoIdentity => "no-identity",
             Self::NoCertificate => "no-certificate",
+            Self::IdentityChanged => "identity-changed",
             Self::PeerIdentityMismatch => "peer-identity-mismatch",
             Self::TlsHandshake => "tls-handshake",
             Self::TlsTimeout => "tls-timeout",
@@ -168,7 +172,9 @@ impl Reason {
         match self {
             Self::PolicyDenied | Self::PolicyChanged => ResponseFlag::Deny,
             Self::Revoked => ResponseFlag::CertRevoked,
-            Self::NoIdentity | Self::NoCertificate => ResponseFlag::IdentityError,
+            Self::NoIdentity | Self::NoCertificate | Self::IdentityChanged => {
+                ResponseFlag::IdentityError
+            }
             Self::Http2 | Self::AnswerTimeout => ResponseFlag::H2HandshakeFailure,
             Self::HboneTimeout => ResponseFlag::NetworkPolicy,
             Self::Drained => ResponseFlag::None,
