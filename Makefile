@@ -3,7 +3,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench
+.PHONY: help demo test lint fuzz bench
 
 # command:package pairs, for .ci/need
 BUILD   := cc:gcc make:make git:git
@@ -14,6 +14,9 @@ ASKING  := dig:bind9-dnsutils musl-gcc:musl-tools
 LOAD    := wrk:wrk nginx:nginx-light
 
 CARGO_DENY := 0.20.2
+CARGO_FUZZ := 0.13.2
+# How long each fuzz target runs.
+SECONDS := 60
 
 help: ## Show this list
 	@sed -nE 's/^([a-z]+):.*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
@@ -48,6 +51,18 @@ lint: ## Formatting, clippy, documentation, dependencies; warnings are errors
 	else \
 	  echo "make lint: the advisory database cannot be fetched; known vulnerabilities are not checked" >&2; \
 	fi
+
+fuzz: ## What foreign bytes do to each decoder, for 60 seconds each (SECONDS=1800 for longer)
+	@.ci/need $(BUILD)
+	@cargo fuzz --version >/dev/null 2>&1 || { set -x; cargo install cargo-fuzz --version $(CARGO_FUZZ) --locked; }
+	@export RUSTC_BOOTSTRAP=1; \
+	for crate in proxy cert-agent; do \
+	  for target in $$(cd $$crate && cargo fuzz list); do \
+	    mkdir -p $$crate/fuzz/corpus/$$target $$crate/fuzz/seeds/$$target; \
+	    (set -x; cd $$crate && cargo fuzz run --sanitizer none $$target fuzz/corpus/$$target fuzz/seeds/$$target \
+	      -- -max_total_time=$(SECONDS)) || exit 1; \
+	  done; \
+	done
 
 bench: ## Criterion benchmarks, then load through the proxy compared with direct traffic
 	@.ci/need $(BUILD) $(NETWORK) $(TRAFFIC) $(LOAD) $(NAMES)

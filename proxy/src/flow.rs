@@ -9,6 +9,9 @@
 
 mod accept;
 mod failure;
+#[cfg(any(test, fuzzing))]
+#[doc(hidden)]
+pub mod fuzzing;
 mod handshakes;
 mod inbound;
 mod inquiry;

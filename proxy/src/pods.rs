@@ -9,6 +9,9 @@
 //! rules are in `roster`, the bytes in `zds`, the connection in `agent`, the tasks in `instances`.
 
 mod agent;
+#[cfg(any(test, fuzzing))]
+#[doc(hidden)]
+pub mod fuzzing;
 mod instances;
 mod launch;
 mod roster;

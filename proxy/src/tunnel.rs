@@ -9,13 +9,16 @@ mod age;
 pub mod client;
 mod cut;
 mod error;
+#[cfg(any(test, fuzzing))]
+#[doc(hidden)]
+pub mod fuzzing;
 pub mod headers;
 mod io;
 mod keepalive;
 mod pool;
 mod server;
 mod stream;
-#[cfg(test)]
+#[cfg(any(test, fuzzing))]
 mod testing;
 #[cfg(test)]
 mod tests;

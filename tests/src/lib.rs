@@ -38,6 +38,7 @@ pub mod program;
 pub mod proxy;
 pub mod raw;
 pub mod redirect;
+pub mod seeds;
 pub mod stage;
 pub mod sys;
 pub mod traffic;

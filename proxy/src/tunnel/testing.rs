@@ -1,4 +1,11 @@
 //! What the tests of several modules share.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    reason = "not a part of the proxy: a panic is a failed test"
+)]
 
 use std::{future::poll_fn, sync::Arc, time::Duration};
 

@@ -4,6 +4,8 @@
 //! operator asks for 1.2 as well, `stream` then protects the bytes by itself and copies none. Where
 //! TLS 1.2 may be spoken, or a configuration keeps its secrets, the library does all of it.
 
+#[cfg(any(test, fuzzing))]
+pub(super) mod fuzzing;
 mod handshake;
 mod record;
 mod stream;
