@@ -11,6 +11,7 @@ NETWORK := ip:iproute2 nft:nftables
 TRAFFIC := iperf3:iperf3 tcpdump:tcpdump
 NAMES   := dnsmasq:dnsmasq-base
 ASKING  := dig:bind9-dnsutils musl-gcc:musl-tools
+WATCH   := prometheus:prometheus promtool:prometheus
 LOAD    := wrk:wrk nginx:nginx-light
 
 CARGO_DENY := 0.20.2
@@ -27,7 +28,7 @@ demo: ## Two nodes and four pods as network namespaces, real traffic through the
 	target/release/culvert demo $(ARGS)
 
 test: ## Unit, property and end-to-end tests
-	@.ci/need $(BUILD) $(NETWORK) $(TRAFFIC) $(NAMES) $(ASKING)
+	@.ci/need $(BUILD) $(NETWORK) $(TRAFFIC) $(NAMES) $(ASKING) $(WATCH)
 	@.ci/openbao >/dev/null
 	@.ci/envoy >/dev/null
 	cargo build -p culvert -p tests --bins
