@@ -6,6 +6,7 @@
 mod console;
 mod control_plane;
 mod dump;
+mod explain;
 mod flows;
 mod http1;
 mod logging;

@@ -11,6 +11,7 @@ mod control;
 mod data;
 mod demo;
 mod environment;
+mod explain;
 mod fault;
 mod identity;
 mod metrics;
@@ -26,6 +27,7 @@ mod value;
 pub use command::{Command, UsageError, command, command_list};
 pub use demo::{DemoError, demo};
 pub use environment::{Disk, Environment, Files};
+pub use explain::{ExplainError, Output, Question, explain};
 pub use fault::{Fault, Faults, Given};
 
 use crate::config::{BuildInfo, Config, Logging};

@@ -37,6 +37,7 @@ fn run() -> anyhow::Result<()> {
         Command::Proxy { .. } => proxy(&environment, &shown.to_string_lossy(), &logs),
         Command::Version { .. } => say(&cli::build_info(&environment).to_string()),
         Command::Help { .. } => say(cli::command_list().trim_end()),
+        Command::Explain(question) => say(cli::explain(&question)?.trim_end()),
         Command::Demo { arguments } => Err(cli::demo(arguments).into()),
     }
 }

@@ -13,11 +13,14 @@
 //! The answer carries what is to be logged as values; nothing is logged here. It can be asked again
 //! at any time: `flow` re-judges live connections with the same function.
 
+mod explain;
 mod matches;
 
 use std::{fmt, net::SocketAddr, sync::Arc};
 
 use cert_agent::SpiffeId;
+
+pub use explain::{Field, Matching, Mismatch, explain};
 
 use crate::mesh::{Action, Applicable, Policy, State, Workload};
 

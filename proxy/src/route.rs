@@ -42,6 +42,7 @@
 
 mod authority;
 mod balance;
+mod explain;
 mod hop;
 mod inbound;
 mod outbound;
@@ -52,6 +53,7 @@ mod upstream;
 mod testing;
 
 pub use authority::{Authority, AuthorityError, MAX_HOST_BYTES};
+pub use explain::{Fit, Meaning, Unfit, meaning};
 pub use hop::{Hop, InnerHop, Lookup, Outbound, Via};
 pub use inbound::{
     ClientAddress, InboundQuery, InboundRoute, PlaintextQuery, guess_service, inbound,

@@ -13,7 +13,7 @@ use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    ControlPlane, Pods, Settings, dump, flows,
+    ControlPlane, Pods, Settings, dump, explain, flows,
     http1::{self, Body, empty, text},
     logging, page,
     stream::streamed,
@@ -82,6 +82,7 @@ fn answer(
             now(text(StatusCode::OK, "shutdown now\n".to_owned()))
         }
         "/quitquitquit" => now(empty(StatusCode::METHOD_NOT_ALLOWED)),
+        "/debug/explain" => now(explain::answer(&console, &query)),
         "/debug/flows" => {
             let most = query.number("limit").unwrap_or(MAX_FLOWS);
             let pods = Arc::clone(&console.pods);

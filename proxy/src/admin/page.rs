@@ -7,7 +7,7 @@ use http::{HeaderValue, Response, StatusCode, header::CONTENT_TYPE};
 use super::http1::{Body, text};
 
 /// Everything that this server answers, with a word about each.
-const LINKS: [(&str, &str); 5] = [
+const LINKS: [(&str, &str); 6] = [
     (
         "config_dump",
         "everything the proxy knows, as istioctl and Kiali read it",
@@ -16,6 +16,10 @@ const LINKS: [(&str, &str); 5] = [
     (
         "debug/refusals",
         "connections that were refused or failed of late",
+    ),
+    (
+        "debug/explain",
+        "?from=POD&to=HOST:PORT: what would become of a connection, and why",
     ),
     ("logging", "POST: show or change log levels"),
     ("quitquitquit", "POST: stop, as SIGTERM does"),

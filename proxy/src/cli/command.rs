@@ -4,6 +4,8 @@ use std::ffi::OsString;
 
 use clap::{CommandFactory as _, Parser, Subcommand};
 
+use super::explain::Question;
+
 /// What the process is asked to do.
 #[derive(Debug, Clone, PartialEq, Eq, Subcommand)]
 #[expect(clippy::exhaustive_enums, reason = "`main` must handle every command")]
@@ -26,6 +28,8 @@ pub enum Command {
         #[arg(hide = true, trailing_var_arg = true, allow_hyphen_values = true)]
         ignored: Vec<OsString>,
     },
+    /// Ask the running proxy what it would do with a connection, and why
+    Explain(Question),
     /// Show the proxy at work on this machine, without Kubernetes (runs culvert-demo)
     Demo {
         /// Handed to culvert-demo
@@ -43,7 +47,7 @@ pub struct UsageError {
     pub reason: String,
 }
 
-/// Reads the arguments after the program name. There are no flags; none at all means `proxy`.
+/// Reads the arguments after the program name; none at all means `proxy`, which has no flags.
 ///
 /// # Errors
 /// [`UsageError`] if the first argument is no command.
@@ -58,7 +62,8 @@ pub fn command(arguments: impl IntoIterator<Item = OsString>) -> Result<Command,
         .map(|Arguments { command }| command)
         .map_err(|error| {
             let text = error.to_string();
-            let first = text.lines().next().unwrap_or_default();
+            let first = text.lines().take_while(|line| !line.is_empty());
+            let first = first.map(str::trim).collect::<Vec<_>>().join(" ");
             UsageError {
                 reason: first
                     .strip_prefix("error: ")

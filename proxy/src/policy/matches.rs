@@ -15,7 +15,7 @@ use std::net::IpAddr;
 use cert_agent::SpiffeId;
 use ipnet::IpNet;
 
-use super::Connection;
+use super::{Connection, Field, Matching, Mismatch};
 use crate::mesh::{Clause, Condition, Match, Policy, Rule, ServiceAccount, StringMatch};
 
 pub(super) fn policy(policy: &Policy, connection: &Connection<'_>) -> bool {
@@ -28,7 +28,32 @@ fn rule(rule: &Rule, connection: &Connection<'_>) -> bool {
 
 fn clause(clause: &Clause, connection: &Connection<'_>) -> bool {
     let mut matches = clause.matches.iter();
-    clause.matches.is_empty() || matches.any(|part| is_set(part) && holds(part, connection))
+    clause.matches.is_empty() || matches.any(|part| mismatch(part, connection).is_none())
+}
+
+/// What a policy amounts to for a connection, part by part.
+pub(super) fn explain(policy: &Policy, connection: &Connection<'_>) -> Matching {
+    let matching = policy.rules.iter().position(|part| rule(part, connection));
+    if let Some(rule) = matching {
+        return Matching::Rule(rule);
+    }
+    let rules = policy.rules.iter().enumerate();
+    let of_rule = |(rule, part): (usize, &Rule)| {
+        let number = part
+            .clauses
+            .iter()
+            .position(|part| !clause(part, connection))?;
+        let failing = part.clauses.get(number)?;
+        let matches = failing.matches.iter();
+        let fields = matches.filter_map(|part| mismatch(part, connection));
+        let made = |field| Mismatch {
+            rule,
+            clause: number,
+            field,
+        };
+        Some(fields.map(made).collect::<Vec<_>>())
+    };
+    Matching::None(rules.filter_map(of_rule).flatten().collect())
 }
 
 /// A match without any condition is no match, whatever the connection.
@@ -51,27 +76,38 @@ fn is_set(m: &Match) -> bool {
     !all_unset
 }
 
-/// The conditions, the cheap ones first. Without an identity there is no principal and no account to
-/// match, and the namespace is the empty text.
-fn holds(m: &Match, connection: &Connection<'_>) -> bool {
+/// The first condition that does not hold, the cheap ones first; `None` if all hold. Without an identity there is no
+/// principal and no account to match, and the namespace is the empty text.
+fn mismatch(m: &Match, connection: &Connection<'_>) -> Option<Field> {
     let Connection {
         source,
         destination,
         identity,
     } = *connection;
     let namespace = identity.map_or("", SpiffeId::namespace);
-    condition(&m.destination_ports, |port| *port == destination.port())
-        && condition(&m.source_ips, |range| contains(range, source.ip()))
-        && condition(&m.destination_ips, |range| {
-            contains(range, destination.ip())
-        })
-        && condition(&m.namespaces, |value| text(value, namespace))
-        && condition(&m.principals, |value| {
-            identity.is_some_and(|id| text(value, path(id)))
-        })
-        && condition(&m.service_accounts, |account| {
-            identity.is_some_and(|id| is_account(account, id))
-        })
+    if !is_set(m) {
+        Some(Field::Nothing)
+    } else if !condition(&m.destination_ports, |port| *port == destination.port()) {
+        Some(Field::DestinationPort)
+    } else if !condition(&m.source_ips, |range| contains(range, source.ip())) {
+        Some(Field::SourceIp)
+    } else if !condition(&m.destination_ips, |range| {
+        contains(range, destination.ip())
+    }) {
+        Some(Field::DestinationIp)
+    } else if !condition(&m.namespaces, |value| text(value, namespace)) {
+        Some(Field::Namespace)
+    } else if !condition(&m.principals, |value| {
+        identity.is_some_and(|id| text(value, path(id)))
+    }) {
+        Some(Field::Principal)
+    } else if !condition(&m.service_accounts, |account| {
+        identity.is_some_and(|id| is_account(account, id))
+    }) {
+        Some(Field::ServiceAccount)
+    } else {
+        None
+    }
 }
 
 fn condition<T>(condition: &Condition<T>, matches: impl Fn(&T) -> bool) -> bool {

@@ -5,7 +5,7 @@ use std::{net::IpAddr, sync::Arc};
 use rand::Rng;
 
 use super::{
-    Owner,
+    Fit, Owner, Unfit,
     balance::{Choice, Rank, rank},
     owner,
 };
@@ -51,41 +51,48 @@ pub(super) struct Selection<'a> {
 impl<'a> Selection<'a> {
     /// One endpoint and its target port: random by capacity, among the best by locality.
     pub(super) fn choose(&self, rng: &mut impl Rng) -> Option<(&'a Arc<Workload>, u16)> {
-        let balancing = self.service.load_balancing();
         let mut choice = Choice::new();
         for endpoint in self.state.endpoints(self.service) {
-            if !self.admits(&endpoint) {
-                continue;
+            if let Ok(Fit { port, rank }) = self.judge(&endpoint) {
+                let weight = endpoint.workload.capacity();
+                choice.offer((endpoint.workload, port), weight, rank, rng);
             }
-            let Some(port) = self.target_port(&endpoint) else {
-                continue;
-            };
-            let rank = match balancing.mode {
-                LoadBalancingMode::Any | LoadBalancingMode::Passthrough => 0,
-                LoadBalancingMode::Strict if !self.rank(endpoint.workload).complete => continue,
-                LoadBalancingMode::Strict => 0,
-                LoadBalancingMode::Failover => self.rank(endpoint.workload).value,
-            };
-            let weight = endpoint.workload.capacity();
-            choice.offer((endpoint.workload, port), weight, rank, rng);
         }
         choice.into_chosen()
     }
 
-    fn admits(&self, endpoint: &Endpoint<'_>) -> bool {
+    /// Whether an endpoint may be chosen.
+    pub(super) fn judge(&self, endpoint: &Endpoint<'_>) -> Result<Fit, Unfit> {
         let workload = endpoint.workload;
         if self.avoids(workload) {
-            return false;
+            return Err(Unfit::Tried);
         }
-        let healthy = workload.health() == Health::Healthy
-            || self.service.health_policy() == HealthPolicy::AllowAll;
+        if workload.health() != Health::Healthy
+            && self.service.health_policy() != HealthPolicy::AllowAll
+        {
+            return Err(Unfit::Unhealthy);
+        }
         let local = workload.network() == self.source.network();
         let has_address = !workload.addresses().is_empty() || !workload.hostname().is_empty();
-        let reachable = has_address || (!local && workload.network_gateway().is_some());
-        healthy
-            && reachable
-            && (local || self.purpose != Purpose::LocalNextHop)
-            && (local || !self.is_behind_avoided(workload))
+        if !has_address && (local || workload.network_gateway().is_none()) {
+            return Err(Unfit::NoAddress);
+        }
+        if !local && self.purpose == Purpose::LocalNextHop {
+            return Err(Unfit::OtherNetwork);
+        }
+        if !local && self.is_behind_avoided(workload) {
+            return Err(Unfit::Tried);
+        }
+        let port = self.target_port(endpoint).ok_or(Unfit::NoTargetPort)?;
+        let rank = match self.service.load_balancing().mode {
+            LoadBalancingMode::Any | LoadBalancingMode::Passthrough => 0,
+            LoadBalancingMode::Strict if !self.rank(workload).complete => {
+                return Err(Unfit::OtherPlace);
+            }
+            LoadBalancingMode::Strict => 0,
+            LoadBalancingMode::Failover => self.rank(workload).value,
+        };
+        Ok(Fit { port, rank })
     }
 
     /// Whether the only gateway that leads there was tried in vain.

@@ -169,6 +169,10 @@ impl Settings {
         }
     }
 
+    pub(in crate::admin) fn cluster_domain(&self) -> &str {
+        &self.cluster_domain
+    }
+
     pub(super) fn is_shared(&self) -> bool {
         self.proxy_mode == SHARED
     }

@@ -1,0 +1,82 @@
+//! An explanation as lines for a terminal.
+
+use std::fmt;
+
+use super::{Explanation, Route, Source};
+
+impl fmt::Display for Explanation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "from       {}", self.from)?;
+        if let Some(certificate) = &self.from.certificate {
+            writeln!(f, "           certificate: {certificate}")?;
+        }
+        writeln!(f, "to         {} ({})", self.to, self.owner)?;
+        for waypoint in &self.waypoints {
+            writeln!(f, "waypoint   {waypoint}")?;
+        }
+        for endpoint in &self.endpoints {
+            let mark = if endpoint.eligible { '+' } else { '-' };
+            writeln!(
+                f,
+                "endpoint {mark} {}: {}",
+                endpoint.workload, endpoint.because
+            )?;
+        }
+        writeln!(f, "route      {}", self.route)?;
+        for identity in &self.route.expected {
+            writeln!(f, "           the server must be {identity}")?;
+        }
+        for identity in &self.route.inner_expected {
+            writeln!(f, "           the far end must be {identity}")?;
+        }
+        if let Some(verdict) = &self.policy {
+            writeln!(f, "policy     {}", verdict.because)?;
+            for judged in &verdict.policies {
+                let mark = if judged.matches { '+' } else { '-' };
+                let action = judged.action.unwrap_or("?");
+                let dry_run = if judged.dry_run { ", dry run" } else { "" };
+                writeln!(
+                    f,
+                    "         {mark} {} ({action}{dry_run}): {}",
+                    judged.key, judged.because
+                )?;
+            }
+        }
+        match (self.outcome.allowed, self.outcome.reason) {
+            (true, _) => writeln!(f, "outcome    allowed: {}", self.outcome.because),
+            (false, Some(reason)) => {
+                writeln!(f, "outcome    refused ({reason}): {}", self.outcome.because)
+            }
+            (false, None) => writeln!(f, "outcome    refused: {}", self.outcome.because),
+        }
+    }
+}
+
+impl fmt::Display for Source {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if !self.namespace.is_empty() {
+            write!(f, "{}/", self.namespace)?;
+        }
+        f.write_str(&self.name)?;
+        if let Some(identity) = &self.identity {
+            write!(f, " as {identity}")?;
+        }
+        Ok(())
+    }
+}
+
+impl fmt::Display for Route {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.kind)?;
+        if let Some(dialled) = &self.dialled {
+            write!(f, " to {dialled}")?;
+        }
+        if let Some(workload) = &self.workload {
+            write!(f, ", {} {workload}", self.via.unwrap_or("workload"))?;
+        }
+        if let Some(authority) = &self.authority {
+            write!(f, ", asking for {authority}")?;
+        }
+        Ok(())
+    }
+}
