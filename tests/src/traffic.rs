@@ -47,6 +47,7 @@ pub struct Server {
     pub address6: SocketAddr,
     peers: Arc<Mutex<Vec<SocketAddr>>>,
     accepted: watch::Receiver<usize>,
+    open: watch::Receiver<usize>,
     tasks: JoinSet<()>,
 }
 
@@ -60,6 +61,18 @@ impl Server {
     /// Stops; its port is free when this returns.
     pub async fn stop(mut self) {
         self.tasks.shutdown().await;
+    }
+
+    /// Waits until no connection is open.
+    ///
+    /// # Panics
+    /// When there still is one.
+    pub async fn idle(&self) {
+        let mut open = self.open.clone();
+        let none = open.wait_for(|open| *open == 0);
+        wait::soon("connections of the application end", none)
+            .await
+            .unwrap();
     }
 
     /// Waits until `count` connections were accepted: a client may be served by the kernel before
@@ -90,18 +103,20 @@ impl Pod {
         let port = listener.local_addr()?.port();
         let peers = Arc::new(Mutex::new(Vec::new()));
         let (count_tx, accepted) = watch::channel(0);
+        let (open_tx, open) = watch::channel(0);
         let mut tasks = JoinSet::new();
         tasks.spawn(accept_all(
             listener,
             behaviour,
             Arc::clone(&peers),
-            count_tx,
+            [count_tx, open_tx],
         ));
         Ok(Server {
             address: self.at(port),
             address6: self.at6(port),
             peers,
             accepted,
+            open,
             tasks,
         })
     }
@@ -331,14 +346,19 @@ async fn accept_all(
     listener: TcpListener,
     behaviour: Behaviour,
     peers: Arc<Mutex<Vec<SocketAddr>>>,
-    count: watch::Sender<usize>,
+    [count, open]: [watch::Sender<usize>; 2],
 ) {
     let mut connections = JoinSet::new();
     while let Ok((stream, peer)) = listener.accept().await {
         let peer = SocketAddr::new(peer.ip().to_canonical(), peer.port());
         peers.lock().push(peer);
         count.send_modify(|count| *count += 1);
-        connections.spawn(behave(stream, peer, behaviour));
+        open.send_modify(|open| *open += 1);
+        let open = open.clone();
+        connections.spawn(async move {
+            let _ = behave(stream, peer, behaviour).await;
+            open.send_modify(|open| *open -= 1);
+        });
         while connections.try_join_next().is_some() {}
     }
 }
