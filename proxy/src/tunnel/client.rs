@@ -22,7 +22,7 @@ use super::{
     keepalive::Keepalive,
     pool::{Fate, Lease},
     stream::Stream,
-    turn::{Turn, Turnwise, turnwise},
+    turn::{Moved, Turn, Turnwise, turnwise},
     window::Window,
 };
 use crate::{config, relay::Payload};
@@ -247,7 +247,7 @@ impl<T: AsyncRead + AsyncWrite + Unpin> Driver<T> {
     /// # Cancel safety
     /// Dropping the future closes the connection at once.
     pub async fn run(mut self) {
-        poll_fn(|cx| self.poll_run(cx, |_| 1)).await;
+        poll_fn(|cx| self.poll_run(cx, |_, _| 1)).await;
     }
 
     /// Streams the peer allows at once.
@@ -255,14 +255,14 @@ impl<T: AsyncRead + AsyncWrite + Unpin> Driver<T> {
         self.connection.max_concurrent_send_streams()
     }
 
-    /// Ready when the connection has ended. `streams` learns the peer's limit and tells how many
-    /// streams are open.
+    /// Ready when the connection has ended. `streams` learns the peer's limit and what was moved so far, and tells
+    /// how many streams are open.
     pub(super) fn poll_run(
         &mut self,
         cx: &mut Context<'_>,
-        streams: impl FnOnce(usize) -> usize,
+        streams: impl FnOnce(usize, Moved) -> usize,
     ) -> Poll<()> {
-        let open = streams(self.peer_limit());
+        let open = streams(self.peer_limit(), self.turn.moved());
         ready!(self.turn.poll_begin(cx, open));
         if let Poll::Ready(end) = Pin::new(&mut self.connection).poll(cx) {
             if let Err(error) = end {
@@ -270,13 +270,14 @@ impl<T: AsyncRead + AsyncWrite + Unpin> Driver<T> {
             }
             return Poll::Ready(());
         }
-        self.turn.poll_end(cx);
-        if let Some(size) = self.window.grow(open) {
-            self.connection.set_target_window_size(size);
-        }
-        self.keepalive
-            .as_mut()
-            .map_or(Poll::Pending, |keepalive| keepalive.poll_dead(cx))
+        let moved = self.turn.poll_end(cx);
+        let Some(keepalive) = &mut self.keepalive else {
+            return Poll::Pending;
+        };
+        let dead = keepalive.poll_dead(cx);
+        let seen = (open, moved.received);
+        self.window.follow(&mut self.connection, keepalive, seen);
+        dead
     }
 
     fn poll_settings(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), OpenError>> {

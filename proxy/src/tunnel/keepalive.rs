@@ -32,6 +32,19 @@ impl Keepalive {
         }
     }
 
+    /// Asks now, for the time of the round trip.
+    pub(super) fn ask(&mut self) {
+        if !self.asked && self.pings.send_ping(Ping::opaque()).is_ok() {
+            self.asked = true;
+            self.timer.as_mut().reset(Instant::now() + self.limit);
+        }
+    }
+
+    /// Whether a question waits for its answer.
+    pub(super) const fn is_waiting(&self) -> bool {
+        self.asked
+    }
+
     /// Ready when the peer is dead. Poll it from the task that drives the connection.
     pub(super) fn poll_dead(&mut self, cx: &mut Context<'_>) -> Poll<()> {
         loop {

@@ -3,7 +3,8 @@
 //! A flow takes a lease on a connection before it asks for a stream and gives it back when the
 //! stream is gone. Leases are counted under the lock that guards the map, also on connections that
 //! are still being opened, so that no burst overshoots the limit and flows for one key wait for
-//! the same attempt: it succeeds or fails once for all of them.
+//! the same attempt: it succeeds or fails once for all of them. A connection that carries bulk gets no
+//! new streams while another one has room, or a few of its key can still be opened.
 
 mod lease;
 mod metrics;
@@ -37,7 +38,7 @@ pub(super) use self::lease::Lease;
 pub use self::metrics::PoolMetrics;
 pub use self::nested::Nested;
 use self::{
-    lease::{Load, State, Tunnel},
+    lease::{Load, Pace, State, Tunnel},
     shelf::Shelf,
 };
 use super::{
@@ -320,9 +321,11 @@ impl<D: Dial> Task<D> {
     /// with its last stream. Once the peer is revoked, closes it at once.
     async fn drive(&self, mut driver: Driver<TlsIo<D>>, Ends { age, cut }: Ends) {
         let load = &self.load;
+        let mut pace = Pace::new();
         let running = poll_fn(|cx| {
-            driver.poll_run(cx, |limit| {
+            driver.poll_run(cx, |limit, moved| {
                 load.limit_to(limit);
+                pace.follow(moved.both(), load);
                 load.streams()
             })
         });

@@ -269,20 +269,19 @@ where
                 None => return Poll::Ready(End::Closed),
             }
         }
-        self.turn.poll_end(cx);
-        let dead = self.keepalive.as_mut().map(|alive| alive.poll_dead(cx));
-        if dead == Some(Poll::Ready(())) {
-            return Poll::Ready(End::Silent);
-        }
-        Poll::Pending
+        let received = self.turn.poll_end(cx).received;
+        let Some(keepalive) = &mut self.keepalive else {
+            return Poll::Pending;
+        };
+        let dead = keepalive.poll_dead(cx);
+        let seen = (self.streams.len(), received);
+        self.window.follow(&mut self.connection, keepalive, seen);
+        dead.map(|()| End::Silent)
     }
 
     fn take(&mut self, request: http::Request<RecvStream>, send: SendResponse<Payload>) {
         if let Some(incoming) = check(request, send) {
             self.streams.spawn((self.handler)(incoming));
-        }
-        if let Some(size) = self.window.grow(self.streams.len()) {
-            self.connection.set_target_window_size(size);
         }
     }
 }

@@ -148,19 +148,25 @@ async fn stalled_streams_do_not_stop_their_neighbour() {
     let value = HeaderValue::from_static("");
     let stalling = super::Request::new("10.0.0.5:1", value.clone(), value.clone(), value).unwrap();
     let mut held = Vec::new();
-    for _ in 0..12 {
-        let mut stream = soon(sender.connect(&stalling)).await.unwrap().stream;
-        // More than the stream window, so that it is used up.
+    for _ in 0..99 {
+        held.push(soon(sender.connect(&stalling)).await.unwrap().stream);
+    }
+    let fill = held.iter_mut().map(async |stream| {
+        let mut sent = 0;
         let block = bytes::Bytes::from(vec![0; 64 << 10]);
-        let fill = async {
-            for _ in 0..100 {
-                put(&mut stream, block.clone()).await;
+        let filling = async {
+            loop {
+                put(stream, block.clone()).await;
+                sent += block.len();
             }
         };
-        let stalled = tokio::time::timeout(Duration::from_millis(300), fill).await;
-        assert!(stalled.is_err(), "the window holds it back");
-        held.push(stream);
-    }
+        tokio::time::timeout(Duration::from_secs(2), filling)
+            .await
+            .unwrap_err();
+        sent
+    });
+    let sent: usize = futures_util::future::join_all(fill).await.iter().sum();
+    assert!(sent < 99 << 20, "{sent} bytes are held for nobody");
     let mut stream = soon(sender.connect(&request())).await.unwrap().stream;
     for _ in 0..64 {
         put(&mut stream, vec![7; 32 << 10]).await;

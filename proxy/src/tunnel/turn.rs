@@ -28,6 +28,8 @@ pub(super) struct Turnwise<T>(Arc<Mutex<Writer<T>>>);
 pub(super) struct Turn<T> {
     writer: Arc<Mutex<Writer<T>>>,
     begun: bool,
+    /// As of the end of the last turn.
+    moved: Moved,
 }
 
 struct Writer<T> {
@@ -35,8 +37,23 @@ struct Writer<T> {
     /// Encoded, not yet written.
     pending: Vec<u8>,
     written: usize,
+    /// Bytes that were read and encoded so far.
+    moved: Moved,
     /// Whether a flush waits for the end of the turn.
     lazy: bool,
+}
+
+/// Bytes that a connection has moved.
+#[derive(Debug, Default, Clone, Copy)]
+pub(super) struct Moved {
+    pub(super) received: u64,
+    pub(super) sent: u64,
+}
+
+impl Moved {
+    pub(super) const fn both(self) -> u64 {
+        self.received + self.sent
+    }
 }
 
 /// Splits `io`. Flushes are passed on until [`Turn::defer`].
@@ -45,11 +62,13 @@ pub(super) fn turnwise<T>(io: T) -> (Turnwise<T>, Turn<T>) {
         io,
         pending: Vec::new(),
         written: 0,
+        moved: Moved::default(),
         lazy: false,
     }));
     let turn = Turn {
         writer: Arc::clone(&writer),
         begun: false,
+        moved: Moved::default(),
     };
     (Turnwise(writer), turn)
 }
@@ -72,13 +91,20 @@ impl<T: AsyncWrite + Unpin> Turn<T> {
         Poll::Ready(())
     }
 
-    /// Writes what the turn has encoded. While the transport takes no more, its task is woken when
-    /// it does; an error is met again by the library's next read or write.
-    pub(super) fn poll_end(&self, cx: &mut Context<'_>) {
+    /// What was moved until the end of the last turn.
+    pub(super) const fn moved(&self) -> Moved {
+        self.moved
+    }
+
+    /// Writes what the turn has encoded, and tells what was moved so far. While the transport takes no
+    /// more, its task is woken when it does; an error is met again by the library's next read or write.
+    pub(super) fn poll_end(&mut self, cx: &mut Context<'_>) -> Moved {
         let mut writer = self.writer.lock();
         if writer.poll_write_out(cx).is_ready() {
             let _ = Pin::new(&mut writer.io).poll_flush(cx);
         }
+        self.moved = writer.moved;
+        self.moved
     }
 }
 
@@ -111,13 +137,16 @@ impl<T: AsyncWrite + Unpin> Writer<T> {
         if bytes >= LARGE || self.pending.len() + bytes > 2 * LARGE {
             ready!(self.poll_write_out(cx))?;
         }
-        if bytes >= LARGE {
-            return Pin::new(&mut self.io).poll_write_vectored(cx, bufs);
-        }
-        for buf in bufs {
-            self.pending.extend_from_slice(buf);
-        }
-        Poll::Ready(Ok(bytes))
+        let taken = if bytes >= LARGE {
+            ready!(Pin::new(&mut self.io).poll_write_vectored(cx, bufs))?
+        } else {
+            for buf in bufs {
+                self.pending.extend_from_slice(buf);
+            }
+            bytes
+        };
+        self.moved.sent += u64::try_from(taken).unwrap_or(0);
+        Poll::Ready(Ok(taken))
     }
 }
 
@@ -127,7 +156,12 @@ impl<T: AsyncRead + Unpin> AsyncRead for Turnwise<T> {
         cx: &mut Context<'_>,
         buf: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.0.lock().io).poll_read(cx, buf)
+        let mut writer = self.0.lock();
+        let before = buf.filled().len();
+        ready!(Pin::new(&mut writer.io).poll_read(cx, buf))?;
+        let read = buf.filled().len() - before;
+        writer.moved.received += u64::try_from(read).unwrap_or(0);
+        Poll::Ready(Ok(()))
     }
 }
 

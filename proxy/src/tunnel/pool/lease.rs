@@ -6,6 +6,7 @@ use std::{
         Arc,
         atomic::{AtomicBool, AtomicUsize, Ordering},
     },
+    time::Duration,
 };
 
 use parking_lot::Mutex;
@@ -28,6 +29,8 @@ pub(super) struct Load {
     limit: AtomicUsize,
     configured: usize,
     idle_since: Mutex<Instant>,
+    /// Until when the connection counts as one that carries bulk.
+    bulk_until: Mutex<Option<Instant>>,
     closing: AtomicBool,
     cut: AtomicBool,
     metrics: PoolMetrics,
@@ -41,6 +44,7 @@ impl Load {
             limit: AtomicUsize::new(configured),
             configured,
             idle_since: Mutex::new(Instant::now()),
+            bulk_until: Mutex::new(None),
             closing: AtomicBool::new(false),
             cut: AtomicBool::new(false),
             metrics,
@@ -61,6 +65,17 @@ impl Load {
 
     pub(super) fn idle_since(&self) -> Instant {
         *self.idle_since.lock()
+    }
+
+    /// Notes that the connection moves much at the moment.
+    pub(super) fn carry_bulk(&self, now: Instant) {
+        *self.bulk_until.lock() = Some(now + BULK_LASTS);
+    }
+
+    /// Whether the connection has moved much lately.
+    pub(super) fn carries_bulk(&self) -> bool {
+        let until = *self.bulk_until.lock();
+        until.is_some_and(|until| Instant::now() < until)
     }
 
     /// Marks the connection as one that gets no more streams.
@@ -110,6 +125,39 @@ impl Load {
         if self.streams.fetch_sub(1, Ordering::Relaxed) == 1 {
             *self.idle_since.lock() = Instant::now();
         }
+    }
+}
+
+/// How long after bulk was moved a connection counts as one that carries it.
+const BULK_LASTS: Duration = Duration::from_secs(1);
+
+/// Tells bulk from what many small streams move: [`Self::CHUNK`] bytes within [`Self::TIME`], 50 MB/s.
+pub(super) struct Pace {
+    since: Instant,
+    before: u64,
+}
+
+impl Pace {
+    const CHUNK: u64 = 1 << 20;
+    const TIME: Duration = Duration::from_millis(20);
+
+    pub(super) fn new() -> Self {
+        Self {
+            since: Instant::now(),
+            before: 0,
+        }
+    }
+
+    /// Notes at `load` that bulk is moved, if it is; `moved` counts the bytes of the connection so far.
+    pub(super) fn follow(&mut self, moved: u64, load: &Load) {
+        if moved - self.before < Self::CHUNK {
+            return;
+        }
+        let now = Instant::now();
+        if now - self.since <= Self::TIME {
+            load.carry_bulk(now);
+        }
+        (self.since, self.before) = (now, moved);
     }
 }
 

@@ -13,6 +13,9 @@ use super::{
 /// Connections kept; beyond, the one that was idle longest is let go.
 const CAPACITY: usize = 500;
 
+/// Connections of a key that are opened because those with room carry bulk: beyond, streams share with it.
+const SPREAD: usize = 4;
+
 /// All connections of a pool. An entry exists only while it holds a connection.
 pub(super) struct Shelf {
     held: Mutex<Held>,
@@ -41,13 +44,12 @@ impl Shelf {
         self.held.lock().count
     }
 
-    /// A slot on the oldest connection of `key` that has one, so that the newer ones can empty;
-    /// else on the one that `open` starts.
+    /// A slot on the oldest connection of `key` that has one, so that the newer ones can empty, but on none that
+    /// carries bulk, behind which small messages would wait; else on the one that `open` starts.
     pub(super) fn lease(&self, key: &Key, open: impl Fn() -> Arc<Tunnel>) -> Lease {
         let mut held = self.held.lock();
         loop {
-            let free = held.tunnels.get(key);
-            if let Some(lease) = free.and_then(|list| list.iter().find_map(Lease::take)) {
+            if let Some(lease) = held.tunnels.get(key).and_then(|list| choose(list)) {
                 return lease;
             }
             if held.count >= self.capacity {
@@ -102,6 +104,14 @@ impl Shelf {
             tunnel.load.close();
         }
     }
+}
+
+fn choose(list: &[Arc<Tunnel>]) -> Option<Lease> {
+    let with_room = || list.iter().filter(|tunnel| tunnel.load.has_room());
+    let quiet = with_room().find(|tunnel| !tunnel.load.carries_bulk());
+    let any = || with_room().min_by_key(|tunnel| tunnel.load.streams());
+    let shared = || (list.len() >= SPREAD).then(any).flatten();
+    quiet.or_else(shared).and_then(Lease::take)
 }
 
 impl Held {

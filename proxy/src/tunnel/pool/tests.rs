@@ -1,6 +1,7 @@
 //! The rules of sharing, over TLS on in-memory transports.
 
 use std::{
+    future::poll_fn,
     io,
     net::SocketAddr,
     sync::{
@@ -289,6 +290,77 @@ async fn after_goaway_streams_finish_and_the_next_uses_a_new_connection() {
         soon(take(&mut old[0].stream)).await.unwrap().unwrap(),
         "still here"
     );
+}
+
+#[tokio::test]
+async fn a_request_that_a_goaway_left_out_moves_to_a_new_connection() {
+    let asked = Arc::new(tokio::sync::Notify::new());
+    let (seen, first) = (Arc::clone(&asked), AtomicUsize::new(1));
+    let serving: Serving = Arc::new(move |tls| {
+        let (asked, first) = (Arc::clone(&seen), first.swap(0, SeqCst) == 1);
+        Box::pin(async move {
+            if !first {
+                return echoing()(tls).await;
+            }
+            let mut server = h2::server::handshake(tls).await.unwrap();
+            let (_request, mut answer) = server.accept().await.unwrap().unwrap();
+            let _send = answer.send_response(Response::new(()), false).unwrap();
+            tokio::select! {
+                () = asked.notified() => {}
+                _ = server.accept() => unreachable!("nothing else was asked yet"),
+            }
+            // The next request is on its way meanwhile.
+            sleep(Duration::from_millis(50)).await;
+            server.abrupt_shutdown(h2::Reason::NO_ERROR);
+            let _ = poll_fn(|cx| server.poll_closed(cx)).await;
+        })
+    });
+    let pool = World::new(serving).await.pool();
+    let _first = open(&pool, 1).await;
+    asked.notify_one();
+    let mut second = open(&pool, 1).await;
+    assert_eq!(pool.dial.dials.load(SeqCst), 2);
+    put(&mut second[0].stream, "x").await;
+    let got = soon(take(&mut second[0].stream)).await;
+    assert_eq!(got.unwrap().unwrap(), "x");
+}
+
+#[tokio::test(start_paused = true)]
+async fn new_streams_stay_off_connections_that_carry_bulk() {
+    async fn bulk(answer: &mut Answer) {
+        for _ in 0..48 {
+            put(&mut answer.stream, vec![0; 64 << 10]).await;
+            let mut got = 0;
+            while got < 64 << 10 {
+                got += take(&mut answer.stream).await.unwrap().unwrap().len();
+            }
+        }
+    }
+    let pool = World::new(echoing()).await.pool();
+    let mut held = open(&pool, 1).await;
+    for connections in 2..=4 {
+        for elephant in &mut held {
+            bulk(elephant).await;
+        }
+        held.extend(open(&pool, 1).await);
+        assert_eq!(pool.dial.dials.load(SeqCst), connections);
+    }
+    let mut mice = open(&pool, 50).await;
+    assert_eq!(
+        pool.dial.dials.load(SeqCst),
+        4,
+        "the last one carries nothing yet"
+    );
+    for elephant in &mut held {
+        bulk(elephant).await;
+    }
+    mice.extend(open(&pool, 50).await);
+    assert_eq!(pool.dial.dials.load(SeqCst), 4, "there is an end to it");
+    // Bulk that is over counts no longer.
+    tokio::time::advance(Duration::from_secs(2)).await;
+    drop(mice);
+    held.extend(open(&pool, 50).await);
+    assert_eq!(pool.dial.dials.load(SeqCst), 4);
 }
 
 #[tokio::test]

@@ -21,6 +21,8 @@ use crate::{
 const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 const EMPTY_SETTINGS: &[u8] = &[0, 0, 0, 4, 0, 0, 0, 0, 0];
 
+const DATA: u8 = 0;
+const HEADERS: u8 = 1;
 const RST_STREAM: u8 = 3;
 const SETTINGS: u8 = 4;
 const PING: u8 = 6;
@@ -154,6 +156,73 @@ async fn a_flood_of_resets_ends_the_connection() {
     peer.write_all(&flood).await.unwrap();
     let goaway = next(&mut peer, GOAWAY).await;
     assert_eq!(goaway.payload[4..8], [0, 0, 0, 11], "ENHANCE_YOUR_CALM");
+}
+
+/// HEADERS of a CONNECT to a:1.
+fn connect(stream: u8) -> Vec<u8> {
+    let block = b"\x02\x07CONNECT\x01\x03a:1";
+    let length = u8::try_from(block.len()).unwrap();
+    [&[0, 0, length, HEADERS, 4, 0, 0, 0, stream], &block[..]].concat()
+}
+
+#[tokio::test]
+async fn streams_that_arrive_while_a_drain_begins_are_served() {
+    let tasks = Tasks::default();
+    let (mut peer, far) = duplex(64 << 10);
+    let stop = CancellationToken::new();
+    serve_in(&tasks, far, &stop, echo);
+    let open = [PREFACE, EMPTY_SETTINGS, &connect(1)].concat();
+    peer.write_all(&open).await.unwrap();
+    assert_eq!(next(&mut peer, HEADERS).await.stream, 1);
+    stop.cancel();
+    let goaway = next(&mut peer, GOAWAY).await;
+    assert_eq!(
+        goaway.payload[..4],
+        [0x7f, 0xff, 0xff, 0xff],
+        "none is lost yet"
+    );
+    let ping = next(&mut peer, PING).await;
+    // Sent by a client that has not heard of the drain: before the answer to the PING.
+    peer.write_all(&connect(3)).await.unwrap();
+    let answer = next(&mut peer, HEADERS).await;
+    assert_eq!(
+        (answer.stream, &answer.payload[..]),
+        (3, &[0x88][..]),
+        "200"
+    );
+    let pong = [&[0, 0, 8, PING, 1, 0, 0, 0, 0], &ping.payload[..]].concat();
+    peer.write_all(&pong).await.unwrap();
+    let last = next(&mut peer, GOAWAY).await;
+    assert_eq!(
+        last.payload[..4],
+        [0, 0, 0, 3],
+        "the last stream that is served"
+    );
+    let data = [0, 0, 1, DATA, 1, 0, 0, 0, 3, b'x'];
+    peer.write_all(&data).await.unwrap();
+    let echoed = next(&mut peer, DATA).await;
+    assert_eq!((echoed.stream, &echoed.payload[..]), (3, &b"x"[..]));
+}
+
+#[tokio::test]
+async fn streams_get_a_smaller_window_than_was_announced_until_more_is_needed() {
+    let tasks = Tasks::default();
+    let (mut peer, far) = duplex(64 << 10);
+    serve_in(&tasks, far, &CancellationToken::new(), echo);
+    peer.write_all(&[PREFACE, EMPTY_SETTINGS].concat())
+        .await
+        .unwrap();
+    assert!(settings(&next(&mut peer, SETTINGS).await).contains(&(4, 4 << 20)));
+    peer.write_all(&[0, 0, 0, SETTINGS, 1, 0, 0, 0, 0])
+        .await
+        .unwrap();
+    let changed = loop {
+        let frame = next(&mut peer, SETTINGS).await;
+        if frame.flags == 0 {
+            break frame;
+        }
+    };
+    assert_eq!(settings(&changed), [(4, 256 << 10)]);
 }
 
 #[tokio::test(start_paused = true)]
