@@ -69,6 +69,7 @@ pub fn configuration(environment: &Environment<'_>, arguments: &str) -> Result<C
         drain: runtime::drain(&mut reader),
         logging: runtime::logging(&reader),
         metrics: metrics::parse(&mut reader),
+        access_log: metrics::access_log(&mut reader),
         identity,
         control,
         capture,

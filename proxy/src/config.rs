@@ -21,7 +21,7 @@ pub use data::{
     Capture, DnsCapture, Inbound, Keepalive, MaxAge, OriginalSource, PqcPolicy, ProxyMode, Sockets,
     Tls, Tunnel, WorkloadRef,
 };
-pub use metrics::{LabelProfile, Metrics};
+pub use metrics::{AccessLog, LabelProfile, Metrics};
 pub use openbao::{OpenBao, OpenBaoJwt, OpenBaoLogin};
 pub use runtime::{Drain, LogFormat, Logging, Ports, Runtime};
 
@@ -57,4 +57,6 @@ pub struct Config {
     pub logging: Logging,
     /// Labels and bounds of the traffic metrics.
     pub metrics: Metrics,
+    /// What the access log tells.
+    pub access_log: AccessLog,
 }

@@ -171,11 +171,12 @@ impl<'a> Start<'a> {
         });
     }
 
-    /// Forgets traffic series that nothing happens to.
+    /// Forgets traffic series that nothing happens to, and tells of flows that last.
     fn eviction(&mut self, shared: &Shared) {
         let (traffic, stop) = (shared.traffic.clone(), self.background.clone());
         self.here(EVICTION, async move {
-            stop.run_until_cancelled(traffic.evict_idle()).await;
+            let tending = async { tokio::join!(traffic.evict_idle(), traffic.log_progress()) };
+            stop.run_until_cancelled(tending).await;
         });
     }
 

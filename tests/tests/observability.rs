@@ -217,6 +217,9 @@ async fn json_lines_carry_the_same_fields() {
         (Some("info"), Some("access"))
     );
     assert_eq!(value["direction"].as_str(), Some("outbound"));
+    for name in ["message", "msg"] {
+        assert_eq!(value[name].as_str(), Some("connection complete"));
+    }
     assert_eq!(
         value["dst.addr"].as_str(),
         Some(asked.api.at(15008).to_string().as_str())

@@ -1,4 +1,4 @@
-//! The section [`Metrics`].
+//! The sections [`Metrics`] and [`AccessLog`].
 
 use std::time::Duration;
 
@@ -6,7 +6,7 @@ use super::{
     reader::Reader,
     value::{self, Reject},
 };
-use crate::config::{LabelProfile, Metrics};
+use crate::config::{AccessLog, LabelProfile, Metrics};
 
 pub(super) fn parse(reader: &mut Reader<'_>) -> Metrics {
     let default = Metrics::default();
@@ -16,14 +16,7 @@ pub(super) fn parse(reader: &mut Reader<'_>) -> Metrics {
         "minimal" => Ok(LabelProfile::Minimal),
         _ => Err(Reject::new("not a label profile", "full, kiali or minimal")),
     });
-    let idle = reader.typed("METRICS_IDLE", |text| match value::duration(text)? {
-        Duration::ZERO => Ok(None),
-        idle if idle < SHORTEST_IDLE => {
-            let accepted = "a duration of 1s or more, or 0s to keep all series";
-            Err(Reject::new("too short", accepted))
-        }
-        idle => Ok(Some(idle)),
-    });
+    let idle = reader.typed("METRICS_IDLE", seconds_or_never);
     Metrics {
         labels: labels.unwrap_or(default.labels),
         max_series: reader.integer(
@@ -35,7 +28,33 @@ pub(super) fn parse(reader: &mut Reader<'_>) -> Metrics {
     }
 }
 
-/// A series must outlive several scrapes, or its counts are lost between them.
-const SHORTEST_IDLE: Duration = Duration::from_secs(1);
+pub(super) fn access_log(reader: &mut Reader<'_>) -> AccessLog {
+    let namespaces = reader.text("ACCESS_LOG_NAMESPACES").map(|text| {
+        let names = text.split(',').map(str::trim);
+        names
+            .filter(|name| !name.is_empty())
+            .map(Box::from)
+            .collect()
+    });
+    let progress = reader.typed("ACCESS_LOG_PROGRESS", seconds_or_never);
+    AccessLog {
+        namespaces,
+        sampled: reader.integer("ACCESS_LOG_SAMPLING", &(0..=100), 100),
+        progress: progress.flatten(),
+    }
+}
+
+/// A duration of at least a second; `0s` is never.
+fn seconds_or_never(text: &str) -> Result<Option<Duration>, Reject> {
+    match value::duration(text)? {
+        Duration::ZERO => Ok(None),
+        short if short < Duration::from_secs(1) => {
+            let accepted = "a duration of 1s or more, or 0s for never";
+            Err(Reject::new("too short", accepted))
+        }
+        long => Ok(Some(long)),
+    }
+}
+
 const MIN_SERIES: usize = 64;
 const MAX_SERIES: usize = 1_000_000;

@@ -1,4 +1,4 @@
-//! What the metrics tell of traffic, and how much of it is kept.
+//! What metrics and access log tell of traffic, and how much of it is kept.
 
 use std::time::Duration;
 
@@ -17,6 +17,30 @@ pub struct Metrics {
     /// `METRICS_IDLE`: how long a label set without open flows is kept; `None` is for ever.
     #[serde(serialize_with = "show::optional_duration")]
     pub idle: Option<Duration>,
+}
+
+/// What the access log tells, within what the filter of `RUST_LOG` lets through.
+#[derive(Debug, Clone, Serialize)]
+#[non_exhaustive]
+pub struct AccessLog {
+    /// `ACCESS_LOG_NAMESPACES`: flows with neither side in one of them are not told; `None` tells all.
+    pub namespaces: Option<Box<[Box<str>]>>,
+    /// `ACCESS_LOG_SAMPLING`: of a hundred flows without failure, so many are told. Failures always are.
+    pub sampled: u8,
+    /// `ACCESS_LOG_PROGRESS`: how often an open flow is told of; `None` is never.
+    #[serde(serialize_with = "show::optional_duration")]
+    pub progress: Option<Duration>,
+}
+
+impl Default for AccessLog {
+    /// All flows, when they open and when they end.
+    fn default() -> Self {
+        Self {
+            namespaces: None,
+            sampled: 100,
+            progress: None,
+        }
+    }
 }
 
 /// Which labels a traffic series has. A smaller profile is a subset of the larger ones.

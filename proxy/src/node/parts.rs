@@ -22,7 +22,7 @@ use crate::{
 /// Everything that flows share, with its metrics registered.
 pub(super) fn shared(config: &Config, agent: Agent, registry: &mut Registry) -> Shared {
     agent.register_metrics(registry);
-    let traffic = Traffic::register(registry, config.metrics);
+    let traffic = Traffic::register(registry, config.metrics, config.access_log.clone());
     let pools = PoolMetrics::register(registry, traffic.latencies().clone());
     Shared {
         mesh: Mesh::new(View {

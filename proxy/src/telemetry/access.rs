@@ -1,5 +1,7 @@
 //! The access log: one line when a flow opens, one when it ends, one for each early rejection.
 
+mod choice;
+
 use std::{
     error::Error,
     fmt,
@@ -17,8 +19,10 @@ use super::{
     Reason, Traffic,
     labels::{Kept, Reporter, Security},
     refusals::{Phase, Refusal, in_words},
-    traffic::Meter,
+    traffic::{Meter, Watch},
 };
+pub(super) use choice::Lasting;
+use choice::Told;
 
 /// Reports one flow: `connection opened` when made, `connection complete` when it ends, and the
 /// closing of its [`Meter`], which also holds the names, identities and byte counts it tells.
@@ -29,7 +33,16 @@ use super::{
 pub struct Access {
     meter: Meter,
     route: Route,
+    told: Told,
+    /// Its place among the flows whose progress is told.
+    lasting: Option<usize>,
     reported: bool,
+}
+
+/// What the lines of a flow are made of.
+struct Line<'a> {
+    flow: &'a Watch,
+    route: &'a Route,
 }
 
 /// What the access log tells beyond the metric labels.
@@ -61,8 +74,8 @@ pub enum HboneTarget {
 
 /// One line with the fields that every access line has, then the given ones.
 macro_rules! access_line {
-    ($level:expr, $message:literal, $access:ident, { $($extra:tt)* }) => {{
-        let (labels, route) = ($access.meter.labels(), &$access.route);
+    ($level:expr, $message:literal, $line:ident, { $($extra:tt)* }) => {{
+        let (labels, route) = ($line.flow.labels(), $line.route);
         let (source, destination) = (&labels.source, &labels.destination);
         tracing::event!(
             target: "access",
@@ -72,14 +85,14 @@ macro_rules! access_line {
                 src.addr = %route.source,
                 src.workload = pod(&route.source_pod, &source.canonical_service),
                 src.namespace = source.namespace.as_deref(),
-                src.identity = $access.proven(&source.principal),
+                src.identity = $line.proven(&source.principal),
                 src.cluster = source.cluster.as_deref(),
                 dst.addr = %route.destination,
                 dst.hbone_addr = hbone(route),
                 dst.service = labels.service.hostname.as_deref(),
                 dst.workload = pod(&route.destination_pod, &destination.canonical_service),
                 dst.namespace = destination.namespace.as_deref(),
-                dst.identity = $access.proven(&destination.principal),
+                dst.identity = $line.proven(&destination.principal),
                 dst.cluster = destination.cluster.as_deref(),
                 direction = labels.reporter.direction(),
                 $($extra)*
@@ -88,15 +101,25 @@ macro_rules! access_line {
         )
     }};
 }
+
 impl Access {
-    /// Logs `connection opened` (debug).
+    /// Logs `connection opened` (debug), if the settings tell of this flow.
     pub fn open(meter: Meter, route: Route) -> Self {
+        let flow = meter.flow();
+        let settings = flow.traffic().access_log();
+        let told = Told::choose(settings, flow.labels(), choice::percent);
+        let lasts = told == Told::All && settings.progress.is_some();
+        let lasting = lasts.then(|| flow.traffic().lasting().enter(flow.clone(), route.clone()));
         let access = Self {
             meter,
             route,
+            told,
+            lasting,
             reported: false,
         };
-        access.log_opened();
+        if told == Told::All {
+            access.line().opened();
+        }
         access
     }
 
@@ -112,19 +135,31 @@ impl Access {
 
     fn report(&mut self, failure: Option<(Reason, &(dyn Error + 'static))>) {
         self.reported = true;
+        if let Some(key) = self.lasting {
+            self.meter.flow().traffic().lasting().leave(key);
+        }
         let Some((reason, error)) = failure else {
-            return self.log_complete();
+            if self.told == Told::All {
+                self.line().complete();
+            }
+            return;
         };
         self.meter.end_with(reason.flag());
-        self.log_failed(reason, error);
+        if self.told != Told::Nothing {
+            self.line().failed(reason, error);
+        }
         // An end that was asked for is no failure.
         if reason != Reason::Drained {
-            self.meter.refusals().tell(self.refusal(reason, error));
+            self.meter
+                .flow()
+                .traffic()
+                .refusals()
+                .tell(self.refusal(reason, error));
         }
     }
 
     fn refusal(&self, reason: Reason, error: &(dyn Error + 'static)) -> Refusal {
-        let labels = self.meter.labels();
+        let labels = self.meter.flow().labels();
         let named = |pod: &Option<Arc<str>>| pod.clone().filter(|name| !name.is_empty());
         Refusal {
             at: SystemTime::now(),
@@ -143,32 +178,53 @@ impl Access {
         }
     }
 
-    fn log_opened(&self) {
+    fn line(&self) -> Line<'_> {
+        Line {
+            flow: self.meter.flow(),
+            route: &self.route,
+        }
+    }
+}
+
+impl Line<'_> {
+    fn opened(&self) {
         access_line!(Level::DEBUG, "connection opened", self, {});
     }
 
-    fn log_complete(&self) {
-        access_line!(Level::INFO, "connection complete", self, {
+    fn progress(&self) {
+        access_line!(Level::INFO, "connection progress", self, {
             bytes_sent = self.bytes().0,
             bytes_recv = self.bytes().1,
-            duration = Millis::of(self.meter.opened().elapsed()).as_str(),
+            duration = self.duration().as_str(),
         });
     }
 
-    fn log_failed(&self, reason: Reason, error: &(dyn Error + 'static)) {
+    fn complete(&self) {
+        access_line!(Level::INFO, "connection complete", self, {
+            bytes_sent = self.bytes().0,
+            bytes_recv = self.bytes().1,
+            duration = self.duration().as_str(),
+        });
+    }
+
+    fn failed(&self, reason: Reason, error: &(dyn Error + 'static)) {
         access_line!(Level::ERROR, "connection complete", self, {
             bytes_sent = self.bytes().0,
             bytes_recv = self.bytes().1,
-            duration = Millis::of(self.meter.opened().elapsed()).as_str(),
+            duration = self.duration().as_str(),
             error,
             reason = reason.as_str(),
         });
     }
 
+    fn duration(&self) -> Millis {
+        Millis::of(self.flow.opened().elapsed())
+    }
+
     /// (sent, received) as the local workload sees them: the metrics count by who is client.
     fn bytes(&self) -> (u64, u64) {
-        let (to_server, to_client) = self.meter.totals();
-        match self.meter.labels().reporter {
+        let (to_server, to_client) = self.flow.totals();
+        match self.flow.labels().reporter {
             Reporter::Source => (to_server, to_client),
             Reporter::Destination => (to_client, to_server),
         }
@@ -176,7 +232,7 @@ impl Access {
 
     /// `value`, if the peers proved their identities.
     fn proven<'a>(&self, value: &'a Kept) -> Option<&'a str> {
-        match self.meter.labels().security {
+        match self.flow.labels().security {
             Security::MutualTls => value.as_deref(),
             Security::Unknown => None,
         }

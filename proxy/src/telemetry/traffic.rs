@@ -14,13 +14,14 @@ use prometheus_client::registry::Registry;
 use tokio::time::Instant;
 
 use super::{
+    access::Lasting,
     labels::{Label, Labels, Reporter, ResponseFlag},
     latency::{Latencies, Step},
     names::{Fold, Names, Pool},
     refusals::Refusals,
     series::{Counted, Entry, Key, Table},
 };
-use crate::config::{LabelProfile, Metrics};
+use crate::config::{AccessLog, LabelProfile, Metrics};
 
 /// Counts connections and bytes by who talks to whom. Clones share one table.
 ///
@@ -34,7 +35,7 @@ pub struct Traffic(Arc<Inner>);
 /// without failure.
 #[must_use = "dropping the meter closes the flow"]
 pub struct Meter {
-    flow: Arc<Flow>,
+    flow: Watch,
     end: ResponseFlag,
 }
 
@@ -67,11 +68,12 @@ pub struct SocketGuard {
 }
 
 impl Traffic {
-    /// An empty table within the bounds of `settings`. What is not counted by labels is exported through `registry`, the
+    /// An empty table within the bounds of `settings`; flows are logged as `access_log` says. What is not counted by labels is exported through `registry`, the
     /// rest by [`Self::write`].
-    pub fn register(registry: &mut Registry, settings: Metrics) -> Self {
+    pub fn register(registry: &mut Registry, settings: Metrics, access_log: AccessLog) -> Self {
         let traffic = Self(Arc::new(Inner {
             settings,
+            access_log,
             latencies: Latencies::register(registry),
             ..Inner::default()
         }));
@@ -92,7 +94,7 @@ impl Traffic {
             traffic: self.clone(),
         };
         Meter {
-            flow: Arc::new(flow),
+            flow: Watch(Arc::new(flow)),
             end: ResponseFlag::None,
         }
     }
@@ -109,6 +111,14 @@ impl Traffic {
     /// Counts a connection for which another endpoint is tried.
     pub fn retried(&self) {
         self.0.retries.fetch_add(1, Relaxed);
+    }
+
+    pub(super) fn access_log(&self) -> &AccessLog {
+        &self.0.access_log
+    }
+
+    pub(super) fn lasting(&self) -> &Lasting {
+        &self.0.lasting
     }
 
     /// How long the steps of flows take.
@@ -152,18 +162,22 @@ impl Traffic {
 impl Meter {
     /// Counts `bytes` carried from client to server.
     pub fn received(&self, bytes: u64) {
-        self.flow.received.fetch_add(bytes, Relaxed);
-        self.flow.counted.series.received.fetch_add(bytes, Relaxed);
+        let Flow {
+            counted, received, ..
+        } = &*self.flow.0;
+        received.fetch_add(bytes, Relaxed);
+        counted.series.received.fetch_add(bytes, Relaxed);
     }
 
     /// Counts `bytes` carried from server to client.
     pub fn sent(&self, bytes: u64) {
-        if self.flow.sent.fetch_add(bytes, Relaxed) == 0 && bytes > 0 {
-            let (reporter, took) = (self.labels().reporter, self.flow.opened.elapsed());
-            let latencies = self.flow.traffic.latencies();
+        let Flow { counted, sent, .. } = &*self.flow.0;
+        if sent.fetch_add(bytes, Relaxed) == 0 && bytes > 0 {
+            let (reporter, took) = (self.flow.labels().reporter, self.flow.opened().elapsed());
+            let latencies = self.flow.traffic().latencies();
             latencies.observe(Step::FirstByte, reporter, took);
         }
-        self.flow.counted.series.sent.fetch_add(bytes, Relaxed);
+        counted.series.sent.fetch_add(bytes, Relaxed);
     }
 
     /// What this flow carried so far: (client to server, server to client), in bytes.
@@ -171,14 +185,9 @@ impl Meter {
         self.flow.totals()
     }
 
-    /// When the flow was opened.
-    pub fn opened(&self) -> Instant {
-        self.flow.opened
-    }
-
     /// The same flow, for others to look at.
     pub fn watch(&self) -> Watch {
-        Watch(Arc::clone(&self.flow))
+        self.flow.clone()
     }
 
     /// Ends the flow under `flag`.
@@ -191,23 +200,8 @@ impl Meter {
         self.end = flag;
     }
 
-    pub(super) fn labels(&self) -> &Names {
-        self.flow.names()
-    }
-
-    pub(super) fn refusals(&self) -> &Refusals {
-        self.flow.traffic.refusals()
-    }
-}
-
-impl Flow {
-    fn totals(&self) -> (u64, u64) {
-        (self.received.load(Relaxed), self.sent.load(Relaxed))
-    }
-
-    /// Who the flow is between, whatever it is counted under.
-    fn names(&self) -> &Names {
-        self.own.as_deref().unwrap_or(&self.counted.series.names)
+    pub(super) fn flow(&self) -> &Watch {
+        &self.flow
     }
 }
 
@@ -215,13 +209,24 @@ impl Watch {
     /// What the flow carried so far: (client to server, server to client), in bytes.
     #[must_use]
     pub fn totals(&self) -> (u64, u64) {
-        self.0.totals()
+        (self.0.received.load(Relaxed), self.0.sent.load(Relaxed))
     }
 
-    /// Who talks to whom; what is not known is `None`.
+    /// Who talks to whom, whatever it is counted under; what is not known is `None`.
     #[must_use]
     pub fn labels(&self) -> &Names {
-        self.0.names()
+        let counted = &self.0.counted.series;
+        self.0.own.as_deref().unwrap_or(&counted.names)
+    }
+
+    /// When the flow was opened.
+    #[must_use]
+    pub fn opened(&self) -> Instant {
+        self.0.opened
+    }
+
+    pub(super) fn traffic(&self) -> &Traffic {
+        &self.0.traffic
     }
 }
 
@@ -253,7 +258,7 @@ impl Series {
 
 impl Drop for Meter {
     fn drop(&mut self) {
-        self.flow.counted.series.close(self.end);
+        self.flow.0.counted.series.close(self.end);
     }
 }
 
@@ -277,6 +282,8 @@ impl Drop for SocketGuard {
 #[derive(Debug, Default)]
 struct Inner {
     settings: Metrics,
+    access_log: AccessLog,
+    lasting: Lasting,
     table: Table<Counters>,
     names: Pool,
     /// Flows counted under `other` names within their namespaces, and altogether.

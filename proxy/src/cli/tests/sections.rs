@@ -413,7 +413,25 @@ fn metrics() {
     ]);
     assert_eq!(set.labels, LabelProfile::Kiali);
     assert_eq!((set.max_series, set.idle), (64, None));
+    let log = given(&[
+        ("ACCESS_LOG_NAMESPACES", "shop, ,bank"),
+        ("ACCESS_LOG_SAMPLING", "5"),
+        ("ACCESS_LOG_PROGRESS", "1m"),
+    ]);
+    let log = log.config().access_log;
+    assert_eq!(log.namespaces, Some(["shop".into(), "bank".into()].into()));
+    assert_eq!(
+        (log.sampled, log.progress),
+        (5, Some(Duration::from_secs(60)))
+    );
+    let log = given(&[]).config().access_log;
+    assert_eq!(
+        (log.namespaces, log.sampled, log.progress),
+        (None, 100, None)
+    );
     for (key, bad) in [
+        ("ACCESS_LOG_SAMPLING", "101"),
+        ("ACCESS_LOG_PROGRESS", "10ms"),
         ("METRICS_LABELS", "Full"),
         ("METRICS_MAX_SERIES", "63"),
         ("METRICS_MAX_SERIES", "1000001"),

@@ -2,7 +2,7 @@ use prometheus_client::registry::Registry;
 
 use super::*;
 use crate::{
-    config::{LabelProfile, LogFormat, Metrics},
+    config::{AccessLog, LabelProfile, LogFormat, Metrics},
     telemetry::{Labels, Party, ServiceName, Traffic, labels::Label, logging::tests::capture},
 };
 
@@ -94,7 +94,7 @@ fn a_flow_is_told_in_json_with_numbers_as_numbers() {
     assert_eq!(
         lines[1],
         concat!(
-            r#"{"level":"info","scope":"access","message":"connection complete","#,
+            r#"{"level":"info","scope":"access","message":"connection complete","msg":"connection complete","#,
             r#""src.addr":"10.244.1.7:40112","src.workload":"web-6c9f-abcde","#,
             r#""src.namespace":"shop","src.identity":"spiffe://cluster.local/ns/shop/sa/web","#,
             r#""src.cluster":"Kubernetes","dst.addr":"10.244.2.9:15008","#,
@@ -119,7 +119,7 @@ fn absent_values_are_left_out_and_identities_need_tls() {
     };
     let error = std::io::Error::other("explicitly denied by: shop/no-web");
     let lines = flow(LogFormat::Text, &labels, route, |access| {
-        let refusals = access.meter().refusals().clone();
+        let refusals = access.meter().flow().traffic().refusals().clone();
         access.close(Some((Reason::PolicyDenied, &error)));
         let told = refusals.recent();
         assert_eq!(told.len(), 1);
@@ -229,10 +229,97 @@ fn the_log_tells_the_names_that_metrics_give_up() {
     };
     let labels = labels(Reporter::Source, Security::MutualTls);
     let lines = capture(LogFormat::Text, "access=debug", |_| {
-        let traffic = Traffic::register(&mut Registry::default(), settings);
+        let traffic = Traffic::register(&mut Registry::default(), settings, AccessLog::default());
         let access = Access::open(traffic.open(&labels), route());
         access.close(None);
     });
     let expected = format!("debug\taccess\tconnection opened\t{START}");
     assert_eq!(lines[0], expected);
+}
+
+fn logged_as(settings: AccessLog) -> Traffic {
+    Traffic::register(&mut Registry::default(), Metrics::default(), settings)
+}
+
+#[test]
+fn flows_of_other_namespaces_are_not_told() {
+    let listed = |names: &[&str]| AccessLog {
+        namespaces: Some(names.iter().map(|name| (*name).into()).collect()),
+        ..AccessLog::default()
+    };
+    let failure = std::io::Error::other("broken");
+    for (names, lines) in [(&["shop"][..], 2), (&["bank", "shop"], 2), (&["bank"], 0)] {
+        let told = capture(LogFormat::Text, "access=debug", |_| {
+            let traffic = logged_as(listed(names));
+            let labels = labels(Reporter::Source, Security::MutualTls);
+            let access = Access::open(traffic.open(&labels), route());
+            access.close(Some((Reason::Internal, &failure)));
+            assert_eq!(traffic.refusals().recent().len(), 1, "counted all the same");
+        });
+        assert_eq!(told.len(), lines, "{names:?}: {told:?}");
+    }
+}
+
+#[test]
+fn of_the_flows_that_are_not_sampled_only_failures_are_told() {
+    let failure = std::io::Error::other("broken");
+    for (sampled, completed) in [(0, 0..=0), (50, 300..=700), (100, 1_000..=1_000)] {
+        let told = capture(LogFormat::Text, "access=info", |_| {
+            let traffic = logged_as(AccessLog {
+                sampled,
+                ..AccessLog::default()
+            });
+            let labels = labels(Reporter::Source, Security::MutualTls);
+            for _ in 0..1_000 {
+                Access::open(traffic.open(&labels), route()).close(None);
+                let failing = Access::open(traffic.open(&labels), route());
+                failing.close(Some((Reason::Internal, &failure)));
+            }
+        });
+        let of = |level: &str| told.iter().filter(|line| line.starts_with(level)).count();
+        assert_eq!(of("error"), 1_000);
+        assert!(completed.contains(&of("info")), "{sampled}: {}", of("info"));
+    }
+}
+
+#[test]
+fn a_flow_that_lasts_is_told_of_now_and_then() {
+    let every = Duration::from_secs(60);
+    let told = capture(LogFormat::Text, "access=info", |_| {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_time()
+            .start_paused(true)
+            .build()
+            .unwrap();
+        runtime.block_on(async {
+            let traffic = logged_as(AccessLog {
+                progress: Some(every),
+                ..AccessLog::default()
+            });
+            let labels = labels(Reporter::Source, Security::MutualTls);
+            let access = Access::open(traffic.open(&labels), route());
+            let short = Access::open(traffic.open(&labels), route());
+            let living = async {
+                tokio::time::sleep(every / 2).await;
+                short.close(None);
+                access.meter().received(67);
+                tokio::time::sleep(every * 2).await;
+                access.close(None);
+                tokio::time::sleep(every * 2).await;
+            };
+            tokio::select! {
+                () = traffic.log_progress() => unreachable!("it never ends"),
+                () = living => {}
+            }
+        });
+    });
+    let progress = |duration: &str| {
+        format!(
+            "info\taccess\tconnection progress\t{START} bytes_sent=67 bytes_recv=0 duration=\"{duration}\""
+        )
+    };
+    assert_eq!(told.len(), 4, "{told:?}");
+    assert!(told[0].contains("connection complete") && told[0].contains("\"30000ms\""));
+    assert_eq!(told[1..3], [progress("60000ms"), progress("120000ms")]);
+    assert!(told[3].contains("connection complete") && told[3].contains("\"150000ms\""));
 }

@@ -100,8 +100,11 @@ impl<'a> Message<'a> {
                 self.out.push('\t');
             }
             LogFormat::Json => {
-                self.out.push_str(",\"message\":");
-                write_value(self.format, self.out, Value::Bare(text));
+                // Istio's own statistics read the second name, log pipelines the first.
+                for name in [",\"message\":", ",\"msg\":"] {
+                    self.out.push_str(name);
+                    write_value(self.format, self.out, Value::Bare(text));
+                }
             }
         }
     }

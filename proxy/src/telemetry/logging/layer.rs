@@ -137,7 +137,7 @@ where
     line.push('\n');
 }
 
-/// `{"level":…,"time":…,"scope":…,"message":…,fields…,"span":{fields}…}`
+/// `{"level":…,"time":…,"scope":…,"message":…,"msg":…,fields…,"span":{fields}…}`
 fn json<S>(line: &mut String, event: &Event<'_>, context: &Context<'_, S>)
 where
     S: Subscriber + for<'a> LookupSpan<'a>,

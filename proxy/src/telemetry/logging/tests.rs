@@ -100,13 +100,13 @@ fn json_lines_are_objects_in_order() {
     assert_eq!(
         lines,
         [
-            r#"{"level":"info","scope":"culvert::pods","message":"plain"}"#,
-            r#"{"level":"warn","scope":"culvert::pods::agent","message":"with text","text":"a \"b\"\\\n"}"#,
+            r#"{"level":"info","scope":"culvert::pods","message":"plain","msg":"plain"}"#,
+            r#"{"level":"warn","scope":"culvert::pods::agent","message":"with text","msg":"with text","text":"a \"b\"\\\n"}"#,
             r#"{"level":"info","scope":"h2","bare":"10.0.0.1:80","debug":"Some(\"s\")","n":7,"neg":-1,"f":0.5,"ok":"true"}"#,
-            r#"{"level":"error","scope":"culvert::flow","message":"failed","error":"outer \"fault\": invalid digit found in string"}"#,
-            r#"{"level":"info","scope":"ztunnel::state","message":"two\nlines\tand a\u001b[31m"}"#,
-            r#"{"level":"info","scope":"culvert::flow","message":"inside","outbound":{"flow.id":3,"src.addr":"10.0.0.2:1","later":"yes"},"connect":{}}"#,
-            r#"{"level":"info","scope":"access","message":"no spans"}"#,
+            r#"{"level":"error","scope":"culvert::flow","message":"failed","msg":"failed","error":"outer \"fault\": invalid digit found in string"}"#,
+            r#"{"level":"info","scope":"ztunnel::state","message":"two\nlines\tand a\u001b[31m","msg":"two\nlines\tand a\u001b[31m"}"#,
+            r#"{"level":"info","scope":"culvert::flow","message":"inside","msg":"inside","outbound":{"flow.id":3,"src.addr":"10.0.0.2:1","later":"yes"},"connect":{}}"#,
+            r#"{"level":"info","scope":"access","message":"no spans","msg":"no spans"}"#,
         ]
     );
     for line in lines {
@@ -126,7 +126,9 @@ fn a_document_keeps_its_lines_in_text_only() {
     assert_eq!(text, ["info\tconfig\tc:", "b: 2\t"]);
     let json = capture(LogFormat::Json, "info", log);
     assert!(
-        json[0].ends_with(r#""message":"configuration:\na: 1\nb: 2\n"}"#),
+        json[0].ends_with(
+            r#""message":"configuration:\na: 1\nb: 2\n","msg":"configuration:\na: 1\nb: 2\n"}"#
+        ),
         "{json:?}"
     );
 }

@@ -1,5 +1,8 @@
 use super::*;
-use crate::telemetry::{Party, Security, ServiceName};
+use crate::{
+    config::AccessLog,
+    telemetry::{Party, Security, ServiceName},
+};
 use prometheus_client::registry::Registry;
 use proptest::prelude::*;
 
@@ -40,7 +43,7 @@ struct Table {
 impl Table {
     fn new(settings: Metrics) -> Self {
         let mut registry = Registry::default();
-        let traffic = Traffic::register(&mut registry, settings);
+        let traffic = Traffic::register(&mut registry, settings, AccessLog::default());
         Self { traffic, registry }
     }
 
