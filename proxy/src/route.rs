@@ -26,7 +26,7 @@
 //!
 //! | rule | if | then |
 //! |---|---|---|
-//! | I1 | `A` is a host name | accept; I5 |
+//! | I1 | `A` is a host name | accept if the pod is an endpoint or a waypoint of that service, or has an application tunnel; I5 |
 //! | I2 | `A` is `L` | accept |
 //! | I3 | the pod has an application tunnel | accept |
 //! | I4 | the pod is no waypoint of what `A` belongs to | refuse |

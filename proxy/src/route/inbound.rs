@@ -77,7 +77,7 @@ pub fn inbound(
             belongs_here(state, ask.local, local_ip, address.ip())?;
             address.port()
         }
-        Authority::Host { name, port } => host_port(state, ask.local, name, *port)?,
+        Authority::Host { name, port } => host_port(state, ask.local, local_ip, (name, *port))?,
     };
     let tunnel = ask.local.application_tunnel();
     let final_port = tunnel.and_then(|tunnel| tunnel.port).unwrap_or(port);
@@ -162,14 +162,7 @@ fn belongs_here(
         return Ok(());
     }
     let waypoints: Vec<&GatewayAddress> = match owner(state, local.network(), named, None) {
-        // Every waypoint that the outbound side may choose, the weighted ones included.
-        Owner::Service(service) => service
-            .weighted_waypoints()
-            .iter()
-            .filter(|weighted| weighted.weight > 0)
-            .map(|weighted| &weighted.waypoint)
-            .chain(service.waypoint())
-            .collect(),
+        Owner::Service(service) => waypoints_of(service).collect(),
         Owner::Workload(workload) => workload.waypoint().into_iter().collect(),
         Owner::Nobody => {
             let network = Arc::clone(local.network());
@@ -180,6 +173,32 @@ fn belongs_here(
             });
         }
     };
+    is_among(state, local, local_ip, waypoints).map_err(|missing| InboundRefusal::IpMismatch {
+        local: local_ip,
+        named,
+        missing,
+    })
+}
+
+/// Every waypoint that the outbound side may choose, the weighted ones included.
+fn waypoints_of(service: &Service) -> impl Iterator<Item = &GatewayAddress> {
+    let weighted = service.weighted_waypoints().iter();
+    weighted
+        .filter(|weighted| weighted.weight > 0)
+        .map(|weighted| &weighted.waypoint)
+        .chain(service.waypoint())
+}
+
+/// Whether the pod is one of these.
+///
+/// # Errors
+/// If it is not: one of them that nobody told of, if there is one.
+fn is_among<'a>(
+    state: &State,
+    local: &Workload,
+    local_ip: IpAddr,
+    waypoints: impl IntoIterator<Item = &'a GatewayAddress>,
+) -> Result<(), Option<Destination>> {
     let mut missing = None;
     for waypoint in waypoints {
         match is_waypoint(state, local, local_ip, waypoint) {
@@ -188,11 +207,7 @@ fn belongs_here(
             None => missing = missing.or_else(|| Some(waypoint.destination.clone())),
         }
     }
-    Err(InboundRefusal::IpMismatch {
-        local: local_ip,
-        named,
-        missing,
-    })
+    Err(missing)
 }
 
 /// `None` if nobody told what the reference means.
@@ -212,19 +227,29 @@ fn is_waypoint(
     }
 }
 
-/// I5 for a host name: the port of this pod behind a service port.
+/// I5 for a host name: the port of this pod behind a service port. The pod has to be an endpoint of that service, or its waypoint,
+/// or have an application behind a tunnel that knows what to do with any.
 fn host_port(
     state: &State,
     local: &Workload,
-    host: &Arc<str>,
-    port: u16,
+    local_ip: IpAddr,
+    (host, port): (&Arc<str>, u16),
 ) -> Result<u16, InboundRefusal> {
-    let service = visible_service(state, local, host)?;
-    let mapped = state
-        .services_of(local)
-        .find(|(mine, _)| Arc::ptr_eq(mine, service))
-        .and_then(|(_, ports)| ports.get(port))
-        .filter(|target| *target != 0);
+    let mut mine = state.services_of(local);
+    let (service, mapped) = match mine.find(|(service, _)| service.is_named(host)) {
+        Some((service, ports)) => (service, ports.get(port).filter(|target| *target != 0)),
+        None => {
+            let service = visible_service(state, local, host)?;
+            if local.application_tunnel().is_none() {
+                let waypoint = is_among(state, local, local_ip, waypoints_of(service));
+                waypoint.map_err(|missing| InboundRefusal::ForeignHost {
+                    host: Arc::clone(host),
+                    missing,
+                })?;
+            }
+            (service, None)
+        }
+    };
     let numbered = || match service.target_port(port) {
         Some(TargetPort::Number(number)) => Some(number),
         Some(TargetPort::Named) | None => None,

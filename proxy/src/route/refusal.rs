@@ -96,6 +96,14 @@ pub enum InboundRefusal {
         /// A service of this name to which the pod says to belong.
         missing: Option<Destination>,
     },
+    /// The authority names a service of which the pod is neither an endpoint nor a waypoint.
+    #[error("not served here: {host}")]
+    ForeignHost {
+        /// Host of the authority.
+        host: Arc<str>,
+        /// What would have to be known to decide otherwise: its waypoint.
+        missing: Option<Destination>,
+    },
     /// The service exists, but this port leads nowhere in this pod (I5).
     #[error("no target port for {host}:{port}")]
     NoTargetPort {
@@ -119,7 +127,7 @@ impl InboundRefusal {
         match self {
             Self::UnknownLocal => Reason::UnknownLocal,
             Self::IpMismatch { .. } => Reason::IpMismatch,
-            Self::UnknownHost { .. } => Reason::UnknownHost,
+            Self::UnknownHost { .. } | Self::ForeignHost { .. } => Reason::UnknownHost,
             Self::NoTargetPort { .. } => Reason::NoTargetPort,
             Self::Recursion => Reason::Recursion,
             Self::NoVirtualAddress(_) => Reason::NoVirtualAddress,
@@ -130,9 +138,9 @@ impl InboundRefusal {
     #[must_use]
     pub fn missing(&self) -> Option<&Destination> {
         match self {
-            Self::IpMismatch { missing, .. } | Self::UnknownHost { missing, .. } => {
-                missing.as_ref()
-            }
+            Self::IpMismatch { missing, .. }
+            | Self::UnknownHost { missing, .. }
+            | Self::ForeignHost { missing, .. } => missing.as_ref(),
             Self::UnknownLocal
             | Self::NoTargetPort { .. }
             | Self::Recursion
@@ -144,7 +152,7 @@ impl InboundRefusal {
     #[must_use]
     pub fn status(&self) -> StatusCode {
         match self {
-            Self::IpMismatch { .. } => StatusCode::BAD_REQUEST,
+            Self::IpMismatch { .. } | Self::ForeignHost { .. } => StatusCode::BAD_REQUEST,
             Self::UnknownLocal
             | Self::UnknownHost { .. }
             | Self::NoTargetPort { .. }

@@ -141,6 +141,37 @@ fn a_host_name_leads_to_the_port_of_this_pod() {
 }
 
 #[test]
+fn a_host_name_is_served_by_its_endpoints_and_its_waypoint_only() {
+    let way = of(pod("way", "10.0.0.9"), "way", &[]);
+    let services = [
+        service("way", "10.96.1.9", &[(15008, 15008)]),
+        web(Some(by_name("way"))),
+        service("other", "10.96.0.2", &[(80, 8080)]),
+    ];
+    let world = World::new(services, [way, pod("web", "10.0.0.2")]);
+    let status = |who, name| {
+        let route = ask(&world, who, &format!("{}:80", host(name)));
+        route.map_err(|refusal| (refusal.status().as_u16(), refusal.to_string()))
+    };
+    assert_eq!(status(WAY, "web").unwrap().to, addr("10.0.0.9:8080"));
+    let foreign = (400, format!("not served here: {}", host("other")));
+    assert_eq!(status(WAY, "other").unwrap_err(), foreign);
+    assert_eq!(status(WEB, "other").unwrap_err(), foreign);
+    assert_eq!(status(WEB, "web").unwrap_err().0, 400, "no endpoint");
+
+    // Of two services of one name, it is the one that the pod belongs to.
+    let elsewhere = with(service("web", "10.96.0.3", &[(80, 9090)]), |service| {
+        service.namespace = "elsewhere".into();
+    });
+    let mut member = pod("web", "10.0.0.2");
+    let key = format!("elsewhere/{}", host("web"));
+    member.services.insert(key, wire::PortList::default());
+    let world = World::new([web(None), elsewhere], [member]);
+    let route = ask(&world, WEB, &format!("{}:80", host("web"))).unwrap();
+    assert_eq!(route.to, addr("10.0.0.2:9090"));
+}
+
+#[test]
 fn ports_of_the_proxy_are_refused() {
     let world = World::new([], [pod("web", "10.0.0.2")]);
     for port in [15001, 15006, 15008] {
