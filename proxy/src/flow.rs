@@ -22,6 +22,7 @@ mod plaintext;
 mod pod;
 mod proxy_header;
 mod report;
+mod socks5;
 mod stop;
 mod table;
 #[cfg(test)]
@@ -29,5 +30,6 @@ mod tests;
 mod verdict;
 
 pub use pod::{Pod, Settings, Shared};
+pub use socks5::{Names, Resolve};
 pub use stop::Stop;
 pub use table::{Carried, Direction, Facts, FlowTable};

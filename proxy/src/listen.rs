@@ -22,7 +22,7 @@ pub(crate) mod testing;
 mod throttle;
 
 pub use accept::{accept, canonical, original_destination};
-pub use bind::{BindError, PodListeners, Step, bind};
+pub use bind::{BindError, PodListeners, Step, bind, bind_socks5};
 pub use connect::{ConnectError, LocalAddress, Upstream, connect};
 pub use dns::{DnsSockets, bind_dns, dns_client};
 pub use netns::{Netns, NetnsId};

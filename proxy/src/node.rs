@@ -267,7 +267,7 @@ impl<'a> Start<'a> {
         pods: Option<(ReadinessTask, PodMetrics)>,
     ) -> Result<(), StartError> {
         let config = self.config;
-        let launcher = Launcher::new(Arc::clone(shared), names, served.clone());
+        let launcher = Launcher::new(config, Arc::clone(shared), names, served.clone());
         match (&config.capture.mode, pods) {
             (ProxyMode::Shared, Some((captured, metrics))) => {
                 let launcher = Arc::new(launcher);

@@ -1,5 +1,7 @@
 //! Serving the queries of one pod.
 
+mod lookup;
+
 use std::{io, sync::Arc, time::Duration};
 
 use bytes::Bytes;

@@ -22,15 +22,26 @@ use crate::{
     relay::{self, Socket},
     telemetry::{Access, Attempt, Reporter},
 };
-use plan::{Call, Plan, Unplanned, decide};
+pub(super) use plan::Call;
+use plan::{Plan, Unplanned, decide};
 use reach::{FarEnd, Reached, Upstream, opened, reach};
 
+/// Carries one redirected connection to where `route` says.
+pub(super) fn carry(
+    pod: Arc<Pod>,
+    downstream: TcpStream,
+    peer: SocketAddr,
+) -> impl Future<Output = ()> + Send {
+    let to = listen::original_destination(&downstream).unwrap_or(peer);
+    carry_to(pod, downstream, Call { from: peer, to })
+}
+
 /// Carries one connection to where `route` says.
-pub(super) async fn carry(pod: Arc<Pod>, downstream: TcpStream, peer: SocketAddr) {
+pub(super) async fn carry_to(pod: Arc<Pod>, downstream: TcpStream, call: Call) {
     // A connection that is not carried is reset.
     let downstream = Socket::new(downstream);
     // Boxed, so that the space of the set-up is given back before bytes move.
-    let Some(opened) = Box::pin(open(&pod, &downstream, peer)).await else {
+    let Some(opened) = Box::pin(open(&pod, call)).await else {
         return;
     };
     let Opened { told, upstream } = opened;
@@ -57,9 +68,7 @@ struct Opened {
 /// Everything up to the first byte. `None` if the connection ended here; it is reported then.
 ///
 /// An endpoint of a service that cannot be reached is no end: nothing was delivered yet, so another one is tried.
-async fn open(pod: &Arc<Pod>, downstream: &TcpStream, peer: SocketAddr) -> Option<Opened> {
-    let to = listen::original_destination(downstream).unwrap_or(peer);
-    let call = Call { from: peer, to };
+async fn open(pod: &Arc<Pod>, call: Call) -> Option<Opened> {
     let began = Instant::now();
     let mut tried = Vec::new();
     loop {
@@ -70,8 +79,8 @@ async fn open(pod: &Arc<Pod>, downstream: &TcpStream, peer: SocketAddr) -> Optio
                 if tried.is_empty() {
                     let attempt = Attempt {
                         reporter: Reporter::Source,
-                        source: peer,
-                        destination: Some(to),
+                        source: call.from,
+                        destination: Some(call.to),
                     };
                     pod.shared().traffic.reject(attempt, reason, &*error);
                 }

@@ -15,7 +15,9 @@ use tokio::{
 };
 use xds_client::Demand;
 
-use super::{FlowTable, Stop, accept, inbound, judge, outbound, plaintext, verdict::Awaited};
+use super::{
+    FlowTable, Names, Stop, accept, inbound, judge, outbound, plaintext, socks5, verdict::Awaited,
+};
 use crate::{
     config::{self, WorkloadRef},
     listen::{self, LocalAddress, Netns, PodListeners, SourcePorts},
@@ -178,6 +180,11 @@ impl Pod {
             () = judge => {}
         }
         self.pool.release();
+    }
+
+    /// Serves a listener for SOCKS5 besides, to the end of its own flows.
+    pub async fn serve_socks5(self: Arc<Self>, listener: TcpListener, names: Names, stop: Stop) {
+        socks5::serve(self, listener, names, stop).await;
     }
 
     /// Serves one HBONE listener alone, as for the proxy's own pod.

@@ -106,6 +106,19 @@ pub fn bind(netns: &Netns, sockets: &Sockets, ports: &Ports) -> Result<PodListen
     })
 }
 
+/// Binds the SOCKS5 listener of a pod inside `netns`, on its loopback. Call it as [`bind`].
+///
+/// # Errors
+/// [`BindError`].
+pub fn bind_socks5(netns: &Netns, sockets: &Sockets, port: u16) -> Result<TcpListener, BindError> {
+    let socket = tcp_socket(netns, Domain::IPV4);
+    let step = Step::Create;
+    let socket = socket.map_err(|source| BindError { port, step, source })?;
+    let address = (Ipv4Addr::LOCALHOST, port).into();
+    let (listener, _) = Make { netns, sockets }.listen(socket, address, Liveness::Probed)?;
+    Ok(listener)
+}
+
 /// Who notices that the peer of an accepted connection is gone. Accepted sockets inherit
 /// `SO_MARK`, `TCP_NODELAY`, keepalive and user timeout from their listener, so they are set once.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -124,6 +137,17 @@ impl Make<'_> {
     fn listener(&self, port: u16, liveness: Liveness) -> Result<(TcpListener, bool), BindError> {
         let at = |step| move |source| BindError { port, step, source };
         let (socket, address) = self.socket(port).map_err(at(Step::Create))?;
+        self.listen(socket, address, liveness)
+    }
+
+    fn listen(
+        &self,
+        socket: Socket,
+        address: SocketAddr,
+        liveness: Liveness,
+    ) -> Result<(TcpListener, bool), BindError> {
+        let port = address.port();
+        let at = |step| move |source| BindError { port, step, source };
         self.configure(&socket, address, liveness)
             .map_err(at(Step::Configure))?;
         socket.bind(&address.into()).map_err(at(Step::Bind))?;

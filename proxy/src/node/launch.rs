@@ -1,6 +1,6 @@
 //! How the pods that `pods` finds come to be served by `flow`.
 
-use std::sync::Arc;
+use std::{net::Ipv4Addr, sync::Arc};
 
 use futures_util::future::{BoxFuture, OptionFuture};
 use tokio::{net::TcpListener, runtime::Handle};
@@ -20,15 +20,23 @@ pub(super) struct Launcher {
     shared: Arc<Shared>,
     names: Option<Names>,
     served: Served,
+    /// Where SOCKS5 is served, if it is.
+    socks5: Option<u16>,
 }
 
 impl Launcher {
     /// `served` is told of every workload that is served.
-    pub(super) fn new(shared: Arc<Shared>, names: Option<Names>, served: Served) -> Self {
+    pub(super) fn new(
+        config: &Config,
+        shared: Arc<Shared>,
+        names: Option<Names>,
+        served: Served,
+    ) -> Self {
         Self {
             shared,
             names,
             served,
+            socks5: config.capture.socks5.then_some(config.ports.socks5),
         }
     }
 }
@@ -86,17 +94,58 @@ impl Launcher {
             names.serve(who.clone(), Arc::clone(&netns), end)
         });
         let shared = Arc::clone(&self.shared);
-        let flows = flow::Pod::new(shared, who.clone(), netns, listeners.transparent);
+        let transparent = listeners.transparent;
+        let flows = flow::Pod::new(shared, who.clone(), Arc::clone(&netns), transparent);
+        let socks5 = self.socks5(&flows, &who, netns, stop.clone());
         self.served.enter(uid, who, flows.flows());
         let force = stop.force.clone();
         async move {
             let flows = async {
-                flows.serve(listeners, stop).await;
+                tokio::join!(flows.serve(listeners, stop), OptionFuture::from(socks5));
                 end.stop.cancel();
             };
             let names = force.run_until_cancelled_owned(OptionFuture::from(names));
             tokio::join!(flows, names);
         }
+    }
+}
+
+impl Launcher {
+    /// Binds the SOCKS5 listener, if one is wanted, and serves it. Without it the pod is served all the same.
+    fn socks5(
+        &self,
+        flows: &Arc<flow::Pod>,
+        who: &WorkloadRef,
+        netns: Arc<Netns>,
+        stop: Stop,
+    ) -> Option<impl Future<Output = ()> + Send + use<>> {
+        let port = self.socks5?;
+        let listener = match listen::bind_socks5(&netns, &self.shared.settings.sockets, port) {
+            Ok(listener) => listener,
+            Err(error) => {
+                let error = &error as &dyn std::error::Error;
+                let WorkloadRef {
+                    namespace, name, ..
+                } = who;
+                tracing::error!(%namespace, %name, error, "SOCKS5 is not served to this pod");
+                return None;
+            }
+        };
+        let names = self.names.as_ref().map(|names| -> Arc<dyn flow::Resolve> {
+            let names = dns::Names::new(Arc::clone(&names.shared), who.clone(), netns);
+            Arc::new(Asking(names))
+        });
+        Some(Arc::clone(flows).serve_socks5(listener, names, stop))
+    }
+}
+
+/// Lets flows ask for names.
+#[derive(Debug)]
+struct Asking(Arc<dns::Names>);
+
+impl flow::Resolve for Asking {
+    fn ipv4<'a>(&'a self, name: &'a str) -> BoxFuture<'a, Option<Ipv4Addr>> {
+        Box::pin(self.0.first_address(name))
     }
 }
 

@@ -12,11 +12,11 @@ use crate::{
 
 /// What the application did.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Call {
+pub(in crate::flow) struct Call {
     /// The application's own address.
-    pub(super) from: SocketAddr,
+    pub(in crate::flow) from: SocketAddr,
     /// What it dialled.
-    pub(super) to: SocketAddr,
+    pub(in crate::flow) to: SocketAddr,
 }
 
 /// A decision that can be carried, with what the reports tell of it.
