@@ -19,6 +19,7 @@ mod pool;
 mod server;
 mod stream;
 #[cfg(any(test, fuzzing))]
+#[cfg_attr(not(test), expect(dead_code, reason = "the fuzzer needs a part of it"))]
 mod testing;
 #[cfg(test)]
 mod tests;
