@@ -12,6 +12,7 @@ TRAFFIC := iperf3:iperf3 tcpdump:tcpdump
 NAMES   := dnsmasq:dnsmasq-base
 ASKING  := dig:bind9-dnsutils musl-gcc:musl-tools
 WATCH   := prometheus:prometheus promtool:prometheus
+BROWSER := chromium:chromium
 LOAD    := wrk:wrk nginx:nginx-light
 
 CARGO_DENY := 0.20.2
@@ -28,7 +29,7 @@ demo: ## Two nodes and four pods as network namespaces, real traffic through the
 	target/release/culvert demo $(ARGS)
 
 test: ## Unit, property and end-to-end tests
-	@.ci/need $(BUILD) $(NETWORK) $(TRAFFIC) $(NAMES) $(ASKING) $(WATCH)
+	@.ci/need $(BUILD) $(NETWORK) $(TRAFFIC) $(NAMES) $(ASKING) $(WATCH) $(BROWSER)
 	@.ci/openbao >/dev/null
 	@.ci/envoy >/dev/null
 	cargo build -p culvert -p tests --bins

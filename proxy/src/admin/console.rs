@@ -73,7 +73,8 @@ fn answer(
         return now(text(StatusCode::FORBIDDEN, CROSS_SITE.to_owned()));
     }
     match uri.path() {
-        "/" => now(page::page()),
+        "/" => now(page::page(&console)),
+        "/live" => now(page::live(&console)),
         "/config_dump" => Box::pin(streamed(JSON, move |out| dump::write(&console, out))),
         "/logging" => now(logging::answer(method, &query, &console.levels)),
         "/quitquitquit" if method == Method::POST => {

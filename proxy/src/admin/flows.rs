@@ -1,6 +1,7 @@
 //! `/debug/flows` and `/debug/refusals`: open connections, and those that did not come to be.
 
 use std::{
+    fmt,
     io::{self, BufWriter, Write},
     net::SocketAddr,
     sync::Arc,
@@ -49,33 +50,33 @@ struct Open<F: Serialize> {
 /// One open flow.
 #[derive(Serialize)]
 #[serde(rename_all = "camelCase")]
-struct Flow {
-    age_ms: u64,
-    bytes_received: u64,
-    bytes_sent: u64,
+pub(super) struct Flow {
+    pub(super) age_ms: u64,
+    pub(super) bytes_received: u64,
+    pub(super) bytes_sent: u64,
     #[serde(skip_serializing_if = "Option::is_none")]
-    destination: Option<Side>,
+    pub(super) destination: Option<Side>,
     /// The address that was dialled for an outbound flow; that of the application for an inbound one.
-    dialled: SocketAddr,
-    direction: &'static str,
+    pub(super) dialled: SocketAddr,
+    pub(super) direction: &'static str,
     /// What the application, or the peer, asked for.
     #[serde(skip_serializing_if = "Option::is_none")]
-    original: Option<String>,
-    pod: Side,
+    pub(super) original: Option<String>,
+    pub(super) pod: Side,
     /// What policies said, for inbound flows.
     #[serde(skip_serializing_if = "Option::is_none")]
-    policy: Option<String>,
-    route: &'static str,
+    pub(super) policy: Option<String>,
+    pub(super) route: &'static str,
     #[serde(skip_serializing_if = "Option::is_none")]
-    service: Option<Arc<str>>,
+    pub(super) service: Option<Arc<str>>,
     #[serde(skip_serializing_if = "Option::is_none")]
-    source: Option<Side>,
-    source_address: SocketAddr,
+    pub(super) source: Option<Side>,
+    pub(super) source_address: SocketAddr,
 }
 
 /// One end of a flow.
 #[derive(Serialize)]
-struct Side {
+pub(super) struct Side {
     #[serde(skip_serializing_if = "Option::is_none")]
     identity: Option<Arc<str>>,
     name: Arc<str>,
@@ -83,7 +84,7 @@ struct Side {
 }
 
 impl Flow {
-    fn of(pod: &ShownPod, facts: &Facts) -> Self {
+    pub(super) fn of(pod: &ShownPod, facts: &Facts) -> Self {
         let labels = facts.watch().labels();
         let (received, sent) = facts.watch().totals();
         let (direction, source_address, original, dialled, route) = way(facts.direction());
@@ -170,6 +171,15 @@ impl Sides {
     }
 }
 
+impl fmt::Display for Side {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if !self.namespace.is_empty() {
+            write!(f, "{}/", self.namespace)?;
+        }
+        f.write_str(&self.name)
+    }
+}
+
 impl Side {
     fn named(who: &WorkloadRef) -> Self {
         Self {
@@ -198,19 +208,19 @@ impl Recent {
 #[derive(Serialize)]
 #[serde(rename_all = "camelCase")]
 pub(super) struct Shown {
-    at: String,
+    pub(super) at: String,
     #[serde(skip_serializing_if = "Option::is_none")]
-    destination: Option<SocketAddr>,
+    pub(super) destination: Option<SocketAddr>,
     #[serde(skip_serializing_if = "Option::is_none")]
-    destination_name: Option<Arc<str>>,
-    direction: &'static str,
-    error: Box<str>,
+    pub(super) destination_name: Option<Arc<str>>,
+    pub(super) direction: &'static str,
+    pub(super) error: Box<str>,
     /// Whether it was counted as opened before.
-    opened: bool,
-    reason: Reason,
-    source: SocketAddr,
+    pub(super) opened: bool,
+    pub(super) reason: Reason,
+    pub(super) source: SocketAddr,
     #[serde(skip_serializing_if = "Option::is_none")]
-    source_pod: Option<Arc<str>>,
+    pub(super) source_pod: Option<Arc<str>>,
 }
 
 impl Shown {

@@ -158,6 +158,14 @@ impl Access {
         }
     }
 
+    /// What was asked for behind the address that was dialled.
+    fn wanted(&self) -> SocketAddr {
+        match self.route.hbone {
+            Some(HboneTarget::Address(target)) => target,
+            Some(HboneTarget::Host(..)) | None => self.route.destination,
+        }
+    }
+
     fn refusal(&self, reason: Reason, error: &(dyn Error + 'static)) -> Refusal {
         let labels = self.meter.flow().labels();
         let named = |pod: &Option<Arc<str>>| pod.clone().filter(|name| !name.is_empty());
@@ -166,7 +174,7 @@ impl Access {
             reporter: labels.reporter,
             phase: Phase::Opened,
             source: self.route.source,
-            destination: Some(self.route.destination),
+            destination: Some(self.wanted()),
             source_pod: named(&self.route.source_pod),
             destination_name: labels
                 .service

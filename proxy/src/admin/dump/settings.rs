@@ -169,6 +169,10 @@ impl Settings {
         }
     }
 
+    pub(in crate::admin) fn node(&self) -> Option<&str> {
+        self.local_node.as_deref()
+    }
+
     pub(in crate::admin) fn cluster_domain(&self) -> &str {
         &self.cluster_domain
     }
