@@ -3,7 +3,7 @@
 use std::{io, sync::Arc};
 
 use rustls::{
-    ClientConfig, ServerConfig,
+    ClientConfig, ExtractedSecrets, ServerConfig,
     client::UnbufferedClientConnection,
     pki_types::{CertificateDer, ServerName},
     server::UnbufferedServerConnection,
@@ -101,9 +101,8 @@ pub(super) async fn connect<S: AsyncRead + AsyncWrite + Unpin>(
     let (secrets, kernel) = connection
         .dangerous_into_kernel_connection()
         .map_err(invalid)?;
-    let rx = Protection::new(secrets.rx.0, &secrets.rx.1).map_err(io::Error::other)?;
-    let tx = Protection::new(secrets.tx.0, &secrets.tx.1).map_err(io::Error::other)?;
-    Ok(TlsStream::new(io, rx, tx, Kernel::Client(kernel), peer).with_received(wire_in, early))
+    let kernel = Kernel::Client(kernel);
+    established(io, &secrets, kernel, peer, (wire_in, early))
 }
 
 /// Accepts as a TLS server over `io`. The configuration must allow secrets to be extracted.
@@ -123,9 +122,21 @@ pub(super) async fn accept<S: AsyncRead + AsyncWrite + Unpin>(
     let (secrets, kernel) = connection
         .dangerous_into_kernel_connection()
         .map_err(invalid)?;
+    let kernel = Kernel::Server(kernel);
+    established(io, &secrets, kernel, peer, (wire_in, early))
+}
+
+/// The session behind a handshake, with what was received beyond it.
+fn established<S>(
+    io: S,
+    secrets: &ExtractedSecrets,
+    kernel: Kernel,
+    peer: Box<[CertificateDer<'static>]>,
+    (wire_in, early): (Wire, Vec<u8>),
+) -> io::Result<TlsStream<S>> {
     let rx = Protection::new(secrets.rx.0, &secrets.rx.1).map_err(io::Error::other)?;
     let tx = Protection::new(secrets.tx.0, &secrets.tx.1).map_err(io::Error::other)?;
-    Ok(TlsStream::new(io, rx, tx, Kernel::Server(kernel), peer).with_received(wire_in, early))
+    Ok(TlsStream::new(io, rx, tx, kernel, peer).with_received(wire_in, early))
 }
 
 fn encode<D>(mut data: EncodeTlsData<'_, D>, out: &mut Wire) -> io::Result<()> {
