@@ -21,6 +21,7 @@ mod reader;
 mod runtime;
 #[cfg(test)]
 mod tests;
+mod traces;
 mod trust;
 mod value;
 
@@ -70,6 +71,7 @@ pub fn configuration(environment: &Environment<'_>, arguments: &str) -> Result<C
         logging: runtime::logging(&reader),
         metrics: metrics::parse(&mut reader),
         access_log: metrics::access_log(&mut reader),
+        traces: traces::parse(&mut reader),
         identity,
         control,
         capture,

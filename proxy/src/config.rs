@@ -11,6 +11,7 @@ mod metrics;
 mod openbao;
 mod runtime;
 mod show;
+mod traces;
 
 pub use build_info::BuildInfo;
 pub use control::{
@@ -24,6 +25,7 @@ pub use data::{
 pub use metrics::{AccessLog, LabelProfile, Metrics};
 pub use openbao::{OpenBao, OpenBaoJwt, OpenBaoLogin};
 pub use runtime::{Drain, LogFormat, Logging, Ports, Runtime};
+pub use traces::{Sampler, Traces};
 
 use serde::Serialize;
 
@@ -59,4 +61,6 @@ pub struct Config {
     pub metrics: Metrics,
     /// What the access log tells.
     pub access_log: AccessLog,
+    /// Spans of flows, if anybody takes them.
+    pub traces: Option<Traces>,
 }

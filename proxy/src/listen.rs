@@ -17,6 +17,7 @@ mod options;
 mod ports;
 mod privilege;
 mod successor;
+mod sys;
 #[cfg(test)]
 pub(crate) mod testing;
 mod throttle;
@@ -29,3 +30,4 @@ pub use netns::{Netns, NetnsId};
 pub use ports::{PortLease, SourcePorts};
 pub use privilege::{PrivilegeError, check_privileges};
 pub use successor::prefer_successor;
+pub use sys::round_trip;

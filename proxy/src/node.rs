@@ -17,6 +17,7 @@ mod served;
 mod source;
 mod target;
 mod tasks;
+mod traces;
 mod trust;
 
 use std::{sync::Arc, time::Duration};
@@ -39,7 +40,8 @@ use crate::{
     listen,
     pods::{self, Pods},
     telemetry::{
-        Exposition, PodMetrics, Readiness, ReadinessTask, logging::LogGuard, register_process,
+        Exposition, PodMetrics, Readiness, ReadinessTask, Traces, logging::LogGuard,
+        register_process,
     },
 };
 use certificates::Certificates;
@@ -92,7 +94,8 @@ async fn serve(
     register_process(&mut registry, &config.identity.istio_version);
     log.register(&mut registry);
     let Certificates { agent, openbao } = certificates::build(config)?;
-    let shared = Arc::new(parts::shared(config, agent, &mut registry));
+    let traces = start.traces(&mut registry);
+    let shared = Arc::new(parts::shared(config, agent, traces, &mut registry));
     memory_metrics::register(
         &shared.buffers,
         &shared.traffic,
@@ -159,6 +162,16 @@ impl<'a> Start<'a> {
         let serving = admin::serve_readiness(listener, readiness, self.stop.accept.clone());
         self.tasks.start("readiness", self.data, serving);
         Ok(())
+    }
+
+    /// Sends spans of flows, if anybody takes them.
+    fn traces(&mut self, registry: &mut Registry) -> Traces {
+        let Some((traces, exporting)) = traces::build(self.config, registry, &self.background)
+        else {
+            return Traces::default();
+        };
+        self.here(TRACES, exporting);
+        traces
     }
 
     /// Gives buffers that a burst left behind back to the allocator, and so to the system.
@@ -419,16 +432,18 @@ const EVICTION: &str = "idle series";
 const MESH_FILE: &str = "mesh file";
 const OPENBAO: &str = "OpenBao";
 const REVOCATION: &str = "revocation lists";
+const TRACES: &str = "spans";
 const TRIMMING: &str = "buffers";
 const TRUST: &str = "trust anchors";
 /// What flows need until the last of them has ended.
-const BACKGROUND: [&str; 8] = [
+const BACKGROUND: [&str; 9] = [
     CERTIFICATES,
     CONTROL_PLANE,
     EVICTION,
     MESH_FILE,
     OPENBAO,
     REVOCATION,
+    TRACES,
     TRIMMING,
     TRUST,
 ];

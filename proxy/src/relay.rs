@@ -18,6 +18,8 @@ use std::{
     task::{Context, Poll},
 };
 
+use tokio::net::TcpStream;
+
 pub use self::{
     buffer::{Appetite, Buffer, Buffers, Payload},
     pump::{Count, Ending, Outcome, Pump, Side, pump},
@@ -43,6 +45,11 @@ pub enum Fault {
 ///
 /// All methods are called from one task. A method that returns `Pending` has registered that task.
 pub trait Endpoint {
+    /// The connection, if this end has one to itself.
+    fn socket(&self) -> Option<&TcpStream> {
+        None
+    }
+
     /// Whether [`Self::poll_take`] is worth a call; costs no buffer.
     fn poll_readable(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Fault>>;
 

@@ -1,4 +1,4 @@
-//! What the proxy tells about itself: metrics, access log, log records and readiness.
+//! What the proxy tells about itself: metrics, access log, log records, spans and readiness.
 //!
 //! Every room above reports through the handles of this one; it knows none of them. Metric
 //! families live in the [`prometheus_client`] registry that the caller hands in, so that a scrape
@@ -20,6 +20,7 @@ mod readiness;
 mod reason;
 mod refusals;
 mod series;
+mod traces;
 mod traffic;
 
 pub use access::{Access, Attempt, HboneTarget, Route};
@@ -36,4 +37,5 @@ pub use process::{PodMetrics, register_process};
 pub use readiness::{Readiness, ReadinessTask};
 pub use reason::Reason;
 pub use refusals::{Phase, Refusal, Refusals};
+pub use traces::{ConnectError, Exporter, TcpFacts, Trace, TraceContext, TracePhase, Traces};
 pub use traffic::{Meter, Series, SocketGuard, Traffic, Watch};

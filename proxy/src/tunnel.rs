@@ -32,7 +32,7 @@ pub use self::{
     client::{Answer, Request},
     cut::Cut,
     error::{ConnectError, OpenError, ServeError},
-    pool::{Credentials, Dial, Fate, Key, Nested, Pool, PoolMetrics},
+    pool::{Credentials, Dial, Fate, Key, Nested, Opening, Pool, PoolMetrics},
     server::{Connect, Incoming, Responder, serve},
     stream::{Buffered, Stream},
     tls::{AcceptError, RecordError, Tls, accept},

@@ -232,7 +232,7 @@ fn headers(reader: &mut Reader<'_>, prefix: &str) -> Vec<Header> {
     headers
 }
 
-fn header(name: &str, value: &str) -> Result<Header, Reject> {
+pub(super) fn header(name: &str, value: &str) -> Result<Header, Reject> {
     let accepted =
         "a metadata name without the suffix -bin after the prefix, visible ASCII as the value";
     let name = HeaderName::try_from(name.to_ascii_lowercase())

@@ -4,6 +4,7 @@ mod acceptance;
 mod faults;
 mod openbao;
 mod sections;
+mod traces;
 
 use std::{
     collections::{BTreeMap, BTreeSet},

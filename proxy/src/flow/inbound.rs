@@ -35,7 +35,10 @@ use crate::{
     route::{
         self, Authority, AuthorityError, ClientAddress, InboundQuery, InboundRefusal, InboundRoute,
     },
-    telemetry::{Access, Attempt, Labels, Party, Reason, Reporter, Route, Security, Step},
+    telemetry::{
+        Access, Attempt, Labels, Party, Reason, Reporter, Route, Security, Step, Trace,
+        TraceContext, TracePhase,
+    },
     tunnel::{self, AcceptError, Cut, Incoming, Responder, Retirement, ServeError, Stream, Tls},
 };
 
@@ -218,7 +221,7 @@ async fn stream(pod: Arc<Pod>, caller: Arc<Caller>, incoming: Incoming) {
         told.access.meter(),
         &pod.shared().buffers,
     );
-    let end = Guarded::new(&told.entry, pump).await;
+    let end = Guarded::new(&told, pump).await;
     told.close(report::unless_cut(caller.is_cut(), end));
 }
 
@@ -235,41 +238,30 @@ async fn open(pod: &Arc<Pod>, caller: &Caller, incoming: Incoming) -> Option<Ope
         mut responder,
         ..
     } = incoming;
+    let mut trace = begin_trace(pod, &connect);
     let decision = match decide(pod, caller, &connect).await {
         Ok(decision) => decision,
         Err(early) => {
             let addresses = (caller.peer, Some(caller.here));
+            trace.reject(addresses, early.reason(), &early);
             reject(pod, addresses, early.reason(), &early);
             responder.refuse(early.status());
             return None;
         }
     };
     let source = source(pod, caller, &connect).await;
-    let access = opened(pod, caller, source.as_deref(), (&decision, &connect));
+    let mut access = opened(pod, caller, source.as_deref(), (&decision, &connect));
+    trace.ended(TracePhase::Resolve);
     let destination = decision.route.destination;
     let direction = caller.calls(destination, &connect);
     let entry = caller.enter(pod, direction, &access);
-    let judged = Connection {
-        source: caller.peer,
-        destination,
-        identity: Some(&caller.identity),
-    };
-    let reaching = async {
-        let permit = authorize(pod, &decision.local, &judged, &entry).await;
-        dial(
-            pod,
-            permit.map_err(Failure::Denied)?,
-            caller,
-            &decision.route,
-        )
-        .await
-    };
     let dialled = tokio::select! {
         biased;
-        dialled = reaching => dialled,
+        dialled = reach(pod, caller, &decision, &entry, &mut trace) => dialled,
         // Nobody is waited for on behalf of a client that waits no longer.
         () = responder.gone() => Err(Failure::Abandoned),
     };
+    access.traced(trace);
     let mut upstream = match dialled {
         Ok(upstream) => upstream,
         Err(failure) => {
@@ -289,6 +281,37 @@ async fn open(pod: &Arc<Pod>, caller: &Caller, incoming: Incoming) -> Option<Ope
             None
         }
     }
+}
+
+/// The span of a stream, below that of its client.
+fn begin_trace(pod: &Pod, connect: &tunnel::Connect) -> Trace {
+    let parent = connect.trace().map(|it| TraceContext {
+        trace_id: it.trace_id,
+        span_id: it.span_id,
+        sampled: it.sampled,
+    });
+    pod.shared().traces.begin(Reporter::Destination, parent)
+}
+
+/// Asks the policies, and connects to the application.
+async fn reach(
+    pod: &Arc<Pod>,
+    caller: &Caller,
+    decision: &Decision,
+    entry: &Entry,
+    trace: &mut Trace,
+) -> Result<listen::Upstream, Failure> {
+    let judged = Connection {
+        source: caller.peer,
+        destination: decision.route.destination,
+        identity: Some(&caller.identity),
+    };
+    let permit = authorize(pod, &decision.local, &judged, entry).await;
+    trace.ended(TracePhase::Policy);
+    let permit = permit.map_err(Failure::Denied)?;
+    let dialled = dial(pod, permit, caller, &decision.route).await;
+    trace.ended(TracePhase::Connect);
+    dialled
 }
 
 /// Where a CONNECT leads.

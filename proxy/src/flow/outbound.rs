@@ -20,7 +20,8 @@ use crate::{
     listen,
     mesh::Workload,
     relay::{self, Socket},
-    telemetry::{Access, Attempt, Reporter},
+    telemetry::{Access, Attempt, Reason, Reporter, Trace, TracePhase},
+    tunnel::Opening,
 };
 pub(super) use plan::Call;
 use plan::{Plan, Unplanned, decide};
@@ -49,11 +50,11 @@ pub(super) async fn carry_to(pod: Arc<Pod>, downstream: TcpStream, call: Call) {
     let end = match upstream {
         Upstream::Socket(stream) => {
             let pump = relay::pump(downstream, Socket::new(stream), meter, buffers);
-            Guarded::new(&told.entry, pump).await
+            Guarded::new(&told, pump).await
         }
         Upstream::Tunnel(stream, fate) => {
             let pump = relay::pump(downstream, stream, meter, buffers);
-            let end = Guarded::new(&told.entry, pump).await;
+            let end = Guarded::new(&told, pump).await;
             report::unless_cut(fate.is_cut(), end)
         }
     };
@@ -69,12 +70,14 @@ struct Opened {
 ///
 /// An endpoint of a service that cannot be reached is no end: nothing was delivered yet, so another one is tried.
 async fn open(pod: &Arc<Pod>, call: Call) -> Option<Opened> {
-    let began = Instant::now();
+    let (began, ends) = (Instant::now(), (call.from, Some(call.to)));
+    let mut trace = pod.shared().traces.begin(Reporter::Source, None);
     let mut tried = Vec::new();
     loop {
         let plan = match decide(pod, call, &tried).await {
             Ok(plan) => plan,
             Err(Unplanned { reason, error }) => {
+                trace.reject(ends, reason, &*error);
                 // What was tried in vain is reported; that nothing is left to try is no news.
                 if tried.is_empty() {
                     let attempt = Attempt {
@@ -92,6 +95,7 @@ async fn open(pod: &Arc<Pod>, call: Call) -> Option<Opened> {
             .as_ref()
             .is_some_and(|one| tried.contains(one))
         {
+            trace.reject(ends, Reason::NoHealthyUpstream, &NobodyLeft);
             return None;
         }
         if !tried.is_empty() {
@@ -99,13 +103,19 @@ async fn open(pod: &Arc<Pod>, call: Call) -> Option<Opened> {
         }
         let out_of_time = began.elapsed() >= pod.settings().sockets.connect_timeout;
         let last = tried.len() >= MAX_RETRIES || out_of_time;
-        match attempt(pod, &plan, call, (!last).then_some(&*tried)).await {
+        trace.ended(TracePhase::Resolve);
+        match attempt(pod, &plan, call, (!last).then_some(&*tried), &mut trace).await {
             Ok(opened) => return Some(opened),
             Err(Finality::MayTryAnother) if !last => tried.extend(plan.destination),
             Err(Finality::MayTryAnother | Finality::Final) => return None,
         }
     }
 }
+
+/// Every endpoint was tried, in vain.
+#[derive(Debug, thiserror::Error)]
+#[error("no endpoint is left to try")]
+struct NobodyLeft;
 
 /// Whether a failed attempt was the last one.
 enum Finality {
@@ -120,10 +130,11 @@ async fn attempt(
     plan: &Plan,
     call: Call,
     tried: Option<&[Arc<Workload>]>,
+    trace: &mut Trace,
 ) -> Result<Opened, Finality> {
     // Only the far end of a nested tunnel can tell who it is.
     let early = (!plan.is_nested()).then(|| begin(pod, plan, call, None));
-    let reaching = reach(pod, plan, call);
+    let reaching = reach(pod, plan, call, trace.context());
     tokio::pin!(reaching);
     let (to, limit) = (plan.to, pod.settings().sockets.connect_timeout / 2);
     let reached = match timeout(limit, &mut reaching).await {
@@ -137,21 +148,40 @@ async fn attempt(
         Err(_) => reaching.await,
     };
     let far_end = reached.as_ref().ok().and_then(|it| it.far_end.as_ref());
-    let (access, entry) = early.unwrap_or_else(|| begin(pod, plan, call, far_end));
+    let opening = reached.as_ref().ok().and_then(|it| it.opening);
+    note(trace, opening);
+    let (mut access, entry) = early.unwrap_or_else(|| begin(pod, plan, call, far_end));
     match reached {
-        Ok(Reached { upstream, .. }) => Ok(Opened {
-            told: Told::new(access, entry, [None, None]),
-            upstream,
-        }),
+        Ok(Reached { upstream, .. }) => {
+            access.traced(std::mem::take(trace));
+            Ok(Opened {
+                told: Told::new(access, entry, [None, None]),
+                upstream,
+            })
+        }
         Err(failure) => {
             let finality = if failure.is_of_endpoint() {
                 Finality::MayTryAnother
             } else {
                 Finality::Final
             };
+            if tried.is_none() || matches!(finality, Finality::Final) {
+                access.traced(std::mem::take(trace));
+            }
             report::close(access, Err(failure));
             Err(finality)
         }
+    }
+}
+
+/// Notes how long the connection took; what was there before the flow took none of its time.
+fn note(trace: &mut Trace, opening: Option<Opening>) {
+    if let Some(opening) = opening {
+        trace.took_place(TracePhase::Connect, (opening.began, opening.connected));
+        trace.took_place(TracePhase::Tls, (opening.connected, opening.shaken));
+        trace.ended(TracePhase::Request);
+    } else {
+        trace.ended(TracePhase::Connect);
     }
 }
 

@@ -17,7 +17,7 @@ use crate::{
     policy::Connection,
     relay::{self, Socket},
     route::{self, InboundRefusal, InboundRoute, PlaintextQuery},
-    telemetry::{Access, Labels, Party, Reporter, Route, Security},
+    telemetry::{Access, Labels, Party, Reporter, Route, Security, TracePhase},
 };
 
 /// Carries one connection to the application, if policy allows it for a peer without identity.
@@ -35,7 +35,7 @@ pub(super) async fn carry(pod: Arc<Pod>, downstream: TcpStream, peer: SocketAddr
         told.access.meter(),
         &pod.shared().buffers,
     );
-    let end = Guarded::new(&told.entry, pump).await;
+    let end = Guarded::new(&told, pump).await;
     told.close(end);
 }
 
@@ -47,17 +47,21 @@ struct Opened {
 /// Everything up to the first byte. `None` if the connection ended here; it is reported then.
 async fn open(pod: &Arc<Pod>, downstream: &TcpStream, peer: SocketAddr) -> Option<Opened> {
     let destination = listen::original_destination(downstream).unwrap_or(peer);
+    let mut trace = pod.shared().traces.begin(Reporter::Destination, None);
     let (local, route) = match decide(pod, destination).await {
         Ok(decision) => decision,
         Err(refusal) => {
-            inbound::reject(pod, (peer, Some(destination)), refusal.reason(), &refusal);
+            let addresses = (peer, Some(destination));
+            trace.reject(addresses, refusal.reason(), &refusal);
+            inbound::reject(pod, addresses, refusal.reason(), &refusal);
             return None;
         }
     };
     // Keeps upstream sockets towards this application off the client's own port.
     let captured = pod.source_ports().register(peer, route.destination);
     let source = pod.peer(peer.ip()).await;
-    let access = opened(pod, &local, &route, (peer, source.as_deref()));
+    let mut access = opened(pod, &local, &route, (peer, source.as_deref()));
+    trace.ended(TracePhase::Resolve);
     let direction = Direction::Inbound {
         source: peer,
         destination: route.destination,
@@ -70,13 +74,19 @@ async fn open(pod: &Arc<Pod>, downstream: &TcpStream, peer: SocketAddr) -> Optio
         destination: route.destination,
         identity: None,
     };
-    let upstream = match authorize(pod, &local, &connection, &entry).await {
+    let verdict = authorize(pod, &local, &connection, &entry).await;
+    trace.ended(TracePhase::Policy);
+    let upstream = match verdict {
         Err(denied) => Err(Failure::Denied(denied)),
         Ok(permit) => pod
             .dial_application(permit, route.to, peer.ip())
             .await
             .map_err(Failure::Unreachable),
     };
+    if !matches!(upstream, Err(Failure::Denied(_))) {
+        trace.ended(TracePhase::Connect);
+    }
+    access.traced(trace);
     match upstream {
         Ok(upstream) => Some(Opened {
             told: Told::new(access, entry, [upstream.port, captured]),

@@ -26,7 +26,7 @@ use crate::{
     relay::Buffers,
     resolve::Resolver,
     route::LoopGuard,
-    telemetry::{AuthorizationLog, OnDemandDns, Reporter, Step, Traffic},
+    telemetry::{AuthorizationLog, OnDemandDns, Reporter, Step, Traces, Traffic},
     tunnel,
 };
 
@@ -43,6 +43,8 @@ pub struct Shared {
     pub agent: Agent,
     /// Traffic counters.
     pub traffic: Traffic,
+    /// Where spans go.
+    pub traces: Traces,
     /// Where policy verdicts are logged.
     pub verdicts: AuthorizationLog,
     /// What the pools of all pods hold.

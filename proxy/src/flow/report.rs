@@ -7,10 +7,10 @@ use std::{
 
 use super::{failure::Failure, table::Entry};
 use crate::{
-    listen::PortLease,
+    listen::{self, PortLease},
     policy::{Event, Note},
-    relay::Outcome,
-    telemetry::{Access, AuthorizationEvent, AuthorizationLog},
+    relay::{Endpoint, Pump},
+    telemetry::{Access, AuthorizationEvent, AuthorizationLog, Meter, TcpFacts},
 };
 
 /// Closes the record of a flow.
@@ -65,29 +65,51 @@ impl Told {
     }
 }
 
-/// Runs the relay of a flow until it ends, or until a policy change ends it.
-pub(super) struct Guarded<'a, P> {
-    entry: &'a Entry,
-    pump: P,
+/// Runs the relay of a flow until it ends, or until a policy change ends it, and has the flow's span told of it.
+pub(super) struct Guarded<'a, D, U> {
+    told: &'a Told,
+    pump: Pump<'a, D, U, Meter>,
 }
 
-impl<'a, P> Guarded<'a, P> {
-    pub(super) fn new(entry: &'a Entry, pump: P) -> Self {
-        Self { entry, pump }
+impl<'a, D: Endpoint, U: Endpoint> Guarded<'a, D, U> {
+    pub(super) fn new(told: &'a Told, pump: Pump<'a, D, U, Meter>) -> Self {
+        Self { told, pump }
+    }
+
+    fn trace(&self, ended: bool) {
+        let access = &self.told.access;
+        let trace = access.trace();
+        if trace.awaits_first_byte() && access.meter().totals().1 > 0 {
+            trace.first_byte();
+        }
+        if ended {
+            let facts = |socket: Option<&_>| {
+                let (rtt, retransmits) = listen::round_trip(socket?).ok()?;
+                Some(TcpFacts { rtt, retransmits })
+            };
+            trace.tcp(|| self.pump.sockets().map(facts));
+        }
     }
 }
 
-impl<P: Future<Output = Outcome> + Unpin> Future for Guarded<'_, P> {
+impl<D, U> Future for Guarded<'_, D, U>
+where
+    D: Endpoint + Unpin,
+    U: Endpoint + Unpin,
+{
     type Output = Result<(), Failure>;
 
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         let this = self.get_mut();
         // First the verdict: a revoked flow moves no further byte.
-        if let Poll::Ready(why) = this.entry.poll_revoked(cx) {
-            return Poll::Ready(Err(Failure::Revoked(why)));
-        }
-        Pin::new(&mut this.pump)
-            .poll(cx)
-            .map(|outcome| Failure::of(outcome).map_or(Ok(()), Err))
+        let end = if let Poll::Ready(why) = this.told.entry.poll_revoked(cx) {
+            Poll::Ready(Err(Failure::Revoked(why)))
+        } else {
+            Pin::new(&mut this.pump)
+                .poll(cx)
+                .map(|outcome| Failure::of(outcome).map_or(Ok(()), Err))
+        };
+        this.trace(end.is_ready());
+        end
     }
 }

@@ -36,6 +36,7 @@ pub(super) fn pod_with(demand: Option<Demand>) -> Arc<Pod> {
         }),
         agent: Agent::new(Arc::new(CsrSource::new(ca)), AgentOptions::default()),
         traffic: Traffic::default(),
+        traces: Default::default(),
         pools: crate::tunnel::PoolMetrics::default(),
         verdicts: AuthorizationLog::new(false),
         buffers: Buffers::new(),

@@ -15,12 +15,17 @@ use crate::{
     relay::Buffers,
     resolve::Resolver,
     route::LoopGuard,
-    telemetry::{AuthorizationLog, DnsMetrics, OnDemandDns, Traffic},
+    telemetry::{AuthorizationLog, DnsMetrics, OnDemandDns, Traces, Traffic},
     tunnel::PoolMetrics,
 };
 
 /// Everything that flows share, with its metrics registered.
-pub(super) fn shared(config: &Config, agent: Agent, registry: &mut Registry) -> Shared {
+pub(super) fn shared(
+    config: &Config,
+    agent: Agent,
+    traces: Traces,
+    registry: &mut Registry,
+) -> Shared {
     agent.register_metrics(registry);
     let traffic = Traffic::register(registry, config.metrics, config.access_log.clone());
     let pools = PoolMetrics::register(registry, traffic.latencies().clone());
@@ -31,6 +36,7 @@ pub(super) fn shared(config: &Config, agent: Agent, registry: &mut Registry) -> 
             cluster_id: Arc::clone(&config.identity.cluster_id),
         }),
         agent,
+        traces,
         traffic,
         pools,
         verdicts: AuthorizationLog::new(config.logging.policy_at_info),

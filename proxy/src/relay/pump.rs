@@ -9,7 +9,10 @@ use std::{
 };
 
 use bytes::Buf;
-use tokio::time::{Sleep, sleep};
+use tokio::{
+    net::TcpStream,
+    time::{Sleep, sleep},
+};
 
 use super::{Appetite, Buffers, Endpoint, Fault, Leave, Payload};
 use crate::telemetry::Meter;
@@ -120,6 +123,13 @@ pub struct Pump<'a, D, U, C> {
     outcome: Option<Outcome>,
     /// The limit of the leave, once an endpoint needs time for it.
     leaving: Option<Pin<Box<Sleep>>>,
+}
+
+impl<D: Endpoint, U: Endpoint, C> Pump<'_, D, U, C> {
+    /// The connections of downstream and upstream, as far as they are the flow's own; also after its end.
+    pub fn sockets(&self) -> [Option<&TcpStream>; 2] {
+        [self.downstream.socket(), self.upstream.socket()]
+    }
 }
 
 impl<D, U, C> fmt::Debug for Pump<'_, D, U, C> {

@@ -66,6 +66,10 @@ impl Deref for Socket {
 }
 
 impl Endpoint for Socket {
+    fn socket(&self) -> Option<&TcpStream> {
+        Some(&self.0)
+    }
+
     fn poll_readable(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Fault>> {
         self.poll_read_ready(cx).map_err(read_fault)
     }

@@ -16,7 +16,7 @@ use tracing::{
 };
 
 use super::{
-    Reason, Traffic,
+    Reason, Trace, Traffic,
     labels::{Kept, Reporter, Security},
     refusals::{Phase, Refusal, in_words},
     traffic::{Meter, Watch},
@@ -37,6 +37,7 @@ pub struct Access {
     /// Its place among the flows whose progress is told.
     lasting: Option<usize>,
     reported: bool,
+    trace: Trace,
 }
 
 /// What the lines of a flow are made of.
@@ -116,6 +117,7 @@ impl Access {
             told,
             lasting,
             reported: false,
+            trace: Trace::default(),
         };
         if told == Told::All {
             access.line().opened();
@@ -128,6 +130,16 @@ impl Access {
         &self.meter
     }
 
+    /// Has the flow's span told with it.
+    pub fn traced(&mut self, trace: Trace) {
+        self.trace = trace;
+    }
+
+    /// The flow's span.
+    pub fn trace(&self) -> &Trace {
+        &self.trace
+    }
+
     /// Ends the flow. With a `failure`, whose causes are logged too, it counts as failed.
     pub fn close(mut self, failure: Option<(Reason, &(dyn Error + 'static))>) {
         self.report(failure);
@@ -138,6 +150,8 @@ impl Access {
         if let Some(key) = self.lasting {
             self.meter.flow().traffic().lasting().leave(key);
         }
+        let (bytes, names) = (self.line().bytes(), self.meter.flow().labels());
+        self.trace.close(names, &self.route, bytes, failure);
         let Some((reason, error)) = failure else {
             if self.told == Told::All {
                 self.line().complete();

@@ -20,7 +20,7 @@ use super::{
     error::{ConnectError, OpenError},
     headers::{BAGGAGE, FORWARDED, NETWORK, TRACEPARENT},
     keepalive::Keepalive,
-    pool::{Fate, Lease},
+    pool::{Fate, Lease, Opening},
     stream::Stream,
     turn::{Moved, Turn, Turnwise, turnwise},
     window::Window,
@@ -101,6 +101,8 @@ pub struct Answer {
     pub headers: HeaderMap,
     /// Why the stream broke, if it does.
     pub fate: Fate,
+    /// When the connection below it came to be; maybe long ago.
+    pub opening: Option<Opening>,
 }
 
 /// Opens HTTP/2 over an established session.
@@ -202,6 +204,7 @@ impl Sender {
         let fate = lease.as_ref().map(Lease::fate).unwrap_or_default();
         Ok(Answer {
             fate,
+            opening: lease.as_ref().and_then(Lease::opening),
             stream: Stream::new(sender, receiver, lease),
             headers: head.headers,
         })

@@ -35,6 +35,7 @@ use tokio::{
 };
 
 pub(super) use self::lease::Lease;
+pub use self::lease::Opening;
 pub use self::metrics::PoolMetrics;
 pub use self::nested::Nested;
 use self::{
@@ -297,6 +298,7 @@ impl<D: Dial> Task<D> {
             .tls(&self.key)
             .await
             .map_err(OpenError::Identity)?;
+        let dialled = Instant::now();
         let io = self.dial.dial(to).await.map_err(|source| {
             if source.kind() == io::ErrorKind::TimedOut {
                 let port = to.port();
@@ -307,8 +309,14 @@ impl<D: Dial> Task<D> {
         })?;
         let (limit, began) = (settings.handshake_timeout, Instant::now());
         let io = tls::connect(io, config, to.ip(), &self.buffers, limit).await?;
-        let (latencies, took) = (self.metrics.latencies(), began.elapsed());
-        latencies.observe(Step::Handshake, Reporter::Source, took);
+        let shaken = Instant::now();
+        self.load.opened(Opening {
+            began: dialled,
+            connected: began,
+            shaken,
+        });
+        let latencies = self.metrics.latencies();
+        latencies.observe(Step::Handshake, Reporter::Source, shaken - began);
         let ends = Ends {
             age: Retirement::new(settings.max_age, not_after, io.peer_certificates()),
             cut: Cut::new(tracker, io.peer_certificates(), || {}),

@@ -75,6 +75,8 @@ fn never_repeats_a_document_or_credentials() {
         ("OPENBAO_SECRET_ID_PATH", "s3cret"),
         ("OPENBAO_JWT_PATH", "eyJs3cret"),
         ("KUBERNETES_ACCOUNT_PATH", "eyJs3cret"),
+        ("OTEL_EXPORTER_OTLP_ENDPOINT", "http://user:s3cret@tempo"),
+        ("OTEL_EXPORTER_OTLP_HEADERS", "authorization s3cret"),
     ] {
         let text = given(&[(key, value)]).read().expect_err(key).to_string();
         assert!(text.contains(key) && !text.contains("s3cret"), "{text}");
@@ -102,6 +104,12 @@ const KEYS: &[&str] = &[
     "OPENBAO_SECRET_ID_PATH",
     "OPENBAO_TOKEN_PATH",
     "OPENBAO_POLL_INTERVAL",
+    "OTEL_EXPORTER_OTLP_ENDPOINT",
+    "OTEL_EXPORTER_OTLP_HEADERS",
+    "OTEL_TRACES_SAMPLER",
+    "OTEL_TRACES_SAMPLER_ARG",
+    "OTEL_BSP_MAX_QUEUE_SIZE",
+    "TRACES_ERRORS_ALWAYS",
     "XDS_ROOT_CA",
     "CA_ROOT_CA",
     "ALT_XDS_HOSTNAME",

@@ -8,9 +8,9 @@ use super::plan::{Call, Plan, Way};
 use crate::{
     flow::{Pod, failure::Failure, parties},
     route::{Authority, Hop, InnerHop},
-    telemetry::{Access, Label, Labels, Party, Reporter, Route, Security},
+    telemetry::{Access, Label, Labels, Party, Reporter, Route, Security, TraceContext},
     tunnel::{
-        self, Nested, Request,
+        self, Nested, Opening, Request,
         headers::{Baggage, Forwarded, TraceParent},
     },
 };
@@ -26,6 +26,8 @@ pub(super) struct Reached {
     pub(super) upstream: Upstream,
     /// Who is behind the gateway, if there is one and it tells.
     pub(super) far_end: Option<FarEnd>,
+    /// When the shared connection came to be, if there is one.
+    pub(super) opening: Option<Opening>,
 }
 
 /// Somebody of another network, as it told of itself.
@@ -35,32 +37,43 @@ pub(super) struct FarEnd {
 }
 
 /// Opens the way that `plan` says.
-pub(super) async fn reach(pod: &Pod, plan: &Plan, call: Call) -> Result<Reached, Failure> {
-    let (upstream, far_end) = match &plan.way {
+pub(super) async fn reach(
+    pod: &Pod,
+    plan: &Plan,
+    call: Call,
+    trace: Option<TraceContext>,
+) -> Result<Reached, Failure> {
+    let trace = trace_parent(trace);
+    let (upstream, far_end, opening) = match &plan.way {
         Way::Plain => {
             let dialled = pod.dial(plan.to).await.map_err(Failure::Unreachable)?;
-            (Upstream::Socket(dialled.stream), None)
+            (Upstream::Socket(dialled.stream), None, None)
         }
         Way::Tunnel(hop) => {
-            let request = request(plan, call, &TraceParent::random(&mut rand::rng()));
+            let request = request(plan, call, &trace);
             let (key, request) = (key(plan, call, hop)?, request(&hop.authority)?);
             let answer = pod.pool().connect(&key, &request).await;
             let answer = answer.map_err(Failure::Tunnel)?;
-            (Upstream::Tunnel(answer.stream, answer.fate), None)
+            let opening = answer.opening;
+            (Upstream::Tunnel(answer.stream, answer.fate), None, opening)
         }
         Way::Nested(outer, inner) => {
             let Nested { answer, peer, .. } =
-                reach_through(pod, plan, call, (outer, inner)).await?;
+                reach_through(pod, plan, call, (outer, inner), &trace).await?;
             let baggage = pod.settings().inbound.baggage;
             let baggage = baggage.then(|| Baggage::read(&answer.headers)).flatten();
             let far_end = baggage.map(|baggage| FarEnd {
                 baggage,
                 identity: peer,
             });
-            (Upstream::Tunnel(answer.stream, answer.fate), far_end)
+            (Upstream::Tunnel(answer.stream, answer.fate), far_end, None)
         }
     };
-    Ok(Reached { upstream, far_end })
+    Ok(Reached {
+        upstream,
+        far_end,
+        opening,
+    })
 }
 
 async fn reach_through(
@@ -68,8 +81,9 @@ async fn reach_through(
     plan: &Plan,
     call: Call,
     (outer, inner): (&Hop, &InnerHop),
+    trace: &TraceParent,
 ) -> Result<Nested, Failure> {
-    let request = request(plan, call, &TraceParent::random(&mut rand::rng()));
+    let request = request(plan, call, trace);
     let network = HeaderValue::from_str(&pod.settings().network);
     // A name that no header can hold is as good as none.
     let network = network.unwrap_or(HeaderValue::from_static(""));
@@ -79,6 +93,14 @@ async fn reach_through(
         .connect_through(&key, &request(&outer.authority)?, &inner.expected, &inside)
         .await
         .map_err(Failure::Tunnel)
+}
+
+/// What the next hop is told: the flow's span, or ids that only its log has.
+fn trace_parent(context: Option<TraceContext>) -> TraceParent {
+    context.map_or_else(
+        || TraceParent::random(&mut rand::rng()),
+        |it| TraceParent::new(it.trace_id, it.span_id, it.sampled),
+    )
 }
 
 fn key(plan: &Plan, call: Call, hop: &Hop) -> Result<tunnel::Key, Failure> {

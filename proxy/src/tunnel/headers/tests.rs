@@ -93,7 +93,12 @@ fn the_host_of_forwarded_is_found_or_absent() {
 fn a_malformed_traceparent_is_absent() {
     let read = |text: &str| TraceParent::read(&headers(&TRACEPARENT, &[text.as_bytes()]));
     let good = format!("00-{}-{}-01", "4b".repeat(16), "0f".repeat(8));
-    assert_eq!(read(&good).unwrap().span_id, 0x0f0f_0f0f_0f0f_0f0f);
+    let parsed = read(&good).unwrap();
+    assert_eq!(parsed.span_id, 0x0f0f_0f0f_0f0f_0f0f);
+    assert!(parsed.sampled);
+    assert_eq!(parsed.to_string(), good);
+    let untold = good.replace("-01", "-00");
+    assert!(!read(&untold).unwrap().sampled);
     let bad = [
         format!("00-{}", "0".repeat(52)),
         format!("{good}-"),
@@ -161,8 +166,10 @@ proptest! {
     }
 
     #[test]
-    fn traces_come_back(trace_id in any::<u128>(), span_id in any::<u64>()) {
-        let trace = TraceParent { trace_id, span_id };
+    fn traces_come_back(
+        trace_id in any::<u128>(), span_id in any::<u64>(), sampled in any::<bool>(),
+    ) {
+        let trace = TraceParent { trace_id, span_id, sampled };
         let value = trace.to_value();
         prop_assert_eq!(value.len(), 55);
         prop_assert_eq!(TraceParent::read(&headers(&TRACEPARENT, &[value.as_bytes()])), Some(trace));

@@ -3,7 +3,7 @@
 use std::{
     fmt,
     sync::{
-        Arc,
+        Arc, OnceLock,
         atomic::{AtomicBool, AtomicUsize, Ordering},
     },
     time::Duration,
@@ -33,7 +33,20 @@ pub(super) struct Load {
     bulk_until: Mutex<Option<Instant>>,
     closing: AtomicBool,
     cut: AtomicBool,
+    opening: OnceLock<Opening>,
     metrics: PoolMetrics,
+}
+
+/// When a connection came to be.
+#[derive(Debug, Clone, Copy)]
+#[expect(clippy::exhaustive_structs, reason = "three moments")]
+pub struct Opening {
+    /// The dial began.
+    pub began: Instant,
+    /// TCP was there.
+    pub connected: Instant,
+    /// TLS was there.
+    pub shaken: Instant,
 }
 
 impl Load {
@@ -47,8 +60,14 @@ impl Load {
             bulk_until: Mutex::new(None),
             closing: AtomicBool::new(false),
             cut: AtomicBool::new(false),
+            opening: OnceLock::new(),
             metrics,
         }
+    }
+
+    /// Notes when the connection came to be.
+    pub(super) fn opened(&self, opening: Opening) {
+        self.opening.get_or_init(|| opening);
     }
 
     /// Open streams and those about to be opened.
@@ -191,6 +210,10 @@ impl Lease {
 
     pub(super) fn tunnel(&self) -> Arc<Tunnel> {
         Arc::clone(&self.tunnel)
+    }
+
+    pub(in crate::tunnel) fn opening(&self) -> Option<Opening> {
+        self.tunnel.load.opening.get().copied()
     }
 
     pub(in crate::tunnel) fn fate(&self) -> Fate {
