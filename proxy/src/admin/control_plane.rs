@@ -29,7 +29,7 @@ impl ControlPlane {
     }
 }
 
-/// Resources that are refused now: the latest of them, [`MAX_REJECTIONS`] at most. Clones share.
+/// Resources that are refused now: the latest of them, 100 at most. Clones share.
 #[derive(Debug, Clone, Default)]
 pub struct Rejections(Arc<Mutex<HashMap<(&'static str, String), RejectedResource>>>);
 

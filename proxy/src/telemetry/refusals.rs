@@ -23,7 +23,7 @@ use super::{
     labels::{Reporter, label},
 };
 
-/// Counts refusals by reason, and keeps the last [`KEPT`] of them. Clones share.
+/// Counts refusals by reason, and keeps the last 200 of them. Clones share.
 #[derive(Debug, Clone, Default)]
 pub struct Refusals(Arc<Inner>);
 
@@ -54,7 +54,7 @@ pub struct Refusal {
     pub destination_name: Option<Arc<str>>,
     /// Why.
     pub reason: Reason,
-    /// Why, in words: the error with its causes, [`MAX_ERROR_BYTES`] at most.
+    /// Why, in words: the error with its causes, 400 bytes at most.
     pub error: Box<str>,
 }
 
