@@ -149,6 +149,12 @@ pub(crate) enum Whom {
 }
 
 impl PeerVerifier {
+    /// Judges a chain, leaf first, at this moment.
+    pub(crate) fn verify_now(&self, chain: &[CertificateDer<'_>]) -> Result<(), Error> {
+        let (leaf, intermediates) = chain.split_first().ok_or(Error::NoCertificatesPresented)?;
+        self.verify(leaf, intermediates, UnixTime::now())
+    }
+
     fn verify(
         &self,
         leaf: &CertificateDer<'_>,

@@ -65,6 +65,7 @@ pub fn configuration(environment: &Environment<'_>, arguments: &str) -> Result<C
         tunnel: data::tunnel(&mut reader),
         tls: trust::tls(&mut reader, &control.certificates),
         inbound: data::inbound(&mut reader),
+        same_node: data::same_node(&mut reader),
         ports: runtime::ports(&proxy),
         runtime: runtime::threads(&mut reader, &proxy, arguments),
         drain: runtime::drain(&mut reader),

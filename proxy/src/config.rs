@@ -19,8 +19,8 @@ pub use control::{
     SelfIdentity,
 };
 pub use data::{
-    Capture, DnsCapture, Inbound, Keepalive, MaxAge, OriginalSource, PqcPolicy, ProxyMode, Sockets,
-    Tls, Tunnel, WorkloadRef,
+    Capture, DnsCapture, Inbound, Keepalive, MaxAge, NodePath, OriginalSource, PqcPolicy,
+    ProxyMode, SameNode, Sockets, Tls, Tunnel, WorkloadRef,
 };
 pub use metrics::{AccessLog, LabelProfile, Metrics};
 pub use openbao::{OpenBao, OpenBaoJwt, OpenBaoLogin};
@@ -49,6 +49,8 @@ pub struct Config {
     pub tls: Tls,
     /// Inbound behaviour that is not routing.
     pub inbound: Inbound,
+    /// How flows within the node are carried.
+    pub same_node: SameNode,
     /// Ports of the proxy's own HTTP servers.
     pub ports: Ports,
     /// Threads and process limits.

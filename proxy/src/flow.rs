@@ -16,6 +16,7 @@ mod handshakes;
 mod inbound;
 mod inquiry;
 mod judge;
+mod neighbours;
 mod outbound;
 mod parties;
 mod plaintext;
@@ -29,6 +30,7 @@ mod table;
 mod tests;
 mod verdict;
 
+pub use neighbours::Neighbours;
 pub use pod::{Pod, Settings, Shared};
 pub use socks5::{Names, Resolve};
 pub use stop::Stop;

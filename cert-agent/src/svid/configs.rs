@@ -141,11 +141,22 @@ impl Configs {
 
     fn expecting(&self, expected: &Arc<[SpiffeId]>) -> ClientConfig {
         let mut config = self.client.clone();
-        let whom = Whom::Servers(Arc::clone(expected));
         config
             .dangerous()
-            .set_certificate_verifier(self.context.verifier(&self.anchors, whom));
+            .set_certificate_verifier(self.server_verifier(expected));
         config
+    }
+
+    /// Who judges servers that must be one of `expected`.
+    pub(super) fn server_verifier(&self, expected: &Arc<[SpiffeId]>) -> Arc<PeerVerifier> {
+        let whom = Whom::Servers(Arc::clone(expected));
+        self.context.verifier(&self.anchors, whom)
+    }
+
+    /// Who judges clients.
+    pub(super) fn client_verifier(&self) -> Arc<PeerVerifier> {
+        let whom = Whom::Clients(Arc::clone(&self.domains));
+        self.context.verifier(&self.anchors, whom)
     }
 
     pub(super) fn tracker(&self, side: Side) -> Option<Tracker> {

@@ -246,6 +246,39 @@ async fn peers_under_different_roots_that_both_trust_talk() {
     server.unwrap();
 }
 
+/// What is said of a handshake that is not held is what becomes of one that is.
+#[tokio::test]
+async fn a_meeting_is_judged_as_its_handshake_would_end() {
+    let (mesh, other) = (Authority::new("mesh"), Authority::new("other"));
+    let mut newcomer = other.issue(WEB);
+    newcomer.roots.push(mesh.root());
+    let web = mesh.svid(WEB, &options());
+    let clients = [
+        &web,
+        &mesh.svid(FOREIGN, &options()),
+        &accept(WEB, newcomer, &options()),
+    ];
+    let servers = [
+        &web,
+        &mesh.svid(DB, &options()),
+        &other.svid(DB, &options()),
+    ];
+    let mut good = 0;
+    for client in clients {
+        for server in servers {
+            for expected in [set(&[DB]), set(&[FOREIGN, WEB]), set(&[])] {
+                let (theirs, ours) =
+                    handshake(server.server_config(), client.client_config(&expected)).await;
+                let held = theirs.is_ok() && ours.is_ok();
+                let judged = client.would_meet(server, &expected);
+                assert_eq!(judged.is_ok(), held, "{client:?} {server:?}: {judged:?}");
+                good += usize::from(held);
+            }
+        }
+    }
+    assert_eq!(good, 3);
+}
+
 #[tokio::test]
 async fn server_must_be_one_of_the_expected() {
     let mesh = Authority::new("mesh");

@@ -1,6 +1,6 @@
-//! The sections of the data plane: capture, sockets, HBONE, TLS, inbound.
+//! The sections of the data plane: capture, sockets, HBONE, TLS, inbound, flows within the node.
 
-use std::{collections::BTreeMap, net::SocketAddr, path::PathBuf, time::Duration};
+use std::{collections::BTreeMap, net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
 
 use super::{
     fault::Given,
@@ -8,8 +8,8 @@ use super::{
     value::{self, Reject},
 };
 use crate::config::{
-    Capture, DnsCapture, Inbound, Keepalive, MaxAge, OriginalSource, ProxyMode, Sockets, Tunnel,
-    WorkloadRef,
+    Capture, DnsCapture, Inbound, Keepalive, MaxAge, NodePath, OriginalSource, ProxyMode, SameNode,
+    Sockets, Tunnel, WorkloadRef,
 };
 
 /// `metadata` is the merged node metadata, two keys of which act here.
@@ -211,6 +211,38 @@ fn max_age(text: &str) -> Result<MaxAge, Reject> {
             "not an age of connections",
             "certificate, or a duration of 1s or more, such as 90m",
         )
+    })
+}
+
+pub(super) fn same_node(reader: &mut Reader<'_>) -> SameNode {
+    SameNode {
+        path: reader
+            .typed("SAME_NODE", node_path)
+            .unwrap_or(NodePath::Hbone),
+        namespaces: reader
+            .typed("SAME_NODE_NAMESPACES", node_paths)
+            .unwrap_or_default(),
+    }
+}
+
+fn node_path(text: &str) -> Result<NodePath, Reject> {
+    match text {
+        "hbone" => Ok(NodePath::Hbone),
+        "direct" => Ok(NodePath::Direct),
+        _ => Err(Reject::new("not a path", "hbone or direct")),
+    }
+}
+
+fn node_paths(text: &str) -> Result<BTreeMap<Arc<str>, NodePath>, Reject> {
+    let pair = |pair: &str| {
+        let (namespace, path) = pair.trim().split_once('=')?;
+        let is_named = !namespace.is_empty();
+        Some((namespace.into(), node_path(path).ok().filter(|_| is_named)?))
+    };
+    let pairs = text.split(',').filter(|pair| !pair.trim().is_empty());
+    pairs.map(pair).collect::<Option<_>>().ok_or_else(|| {
+        let accepted = "namespace=hbone or namespace=direct, separated by commas";
+        Reject::new("not paths of namespaces", accepted)
     })
 }
 

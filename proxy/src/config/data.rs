@@ -1,6 +1,6 @@
 //! Capture, sockets, HBONE and TLS.
 
-use std::{net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
+use std::{collections::BTreeMap, net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
 
 use serde::Serialize;
 
@@ -236,6 +236,44 @@ pub enum PqcPolicy {
     Default,
     /// X25519MLKEM768 only.
     Required,
+}
+
+/// `SAME_NODE` and `SAME_NODE_NAMESPACES`: how flows between two pods that this process serves are carried.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[non_exhaustive]
+pub struct SameNode {
+    /// For namespaces that are not listed.
+    pub path: NodePath,
+    /// For single namespaces.
+    pub namespaces: BTreeMap<Arc<str>, NodePath>,
+}
+
+impl Default for SameNode {
+    fn default() -> Self {
+        Self {
+            path: NodePath::Hbone,
+            namespaces: BTreeMap::new(),
+        }
+    }
+}
+
+impl SameNode {
+    /// Whether the pods of `namespace` may do without a tunnel. A flow does if both sides may.
+    #[must_use]
+    pub fn is_direct(&self, namespace: &str) -> bool {
+        *self.namespaces.get(namespace).unwrap_or(&self.path) == NodePath::Direct
+    }
+}
+
+/// The way between two pods of one process.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+#[non_exhaustive]
+pub enum NodePath {
+    /// A tunnel, as to any other pod.
+    Hbone,
+    /// From socket to socket, where both sides are proven and allowed as a tunnel would have them. Bytes are not encrypted.
+    Direct,
 }
 
 /// Inbound behaviour that is not routing.

@@ -39,7 +39,10 @@ use crate::{
         Access, Attempt, Labels, Party, Reason, Reporter, Route, Security, Step, Trace,
         TraceContext, TracePhase,
     },
-    tunnel::{self, AcceptError, Cut, Incoming, Responder, Retirement, ServeError, Stream, Tls},
+    tunnel::{
+        self, AcceptError, Cut, Incoming, Responder, Retirement, ServeError, Stream, Tls,
+        headers::Baggage,
+    },
 };
 
 /// Serves the HBONE listener of `pod`.
@@ -250,7 +253,7 @@ async fn open(pod: &Arc<Pod>, caller: &Caller, incoming: Incoming) -> Option<Ope
         }
     };
     let source = source(pod, caller, &connect).await;
-    let mut access = opened(pod, caller, source.as_deref(), (&decision, &connect));
+    let mut access = arrived(pod, caller, source.as_deref(), (&decision, &connect));
     trace.ended(TracePhase::Resolve);
     let destination = decision.route.destination;
     let direction = caller.calls(destination, &connect);
@@ -380,21 +383,51 @@ async fn source(pod: &Pod, caller: &Caller, connect: &tunnel::Connect) -> Option
     pod.peer(caller.peer.ip()).await
 }
 
-fn opened(
+fn arrived(
     pod: &Pod,
     caller: &Caller,
     source: Option<&Workload>,
     (decision, connect): (&Decision, &tunnel::Connect),
 ) -> Access {
-    let Decision {
-        local,
-        route,
-        authority,
-    } = decision;
     let baggage = connect.baggage().filter(|_| pod.settings().inbound.baggage);
+    let arrival = Arrival {
+        peer: caller.peer,
+        here: caller.here,
+        identity: &caller.identity,
+        authority: &decision.authority,
+        source,
+        baggage: baggage.as_ref(),
+    };
+    opened(pod, &decision.local, &decision.route, arrival)
+}
+
+/// Who a flow comes from, and how it came.
+#[derive(Clone, Copy)]
+pub(super) struct Arrival<'a> {
+    pub(super) peer: SocketAddr,
+    /// The HBONE address where it arrived.
+    pub(super) here: SocketAddr,
+    pub(super) identity: &'a SpiffeId,
+    pub(super) authority: &'a Authority,
+    /// The record of the peer, if it is of this network and known.
+    pub(super) source: Option<&'a Workload>,
+    /// What the peer tells of itself.
+    pub(super) baggage: Option<&'a Baggage<String>>,
+}
+
+/// Reports that a flow has come to `local` by HBONE.
+pub(super) fn opened(
+    pod: &Pod,
+    local: &Workload,
+    route: &InboundRoute,
+    arrival: Arrival<'_>,
+) -> Access {
+    let Arrival {
+        source, baggage, ..
+    } = arrival;
     let derived = Party {
-        principal: caller.identity.as_str().into(),
-        ..parties::derived(baggage.as_ref())
+        principal: arrival.identity.as_str().into(),
+        ..parties::derived(baggage)
     };
     let labels = Labels {
         reporter: Reporter::Destination,
@@ -406,10 +439,10 @@ fn opened(
     Access::open(
         pod.shared().traffic.open(&labels),
         Route {
-            source: caller.peer,
-            destination: caller.here,
-            hbone: Some(parties::target(authority)),
-            source_pod: parties::peer_name(source, baggage.as_ref()),
+            source: arrival.peer,
+            destination: arrival.here,
+            hbone: Some(parties::target(arrival.authority)),
+            source_pod: parties::peer_name(source, baggage),
             destination_pod: Some(parties::pod_name(local)),
         },
     )

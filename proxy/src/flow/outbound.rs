@@ -57,6 +57,8 @@ pub(super) async fn carry_to(pod: Arc<Pod>, downstream: TcpStream, call: Call) {
             let end = Guarded::new(&told, pump).await;
             report::unless_cut(fate.is_cut(), end)
         }
+        // Boxed, since its space is not for those that go through a tunnel.
+        Upstream::Neighbour(visit) => Box::pin(visit.carry(downstream, &told, buffers)).await,
     };
     told.close(end);
 }
@@ -151,6 +153,14 @@ async fn attempt(
     let opening = reached.as_ref().ok().and_then(|it| it.opening);
     note(trace, opening);
     let (mut access, entry) = early.unwrap_or_else(|| begin(pod, plan, call, far_end));
+    if let Ok(Reached {
+        upstream: Upstream::Neighbour(_),
+        ..
+    }) = &reached
+    {
+        access.without_tunnel();
+        pod.shared().traffic.without_tunnel();
+    }
     match reached {
         Ok(Reached { upstream, .. }) => {
             access.traced(std::mem::take(trace));

@@ -16,7 +16,8 @@ use tokio::{
 use xds_client::Demand;
 
 use super::{
-    FlowTable, Names, Stop, accept, inbound, judge, outbound, plaintext, socks5, verdict::Awaited,
+    FlowTable, Names, Neighbours, Stop, accept, inbound, judge, outbound, plaintext, socks5,
+    verdict::Awaited,
 };
 use crate::{
     config::{self, WorkloadRef},
@@ -57,6 +58,8 @@ pub struct Shared {
     pub resolver: Resolver,
     /// Counts what is asked of the resolver.
     pub resolutions: OnDemandDns,
+    /// The pods of this process, known to each other.
+    pub neighbours: Neighbours,
     /// Settings.
     pub settings: Settings,
 }
@@ -89,6 +92,8 @@ pub struct Settings {
     pub tunnel: Arc<config::Tunnel>,
     /// Inbound behaviour.
     pub inbound: config::Inbound,
+    /// How flows to other pods of this process are carried.
+    pub same_node: config::SameNode,
     /// Our own ports, which no flow may lead to.
     pub guard: LoopGuard,
     /// The network of this node.
@@ -175,6 +180,7 @@ impl Pod {
                     plaintext::carry
                 ),
                 inbound::serve(pod(), hbone, stop.clone()),
+                self.shared.neighbours.host(&self, &stop),
             );
         };
         tokio::select! {

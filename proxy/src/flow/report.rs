@@ -9,7 +9,7 @@ use super::{failure::Failure, table::Entry};
 use crate::{
     listen::{self, PortLease},
     policy::{Event, Note},
-    relay::{Endpoint, Pump},
+    relay::{Count, Endpoint, Pump},
     telemetry::{Access, AuthorizationEvent, AuthorizationLog, Meter, TcpFacts},
 };
 
@@ -66,13 +66,13 @@ impl Told {
 }
 
 /// Runs the relay of a flow until it ends, or until a policy change ends it, and has the flow's span told of it.
-pub(super) struct Guarded<'a, D, U> {
+pub(super) struct Guarded<'a, D, U, C = Meter> {
     told: &'a Told,
-    pump: Pump<'a, D, U, Meter>,
+    pump: Pump<'a, D, U, C>,
 }
 
-impl<'a, D: Endpoint, U: Endpoint> Guarded<'a, D, U> {
-    pub(super) fn new(told: &'a Told, pump: Pump<'a, D, U, Meter>) -> Self {
+impl<'a, D: Endpoint, U: Endpoint, C: Count> Guarded<'a, D, U, C> {
+    pub(super) fn new(told: &'a Told, pump: Pump<'a, D, U, C>) -> Self {
         Self { told, pump }
     }
 
@@ -92,10 +92,11 @@ impl<'a, D: Endpoint, U: Endpoint> Guarded<'a, D, U> {
     }
 }
 
-impl<D, U> Future for Guarded<'_, D, U>
+impl<D, U, C> Future for Guarded<'_, D, U, C>
 where
     D: Endpoint + Unpin,
     U: Endpoint + Unpin,
+    C: Count,
 {
     type Output = Result<(), Failure>;
 

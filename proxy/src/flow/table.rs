@@ -112,6 +112,8 @@ pub enum Carried {
     Tcp,
     /// One HBONE tunnel.
     Hbone,
+    /// From socket to socket, within this process.
+    SameNode,
     /// A tunnel inside one to the gateway of another network.
     DoubleHbone,
 }

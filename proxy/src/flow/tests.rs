@@ -43,7 +43,9 @@ pub(super) fn pod_with(demand: Option<Demand>) -> Arc<Pod> {
         demand,
         resolver: Resolver::new("/nonexistent", true),
         resolutions: OnDemandDns::default(),
+        neighbours: Neighbours::default(),
         settings: Settings {
+            same_node: config::SameNode::default(),
             sockets: sockets(),
             tunnel: Arc::new(tunnel()),
             inbound: config::Inbound {

@@ -10,7 +10,7 @@ use super::launch::Names;
 use crate::{
     config::{Config, DnsCapture, ProxyMode},
     dns::{self, Upstreams},
-    flow::{Settings, Shared},
+    flow::{Neighbours, Settings, Shared},
     mesh::{Mesh, View},
     relay::Buffers,
     resolve::Resolver,
@@ -43,11 +43,13 @@ pub(super) fn shared(
         buffers: Buffers::new(),
         demand: (config.control.on_demand && config.control.xds.is_some()).then(Demand::default),
         resolver: Resolver::new(RESOLV_CONF, config.sockets.ipv6),
+        neighbours: Neighbours::default(),
         resolutions: OnDemandDns::register(registry),
         settings: Settings {
             sockets: config.sockets.clone(),
             tunnel: Arc::new(config.tunnel.clone()),
             inbound: config.inbound,
+            same_node: config.same_node.clone(),
             guard: LoopGuard::new(&config.ports, config.capture.socks5),
             network: Arc::clone(&config.identity.network),
             workload_wait: config.capture.workload_wait,

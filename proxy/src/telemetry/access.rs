@@ -38,12 +38,15 @@ pub struct Access {
     lasting: Option<usize>,
     reported: bool,
     trace: Trace,
+    without_tunnel: bool,
 }
 
 /// What the lines of a flow are made of.
 struct Line<'a> {
     flow: &'a Watch,
     route: &'a Route,
+    /// How the bytes go, where that is not the usual way.
+    path: Option<&'static str>,
 }
 
 /// What the access log tells beyond the metric labels.
@@ -118,11 +121,17 @@ impl Access {
             lasting,
             reported: false,
             trace: Trace::default(),
+            without_tunnel: false,
         };
         if told == Told::All {
             access.line().opened();
         }
         access
+    }
+
+    /// Says that the flow goes from socket to socket within the node, where others would take a tunnel.
+    pub fn without_tunnel(&mut self) {
+        self.without_tunnel = true;
     }
 
     /// The counters of the flow.
@@ -204,6 +213,7 @@ impl Access {
         Line {
             flow: self.meter.flow(),
             route: &self.route,
+            path: self.without_tunnel.then_some("same-node"),
         }
     }
 }
@@ -226,6 +236,7 @@ impl Line<'_> {
             bytes_sent = self.bytes().0,
             bytes_recv = self.bytes().1,
             duration = self.duration().as_str(),
+            path = self.path,
         });
     }
 
@@ -236,6 +247,7 @@ impl Line<'_> {
             duration = self.duration().as_str(),
             error,
             reason = reason.as_str(),
+            path = self.path,
         });
     }
 

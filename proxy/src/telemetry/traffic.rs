@@ -121,6 +121,11 @@ impl Traffic {
         &self.0.lasting
     }
 
+    /// Counts a flow that goes from socket to socket within the node, once and not per reporter.
+    pub fn without_tunnel(&self) {
+        self.0.without_tunnel.fetch_add(1, Relaxed);
+    }
+
     /// How long the steps of flows take.
     pub fn latencies(&self) -> &Latencies {
         &self.0.latencies
@@ -291,6 +296,7 @@ struct Inner {
     source_sockets: Sockets,
     destination_sockets: Sockets,
     retries: AtomicU64,
+    without_tunnel: AtomicU64,
     refusals: Refusals,
     latencies: Latencies,
 }

@@ -32,7 +32,8 @@ impl Cut {
         Self(None)
     }
 
-    pub(super) async fn fired(self) {
+    /// Ready when the connection is to be cut.
+    pub async fn fired(self) {
         match self.0 {
             Some(revoked) => revoked.await,
             None => pending().await,

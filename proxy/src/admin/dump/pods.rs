@@ -123,7 +123,8 @@ impl Connections {
 pub(in crate::admin) fn protocol(carried: Carried) -> &'static str {
     match carried {
         Carried::Tcp => "TCP",
-        Carried::Hbone => "HBONE",
+        // Readers of the dump know three ways; to both pods it is as good as a tunnel.
+        Carried::Hbone | Carried::SameNode => "HBONE",
         Carried::DoubleHbone => "DOUBLEHBONE",
     }
 }

@@ -70,6 +70,33 @@ fn age_of_connections() {
 }
 
 #[test]
+fn flows_within_the_node() {
+    let direct = |variables: &[_], namespace: &str| {
+        let config = given(variables).config();
+        config.same_node.is_direct(namespace)
+    };
+    assert!(!direct(&[], "shop"));
+    assert!(direct(&[("SAME_NODE", "direct")], "shop"));
+    let some = [("SAME_NODE_NAMESPACES", "shop=direct, bank=hbone,")];
+    assert!(direct(&some, "shop") && !direct(&some, "bank") && !direct(&some, "other"));
+    for refused in [
+        "shop",
+        "shop=",
+        "=direct",
+        "shop=fast",
+        "shop=direct;bank=direct",
+    ] {
+        let faulty = given(&[("SAME_NODE_NAMESPACES", refused)]).faulty();
+        assert_eq!(
+            faulty,
+            ["SAME_NODE_NAMESPACES".to_owned()].into(),
+            "{refused}"
+        );
+    }
+    assert!(given(&[("SAME_NODE", "Direct")]).read().is_err());
+}
+
+#[test]
 fn identity() {
     let id = |variables: &[_]| given(variables).config().identity;
     assert_eq!(&*id(&[("CLUSTER_ID", "b")]).cluster_id, "b");

@@ -3,7 +3,7 @@
 use std::{error::Error, net::SocketAddr, sync::Arc};
 
 use crate::{
-    flow::{Carried, Pod, parties},
+    flow::{Carried, Pod, neighbours::Neighbour, parties},
     mesh::{Service, Workload},
     resolve::ResolveError,
     route::{self, Hop, InnerHop, Outbound, OutboundQuery, Refusal},
@@ -35,6 +35,8 @@ pub(super) struct Plan {
 pub(super) enum Way {
     Plain,
     Tunnel(Hop),
+    /// As a tunnel would, to a pod of this process.
+    Neighbour(Hop, Arc<Neighbour>),
     Nested(Hop, InnerHop),
 }
 
@@ -47,6 +49,7 @@ impl Plan {
         match self.way {
             Way::Plain => Carried::Tcp,
             Way::Tunnel(_) => Carried::Hbone,
+            Way::Neighbour(..) => Carried::SameNode,
             Way::Nested(..) => Carried::DoubleHbone,
         }
     }
@@ -55,7 +58,7 @@ impl Plan {
     pub(super) fn hop(&self) -> Option<&Hop> {
         match &self.way {
             Way::Plain => None,
-            Way::Tunnel(hop) | Way::Nested(hop, _) => Some(hop),
+            Way::Tunnel(hop) | Way::Neighbour(hop, _) | Way::Nested(hop, _) => Some(hop),
         }
     }
 
@@ -143,7 +146,11 @@ pub(super) async fn decide(
         } => Ok(plan(to, Some(workload), service, Way::Plain)),
         Outbound::Hbone(hop) => {
             let (to, workload, service) = through(&hop);
-            Ok(plan(to, workload, service, Way::Tunnel(hop)))
+            let way = match pod.shared().neighbours.find(pod, &source, &hop) {
+                Some(neighbour) => Way::Neighbour(hop, neighbour),
+                None => Way::Tunnel(hop),
+            };
+            Ok(plan(to, workload, service, way))
         }
         Outbound::Nested { outer, inner } => {
             let (to, workload, service) = through(&outer);

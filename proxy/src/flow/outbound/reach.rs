@@ -6,7 +6,12 @@ use tokio::net::TcpStream;
 
 use super::plan::{Call, Plan, Way};
 use crate::{
-    flow::{Pod, failure::Failure, parties},
+    flow::{
+        Pod,
+        failure::Failure,
+        neighbours::{Errand, Visit, visit},
+        parties,
+    },
     route::{Authority, Hop, InnerHop},
     telemetry::{Access, Label, Labels, Party, Reporter, Route, Security, TraceContext},
     tunnel::{
@@ -19,6 +24,7 @@ use crate::{
 pub(super) enum Upstream {
     Socket(TcpStream),
     Tunnel(tunnel::Stream, tunnel::Fate),
+    Neighbour(Box<Visit>),
 }
 
 /// What came of dialling.
@@ -41,21 +47,27 @@ pub(super) async fn reach(
     pod: &Pod,
     plan: &Plan,
     call: Call,
-    trace: Option<TraceContext>,
+    context: Option<TraceContext>,
 ) -> Result<Reached, Failure> {
-    let trace = trace_parent(trace);
+    let trace = trace_parent(context);
     let (upstream, far_end, opening) = match &plan.way {
         Way::Plain => {
             let dialled = pod.dial(plan.to).await.map_err(Failure::Unreachable)?;
             (Upstream::Socket(dialled.stream), None, None)
         }
-        Way::Tunnel(hop) => {
-            let request = request(plan, call, &trace);
-            let (key, request) = (key(plan, call, hop)?, request(&hop.authority)?);
-            let answer = pod.pool().connect(&key, &request).await;
-            let answer = answer.map_err(Failure::Tunnel)?;
-            let opening = answer.opening;
-            (Upstream::Tunnel(answer.stream, answer.fate), None, opening)
+        Way::Tunnel(hop) => reach_by_tunnel(pod, plan, call, hop, &trace).await?,
+        Way::Neighbour(hop, neighbour) => {
+            let errand = Errand {
+                source: &plan.source,
+                from: call.from,
+                hop,
+                service: plan.service.as_deref(),
+                trace: context,
+            };
+            match visit(pod, neighbour, errand).await {
+                Some(visit) => (Upstream::Neighbour(Box::new(visit?)), None, None),
+                None => reach_by_tunnel(pod, plan, call, hop, &trace).await?,
+            }
         }
         Way::Nested(outer, inner) => {
             let Nested { answer, peer, .. } =
@@ -74,6 +86,21 @@ pub(super) async fn reach(
         far_end,
         opening,
     })
+}
+
+async fn reach_by_tunnel(
+    pod: &Pod,
+    plan: &Plan,
+    call: Call,
+    hop: &Hop,
+    trace: &TraceParent,
+) -> Result<(Upstream, Option<FarEnd>, Option<Opening>), Failure> {
+    let request = request(plan, call, trace);
+    let (key, request) = (key(plan, call, hop)?, request(&hop.authority)?);
+    let answer = pod.pool().connect(&key, &request).await;
+    let answer = answer.map_err(Failure::Tunnel)?;
+    let opening = answer.opening;
+    Ok((Upstream::Tunnel(answer.stream, answer.fate), None, opening))
 }
 
 async fn reach_through(

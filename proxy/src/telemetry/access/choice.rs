@@ -89,7 +89,8 @@ impl Traffic {
         loop {
             due.tick().await;
             for (count, (flow, route)) in self.lasting().older_than(every).iter().enumerate() {
-                Line { flow, route }.progress();
+                let path = None;
+                Line { flow, route, path }.progress();
                 if count % BATCH == BATCH - 1 {
                     yield_now().await;
                 }

@@ -148,6 +148,16 @@ impl Collector for Traffic {
             let help = "Attempts at another endpoint after one could not be reached (unstable).";
             count(&mut encoder, "istio_tcp_connection_retries", help, retries)?;
         }
+        let without_tunnel = self.0.without_tunnel.load(Relaxed);
+        if without_tunnel > 0 {
+            let help = "Flows between two pods of this node without a tunnel (unstable).";
+            count(
+                &mut encoder,
+                "culvert_same_node_flows",
+                help,
+                without_tunnel,
+            )?;
+        }
         self.encode_table(&mut encoder)?;
         self.0.refusals.encode(&mut encoder)
     }
