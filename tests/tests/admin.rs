@@ -184,8 +184,7 @@ async fn open_flows_and_refusals_are_told_with_what_decided() {
     );
 
     let unserved = SocketAddr::new(Pair::SERVICE.ip(), 81);
-    let mut refused = stage.web.connect(unserved).await.unwrap();
-    traffic::closed(&mut refused, wait::SOON).await.unwrap();
+    stage.web.turned_away(unserved).await.unwrap();
     let refusals = cluster.proxy(0).document("/debug/refusals").await.unwrap();
     let refusal = &refusals["refusals"][0];
     assert_eq!(

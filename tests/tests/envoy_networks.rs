@@ -227,8 +227,7 @@ async fn policy_at_the_far_end_judges_the_client() {
     let cluster = stage.start(&west).await;
     let _gateway = stage.gateway().await;
     let apps = stage.serve();
-    let mut stream = stage.web.connect(app()).await.unwrap();
-    traffic::closed(&mut stream, wait::SOON).await.unwrap();
+    stage.web.turned_away(app()).await.unwrap();
     let near = cluster.proxy(0).log();
     near.wait("a refusal", |line| line.field("error").contains("401"))
         .await;

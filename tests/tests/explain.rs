@@ -18,8 +18,7 @@ use testkit::{
     mesh::{Match, Policy, StringMatch},
     proxy,
     stage::Pair,
-    traffic::{self, Behaviour},
-    wait,
+    traffic::Behaviour,
 };
 
 /// Runs `culvert explain` beside a proxy; its standard output.
@@ -173,8 +172,7 @@ async fn refusals_are_those_of_the_data_path() {
     ] {
         let told = explained(&stage, "shop/web", &to.to_string()).await;
         assert_eq!(told["outcome"]["reason"], expected, "{told}");
-        let mut refused = stage.web.connect(to).await.unwrap();
-        traffic::closed(&mut refused, wait::SOON).await.unwrap();
+        stage.web.turned_away(to).await.unwrap();
         assert_eq!(last_refusal(cluster.proxy(0)).await, expected);
         let line = cluster.proxy(0).log();
         let because = told["outcome"]["because"].as_str().unwrap().to_owned();

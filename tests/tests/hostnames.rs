@@ -131,8 +131,7 @@ async fn a_name_without_an_address_ends_the_connection_and_says_why() {
     let _dns = stage.dnsmasq(&[]).await;
     let cluster = stage.start(&stage.mesh("nobody.cell.example")).await;
     let to = SocketAddr::new(V4.parse().unwrap(), 80);
-    let mut stream = stage.web.connect(to).await.unwrap();
-    traffic::closed(&mut stream, wait::SOON).await.unwrap();
+    stage.web.turned_away(to).await.unwrap();
     let log = cluster.proxy(0).log();
     let line = log
         .wait("the refusal", |line| line.is_access("connection failed"))

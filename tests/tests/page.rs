@@ -59,8 +59,7 @@ async fn the_page_names_everything_and_escapes_it() {
 /// Traffic of all kinds: a thousand open flows, denials, a refusal.
 async fn busy(stage: &Pair, cluster: &Cluster<'_>) -> Vec<tokio::net::TcpStream> {
     let unserved = SocketAddr::new(Pair::SERVICE.ip(), 81);
-    let mut refused = stage.web.connect(unserved).await.unwrap();
-    traffic::closed(&mut refused, wait::SOON).await.unwrap();
+    stage.web.turned_away(unserved).await.unwrap();
     let forbidden = stage.api.at(9090);
     assert!(stage.web.ask(forbidden, b"x").await.is_err());
     let mut streams = Vec::new();
