@@ -15,7 +15,6 @@ use testkit::{
     proxy::ADMIN_PORT,
     stage::Pair,
     traffic::{self, Behaviour},
-    wait,
 };
 
 #[tokio::test]
