@@ -222,7 +222,7 @@ async fn streams_get_a_smaller_window_than_was_announced_until_more_is_needed() 
             break frame;
         }
     };
-    assert_eq!(settings(&changed), [(4, 256 << 10)]);
+    assert_eq!(settings(&changed), [(4, 1 << 20)]);
 }
 
 #[tokio::test(start_paused = true)]
