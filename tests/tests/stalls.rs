@@ -27,6 +27,9 @@ const PAYLOAD: usize = 8 << 20;
 /// What the proxy may need for a stalled stream.
 const EACH: u64 = 1 << 20;
 
+/// What it may need besides: the first few streams of a fast way get more.
+const FIRST: u64 = 32 << 20;
+
 /// How long the bytes take to a reader that reads all of them.
 async fn carried(client: &RawClient, target: &str, bytes: &[u8]) -> Duration {
     let began = Instant::now();
@@ -70,7 +73,7 @@ async fn stalled_readers_cost_little_and_stop_nobody() {
             PAYLOAD as f64 / 1e6 / took.as_secs_f64(),
             held >> 10
         );
-        let bound = (count as u64 + 16) * EACH;
+        let bound = count as u64 * EACH + FIRST;
         assert!(held < bound, "{count} stalled streams hold {held} bytes");
     }
     assert!(stalled.try_join_next().is_none(), "one was not held back");

@@ -20,7 +20,7 @@ const START: u32 = 1 << 20;
 const SMALLEST: u32 = 64 << 10;
 
 /// What the streams of one connection may hold together, unless that gives them less than [`SMALLEST`] each.
-const SHARED: u32 = 32 << 20;
+const SHARED: u32 = 16 << 20;
 
 /// The largest connection window; a peer cannot make us hold more than this for one connection. Enough for streams that
 /// were opened one after the other and each stalled with the window that it found.
@@ -218,11 +218,11 @@ mod tests {
         assert_eq!(window.wanted(1), START, "nothing is measured yet");
         window.path.window = 4 << 20;
         window.stream = START;
-        for (streams, size) in [(1, 4096), (4, 4096), (8, 2048), (50, 512), (100, 256)] {
+        for (streams, size) in [(1, 4096), (4, 2048), (8, 1024), (50, 256), (100, 128)] {
             assert_eq!(window.wanted(streams), size << 10, "{streams} streams");
         }
         window.stream = 4 << 20;
-        for (streams, size) in [(8, 4096), (9, 2048), (50, 512), (200, 128), (9999, 64)] {
+        for (streams, size) in [(4, 4096), (5, 2048), (50, 256), (200, 64), (9999, 64)] {
             assert_eq!(window.wanted(streams), size << 10, "{streams} streams");
         }
         for small in [1000, 65_535] {
