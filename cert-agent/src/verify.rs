@@ -195,7 +195,8 @@ impl Whom {
         match self {
             Self::Clients(accepted) => {
                 let ours = |id: &SpiffeId| accepted.iter().any(|td| **td == *id.trust_domain());
-                if presented.iter().any(ours) {
+                // The first is whom policies judge, so no other may open the door for it.
+                if presented.first().is_some_and(ours) {
                     return Ok(());
                 }
                 let accepted = Arc::clone(accepted);
@@ -282,4 +283,22 @@ impl ServerCertVerifier for PeerVerifier {
     }
 
     verifies_signatures!();
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Policies judge the first identity, so the first is whose trust domain counts.
+    #[test]
+    fn a_second_identity_opens_no_door_for_a_foreign_first() {
+        let (own, foreign) = ("spiffe://td/ns/a/sa/b", "spiffe://elsewhere/ns/a/sa/b");
+        let clients = Whom::Clients(Arc::new(["td".into()]));
+        let admits = |ids: &[&str]| {
+            let presented = ids.iter().map(|id| id.parse().expect("an identity"));
+            clients.admits(presented.collect()).is_ok()
+        };
+        assert!(admits(&[own]) && admits(&[own, foreign]));
+        assert!(!admits(&[foreign, own]) && !admits(&[foreign]) && !admits(&[]));
+    }
 }
