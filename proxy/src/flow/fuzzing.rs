@@ -1,14 +1,18 @@
-//! What a control plane may tell, for the fuzzer, and for the test that replays its seeds.
+//! What a control plane may tell, and a client of the SOCKS5 port, for the fuzzer, and for the test that replays its seeds.
 
 use std::{
+    io,
     net::{IpAddr, Ipv4Addr, SocketAddr},
     sync::Arc,
 };
 
+use futures_util::FutureExt as _;
 use prost::Message as _;
 use rand::{SeedableRng as _, rngs::SmallRng};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, duplex};
 use xds_client::{Batch, Extent, Kind, proto::discovery::DeltaDiscoveryResponse};
 
+use super::socks5::negotiate;
 use crate::{
     mesh::{Mesh, State, View, Workload},
     policy::{self, Connection},
@@ -95,10 +99,32 @@ fn call(state: &State, source: &Arc<Workload>, to: SocketAddr) {
 
 const FEW: usize = 12;
 
+/// A client of the SOCKS5 port sends these bytes, of which the first 4 KiB count, and ends.
+///
+/// # Panics
+/// When the server waits for more than there is, or takes a byte from behind a request.
+pub fn socks5(bytes: &[u8]) {
+    let sent = bytes.get(..MOST).unwrap_or(bytes);
+    let talk = async {
+        let (mut client, mut server) = duplex(MOST);
+        client.write_all(sent).await?;
+        client.shutdown().await?;
+        let wanted = negotiate(&mut server, &None).await;
+        let mut rest = Vec::new();
+        server.read_to_end(&mut rest).await?;
+        assert!(sent.ends_with(&rest), "{wanted:?} left {rest:?}");
+        io::Result::Ok(())
+    };
+    assert!(talk.now_or_never().is_some(), "waits after the end");
+}
+
+const MOST: usize = 4096;
+
 #[cfg(test)]
 mod tests {
     #[test]
     fn seeds_are_harmless() {
         testkit::seeds::replay("proxy/fuzz/seeds/mesh", super::push);
+        testkit::seeds::replay("proxy/fuzz/seeds/socks5", super::socks5);
     }
 }

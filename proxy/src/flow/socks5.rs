@@ -59,7 +59,7 @@ async fn carry(pod: Arc<Pod>, mut downstream: TcpStream, peer: SocketAddr, names
 
 /// Why a client gets no connection.
 #[derive(Debug, thiserror::Error)]
-enum Refused {
+pub(super) enum Refused {
     #[error("SOCKS5: the client broke off")]
     Broken(#[from] io::Error),
     #[error("SOCKS5: no request in time")]
@@ -93,7 +93,7 @@ impl Refused {
 }
 
 /// Reads what the client wants, and answers. Takes no byte from the stream that comes after the request.
-async fn negotiate<T>(stream: &mut T, names: &Names) -> Result<SocketAddr, Refused>
+pub(super) async fn negotiate<T>(stream: &mut T, names: &Names) -> Result<SocketAddr, Refused>
 where
     T: AsyncRead + AsyncWrite + Unpin,
 {
