@@ -16,6 +16,7 @@ pub mod headers;
 mod io;
 mod keepalive;
 mod pool;
+mod queue;
 mod server;
 mod stream;
 #[cfg(any(test, fuzzing))]

@@ -1,10 +1,10 @@
 //! Buffers that flows share: taken when a socket is readable, back when the bytes have left.
 
-use std::{convert::Infallible, fmt, io, pin::Pin, sync::Arc, task::Context, task::Poll};
+use std::{fmt, io, pin::Pin, sync::Arc, task::Context, task::Poll};
 
 use bytes::{Buf, BufMut, Bytes};
 use parking_lot::Mutex;
-use tokio::{io::AsyncRead, sync::oneshot};
+use tokio::io::AsyncRead;
 
 /// Sizes of buffers, smallest first, in bytes.
 const SIZES: [usize; 4] = [4 << 10, 16 << 10, 64 << 10, 256 << 10];
@@ -226,8 +226,6 @@ pub enum Payload {
     Pooled(Buffer),
     /// From a DATA frame.
     Shared(Bytes),
-    /// No bytes: a mark behind those that were queued before it. Dropped when its turn has come.
-    Mark(oneshot::Sender<Infallible>),
 }
 
 impl Payload {
@@ -249,7 +247,6 @@ impl Buf for Payload {
         match self {
             Self::Pooled(buffer) => buffer.remaining(),
             Self::Shared(bytes) => bytes.remaining(),
-            Self::Mark(_) => 0,
         }
     }
 
@@ -257,7 +254,6 @@ impl Buf for Payload {
         match self {
             Self::Pooled(buffer) => buffer.chunk(),
             Self::Shared(bytes) => bytes.chunk(),
-            Self::Mark(_) => &[],
         }
     }
 
@@ -265,7 +261,6 @@ impl Buf for Payload {
         match self {
             Self::Pooled(buffer) => buffer.advance(count),
             Self::Shared(bytes) => bytes.advance(count.min(bytes.len())),
-            Self::Mark(_) => {}
         }
     }
 }

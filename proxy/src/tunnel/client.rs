@@ -21,11 +21,12 @@ use super::{
     headers::{BAGGAGE, FORWARDED, NETWORK, TRACEPARENT},
     keepalive::Keepalive,
     pool::{Fate, Lease, Opening},
+    queue::Queued,
     stream::Stream,
     turn::{Moved, Turn, Turnwise, turnwise},
     window::Window,
 };
-use crate::{config, relay::Payload};
+use crate::config;
 
 /// Stands for "no SETTINGS yet" in `max_concurrent_send_streams`. The library replaces it by the
 /// peer's limit, or by `usize::MAX` if the peer sets none.
@@ -141,7 +142,7 @@ pub(super) async fn handshake<T: AsyncRead + AsyncWrite + Unpin>(
 /// Asks one connection for streams.
 #[derive(Clone)]
 pub struct Sender {
-    send: SendRequest<Payload>,
+    send: SendRequest<Queued>,
     answer_timeout: std::time::Duration,
 }
 
@@ -218,7 +219,7 @@ fn is_unhandled(error: &h2::Error) -> bool {
 
 /// The work of one client connection: frames, PINGs, windows.
 pub struct Driver<T> {
-    connection: Connection<Turnwise<T>, Payload>,
+    connection: Connection<Turnwise<T>, Queued>,
     turn: Turn<T>,
     keepalive: Option<Keepalive>,
     window: Window,
@@ -232,7 +233,7 @@ impl<T> std::fmt::Debug for Driver<T> {
 
 impl<T: AsyncRead + AsyncWrite + Unpin> Driver<T> {
     fn new(
-        mut connection: Connection<Turnwise<T>, Payload>,
+        mut connection: Connection<Turnwise<T>, Queued>,
         turn: Turn<T>,
         config: &config::Tunnel,
     ) -> Self {

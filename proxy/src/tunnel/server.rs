@@ -25,11 +25,12 @@ use super::{
     error::{Malformed, ServeError},
     headers::{self, Baggage, TraceParent},
     keepalive::Keepalive,
+    queue::Queued,
     stream::Stream,
     turn::{Turn, Turnwise, turnwise},
     window::Window,
 };
-use crate::{config, relay::Payload};
+use crate::config;
 
 /// How long a dying connection may take to say so.
 const FAREWELL: Duration = Duration::from_secs(1);
@@ -91,7 +92,7 @@ pub struct Incoming {
 
 /// Answers one CONNECT. Dropped without an answer, it resets the stream (`CANCEL`).
 pub struct Responder {
-    send: SendResponse<Payload>,
+    send: SendResponse<Queued>,
     recv: RecvStream,
 }
 
@@ -220,7 +221,7 @@ async fn poll_until<R>(
 
 /// A connection at work.
 struct Serving<T, H> {
-    connection: Connection<Turnwise<T>, Payload>,
+    connection: Connection<Turnwise<T>, Queued>,
     turn: Turn<T>,
     keepalive: Option<Keepalive>,
     window: Window,
@@ -279,7 +280,7 @@ where
         dead.map(|()| End::Silent)
     }
 
-    fn take(&mut self, request: http::Request<RecvStream>, send: SendResponse<Payload>) {
+    fn take(&mut self, request: http::Request<RecvStream>, send: SendResponse<Queued>) {
         if let Some(incoming) = check(request, send) {
             self.streams.spawn((self.handler)(incoming));
         }
@@ -287,7 +288,7 @@ where
 }
 
 /// Answers what is no CONNECT to a target with 400.
-fn check(request: http::Request<RecvStream>, send: SendResponse<Payload>) -> Option<Incoming> {
+fn check(request: http::Request<RecvStream>, send: SendResponse<Queued>) -> Option<Incoming> {
     let (head, recv) = request.into_parts();
     let responder = Responder { send, recv };
     match target(&head.method, &head.uri) {
@@ -324,7 +325,7 @@ fn is_hangup(error: &h2::Error) -> bool {
 
 /// Tells the client why nothing more comes, if it still reads.
 async fn say_farewell<T: AsyncRead + AsyncWrite + Unpin>(
-    connection: &mut Connection<Turnwise<T>, Payload>,
+    connection: &mut Connection<Turnwise<T>, Queued>,
 ) {
     connection.abrupt_shutdown(h2::Reason::NO_ERROR);
     let closed = poll_fn(|cx| connection.poll_closed(cx));

@@ -1,7 +1,6 @@
 //! One HTTP/2 stream as a byte stream.
 
 use std::{
-    convert::Infallible,
     fmt, io,
     pin::Pin,
     task::{Context, Poll, ready},
@@ -9,12 +8,12 @@ use std::{
 
 use bytes::{Buf, Bytes};
 use h2::{Reason, RecvStream, SendStream};
-use tokio::{
-    io::{AsyncRead, AsyncWrite, ReadBuf},
-    sync::oneshot,
-};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
-use super::pool::Lease;
+use super::{
+    pool::Lease,
+    queue::{Queue, Queued},
+};
 use crate::relay::{Appetite, Buffers, Endpoint, Fault, Leave, Payload};
 
 /// A byte stream inside a tunnel. Dropped unfinished, it is reset (`CANCEL`; `NO_ERROR` by a
@@ -22,10 +21,10 @@ use crate::relay::{Appetite, Buffers, Endpoint, Fault, Leave, Payload};
 /// `CONNECT_ERROR`. Holds no buffer; the peer's credit grows only as
 /// [`Endpoint::release`] is called, so a stalled reader stops its sender.
 pub struct Stream {
-    send: SendStream<Payload>,
+    send: SendStream<Queued>,
     recv: RecvStream,
-    /// Ends when all that was put here is on its way and a reset may follow.
-    flushed: Option<oneshot::Receiver<Infallible>>,
+    /// What the library still holds.
+    queue: Queue,
     /// Keeps the pooled connection; frees its slot after the stream is gone.
     _lease: Option<Lease>,
 }
@@ -36,15 +35,11 @@ pub struct Stream {
 struct StreamError(#[source] h2::Error);
 
 impl Stream {
-    pub(super) const fn new(
-        send: SendStream<Payload>,
-        recv: RecvStream,
-        lease: Option<Lease>,
-    ) -> Self {
+    pub(super) fn new(send: SendStream<Queued>, recv: RecvStream, lease: Option<Lease>) -> Self {
         Self {
             send,
             recv,
-            flushed: None,
+            queue: Queue::default(),
             _lease: lease,
         }
     }
@@ -55,21 +50,6 @@ impl Stream {
             Poll::Ready(Ok(reason)) => fault_of(Some(reason), reason.into()),
             Poll::Ready(Err(error)) => fault(error),
             Poll::Pending => Fault::Gone,
-        }
-    }
-
-    /// Ready once the library has passed on all that was put here: a reset throws away what it still holds.
-    fn poll_flushed(&mut self, cx: &mut Context<'_>) -> Poll<()> {
-        if self.flushed.is_none() {
-            let (mark, flushed) = oneshot::channel();
-            if self.send.send_data(Payload::Mark(mark), false).is_err() {
-                return Poll::Ready(());
-            }
-            self.flushed = Some(flushed);
-        }
-        match &mut self.flushed {
-            Some(flushed) => Pin::new(flushed).poll(cx).map(|_| ()),
-            None => Poll::Ready(()),
         }
     }
 
@@ -139,12 +119,12 @@ impl Endpoint for Stream {
     ) -> Poll<Result<usize, Fault>> {
         let payload = std::mem::take(payload);
         let bytes = payload.remaining();
-        let sent = self.send.send_data(payload, false);
+        let sent = self.send.send_data(self.queue.enter(payload), false);
         Poll::Ready(sent.map(|()| bytes).map_err(|_| self.fault(cx)))
     }
 
     fn poll_finish(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Fault>> {
-        let sent = self.send.send_data(Payload::empty(), true);
+        let sent = self.send.send_data(Queued::end(), true);
         Poll::Ready(sent.map_err(|_| self.fault(cx)))
     }
 
@@ -169,7 +149,8 @@ impl Endpoint for Stream {
     ) -> Poll<()> {
         if leave == Leave::Reset {
             if !late {
-                ready!(self.poll_flushed(cx));
+                // A reset throws away what the library still holds.
+                ready!(self.queue.poll_empty(cx));
             }
             self.send.send_reset(Reason::CONNECT_ERROR);
         }
@@ -245,7 +226,8 @@ impl AsyncWrite for Buffered {
         ready!(this.stream.poll_room(cx)).map_err(|_| io::ErrorKind::BrokenPipe)?;
         let mut buffer = this.buffers.take(Appetite::at_least(buf.len()));
         let count = buffer.fill(buf);
-        let sent = this.stream.send.send_data(Payload::Pooled(buffer), false);
+        let queued = this.stream.queue.enter(Payload::Pooled(buffer));
+        let sent = this.stream.send.send_data(queued, false);
         Poll::Ready(sent.map(|()| count).map_err(io::Error::other))
     }
 

@@ -1,6 +1,6 @@
 //! Application sockets on both ends of a tunnel.
 
-use std::{io::ErrorKind, time::Duration};
+use std::{future::poll_fn, io::ErrorKind, time::Duration};
 
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt, duplex},
@@ -9,10 +9,10 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    relay::{Buffers, Count, Ending, Outcome, Pump, Socket, pump},
+    relay::{Buffers, Count, Ending, Endpoint, Leave, Outcome, Pump, Socket, pump},
     tunnel::{
         Incoming, Stream,
-        testing::{Tasks, client, request, serve_in, soon},
+        testing::{Tasks, client, connected, echo, put, request, serve_in, soon, take},
     },
 };
 
@@ -139,6 +139,27 @@ async fn a_reset_of_the_client_application_ends_both_pumps() {
             !matches!(outcome.ending, Ending::Failed(_)),
             "{who} {outcome:?}"
         );
+    }
+}
+
+#[tokio::test]
+async fn many_resets_leave_the_connection_to_its_other_streams() {
+    let tasks = Tasks::default();
+    let sender = connected(&tasks, &CancellationToken::new(), echo).await;
+    let mut lasting = soon(sender.connect(&request())).await.unwrap().stream;
+    let buffers = Buffers::new();
+    // The library's peers end a connection for its hundred-and-first empty DATA frame.
+    for round in 0..150 {
+        let mut stream = soon(sender.connect(&request())).await.unwrap().stream;
+        put(&mut stream, "unfinished").await;
+        soon(poll_fn(|cx| {
+            stream.poll_leave(cx, Leave::Reset, &buffers, false)
+        }))
+        .await;
+        drop(stream);
+        put(&mut lasting, "ping").await;
+        let answer = soon(take(&mut lasting)).await;
+        assert_eq!(answer.unwrap().unwrap(), "ping", "round {round}");
     }
 }
 

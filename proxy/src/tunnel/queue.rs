@@ -1,0 +1,93 @@
+//! Knows when the HTTP/2 library has passed on what a stream was given.
+//!
+//! A reset throws away what the library still holds, and nothing in it tells how much that is. So each payload is counted until
+//! it is dropped, when its bytes are on their way. (An empty DATA frame behind them would tell the same, but peers take a
+//! hundred of those on one connection for an attack.)
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    task::{Context, Poll},
+};
+
+use bytes::Buf;
+use futures_util::task::AtomicWaker;
+
+use crate::relay::Payload;
+
+/// The payloads of one stream that are with the library.
+#[derive(Debug, Default)]
+pub(super) struct Queue(Arc<Held>);
+
+#[derive(Debug, Default)]
+struct Held {
+    payloads: AtomicUsize,
+    /// Waits until there are none.
+    waiter: AtomicWaker,
+}
+
+impl Queue {
+    /// `payload` on its way into the library.
+    pub(super) fn enter(&self, payload: Payload) -> Queued {
+        self.0.payloads.fetch_add(1, Ordering::AcqRel);
+        Queued {
+            payload,
+            _place: Some(Place(Arc::clone(&self.0))),
+        }
+    }
+
+    /// Ready once nothing is with the library.
+    pub(super) fn poll_empty(&self, cx: &mut Context<'_>) -> Poll<()> {
+        self.0.waiter.register(cx.waker());
+        if self.0.payloads.load(Ordering::Acquire) == 0 {
+            Poll::Ready(())
+        } else {
+            Poll::Pending
+        }
+    }
+}
+
+/// A payload as the HTTP/2 library holds it.
+#[derive(Debug)]
+pub(super) struct Queued {
+    payload: Payload,
+    _place: Option<Place>,
+}
+
+impl Queued {
+    /// No bytes, to end a stream with.
+    pub(super) const fn end() -> Self {
+        Self {
+            payload: Payload::empty(),
+            _place: None,
+        }
+    }
+}
+
+impl Buf for Queued {
+    fn remaining(&self) -> usize {
+        self.payload.remaining()
+    }
+
+    fn chunk(&self) -> &[u8] {
+        self.payload.chunk()
+    }
+
+    fn advance(&mut self, count: usize) {
+        self.payload.advance(count);
+    }
+}
+
+/// One payload that is counted, until it is dropped.
+#[derive(Debug)]
+struct Place(Arc<Held>);
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        if self.0.payloads.fetch_sub(1, Ordering::AcqRel) == 1 {
+            self.0.waiter.wake();
+        }
+    }
+}
