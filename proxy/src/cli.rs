@@ -14,6 +14,7 @@ mod environment;
 mod explain;
 mod fault;
 mod identity;
+mod limits;
 mod metrics;
 mod openbao;
 mod proxy_config;
@@ -61,6 +62,7 @@ pub fn configuration(environment: &Environment<'_>, arguments: &str) -> Result<C
     let capture = data::capture(&mut reader, &identity.metadata);
     data::check_features(&mut reader, &capture, control.on_demand);
     let config = Config {
+        limits: limits::parse(&mut reader),
         sockets: data::sockets(&mut reader, &capture.mode),
         tunnel: data::tunnel(&mut reader),
         tls: trust::tls(&mut reader, &control.certificates),

@@ -7,6 +7,7 @@
 mod build_info;
 mod control;
 mod data;
+mod limits;
 mod metrics;
 mod openbao;
 mod runtime;
@@ -22,6 +23,7 @@ pub use data::{
     Capture, DnsCapture, Inbound, Keepalive, MaxAge, NodePath, OriginalSource, PqcPolicy,
     ProxyMode, SameNode, Sockets, Tls, Tunnel, WorkloadRef,
 };
+pub use limits::Limits;
 pub use metrics::{AccessLog, LabelProfile, Metrics};
 pub use openbao::{OpenBao, OpenBaoJwt, OpenBaoLogin};
 pub use runtime::{Drain, LogFormat, Logging, Ports, Runtime};
@@ -41,6 +43,8 @@ pub struct Config {
     pub control: ControlPlane,
     /// What is captured, and how pods are found.
     pub capture: Capture,
+    /// How much of anything one pod or peer gets.
+    pub limits: Limits,
     /// Options of every socket the proxy opens.
     pub sockets: Sockets,
     /// HTTP/2 and pool parameters of HBONE.

@@ -11,6 +11,7 @@
 mod accept;
 mod bind;
 mod connect;
+mod descriptors;
 mod dns;
 mod netns;
 mod options;
@@ -25,6 +26,7 @@ mod throttle;
 pub use accept::{accept, canonical, original_destination};
 pub use bind::{BindError, PodListeners, Step, bind, bind_socks5};
 pub use connect::{ConnectError, LocalAddress, Upstream, connect};
+pub use descriptors::Descriptors;
 pub use dns::{DnsSockets, bind_dns, dns_client};
 pub use netns::{Netns, NetnsId};
 pub use ports::{PortLease, SourcePorts};

@@ -12,6 +12,7 @@ mod dns;
 mod exposition;
 mod labels;
 mod latency;
+mod limits;
 pub mod logging;
 mod names;
 mod on_demand;
@@ -31,6 +32,7 @@ pub use labels::{
     Kept, Label, LabelValue, Labels, Party, Reporter, ResponseFlag, Security, ServiceName,
 };
 pub use latency::{Latencies, Step};
+pub use limits::{Limit, Limits};
 pub use names::Names;
 pub use on_demand::OnDemandDns;
 pub use process::{PodMetrics, register_process};

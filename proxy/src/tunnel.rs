@@ -9,6 +9,7 @@ mod age;
 pub mod client;
 mod cut;
 mod error;
+mod flood;
 #[cfg(any(test, fuzzing))]
 #[doc(hidden)]
 pub mod fuzzing;
@@ -33,6 +34,7 @@ pub use self::{
     client::{Answer, Request},
     cut::Cut,
     error::{ConnectError, OpenError, ServeError},
+    flood::Flood,
     pool::{Credentials, Dial, Fate, Key, Nested, Opening, Pool, PoolMetrics},
     server::{Connect, Incoming, Responder, serve},
     stream::{Buffered, Stream},

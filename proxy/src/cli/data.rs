@@ -189,14 +189,11 @@ pub(super) fn tunnel(reader: &mut Reader<'_>) -> Tunnel {
         max_age: reader
             .typed("HBONE_MAX_AGE", max_age)
             .unwrap_or(MaxAge::Unlimited),
-        server_max_streams: 200,
-        server_max_header_bytes: 65_536,
-        client_max_header_bytes: 16_384,
-        handshake_timeout: Duration::from_secs(10),
-        preface_timeout: Duration::from_secs(10),
-        answer_timeout: Duration::from_secs(20),
-        ping_interval: Duration::from_secs(10),
-        ping_timeout: Duration::from_secs(20),
+        server_max_streams: reader.integer("HTTP2_MAX_STREAMS", &POSITIVE, 200),
+        server_max_header_bytes: reader.integer("HTTP2_MAX_HEADER_BYTES", &HEADERS, 65_536),
+        max_control_frames: reader.integer("HTTP2_MAX_CONTROL_FRAMES", &POSITIVE, 1000),
+        max_resets: reader.integer("HTTP2_MAX_RESETS", &POSITIVE, 500),
+        ..Tunnel::default()
     }
 }
 
@@ -256,6 +253,9 @@ pub(super) fn inbound(reader: &mut Reader<'_>) -> Inbound {
 const DEFAULT_DNS: DnsCapture = DnsCapture::Loopback(15053);
 /// `sun_path` less its closing zero byte.
 const MAX_SOCKET_PATH_BYTES: usize = 107;
+const POSITIVE: std::ops::RangeInclusive<u32> = 1..=1_000_000;
+/// What fits into less than 4 KiB leaves out what other proxies send.
+const HEADERS: std::ops::RangeInclusive<u32> = 4096..=16_777_216;
 /// Flow-control windows (RFC 9113 §6.9.1); a window of zero could never be used.
 const WINDOW: std::ops::RangeInclusive<u32> = 1..=(1 << 31) - 1;
 /// `SETTINGS_MAX_FRAME_SIZE` (RFC 9113 §6.5.2).

@@ -143,12 +143,17 @@ pub struct Tunnel {
     pub pool_idle_release: Duration,
     /// `HBONE_MAX_AGE`, default unlimited: how long a connection takes new streams, on either side.
     pub max_age: MaxAge,
-    /// Streams a peer may have open on one connection; 200.
+    /// `HTTP2_MAX_STREAMS`, at least 1: streams a peer may have open on one connection; 200.
     pub server_max_streams: u32,
-    /// Largest header list accepted from a client, bytes; 65 536.
+    /// `HTTP2_MAX_HEADER_BYTES`, at least 4096: largest header list accepted from a client; 65 536.
     pub server_max_header_bytes: u32,
     /// Largest header list accepted from a server, bytes; 16 384.
     pub client_max_header_bytes: u32,
+    /// `HTTP2_MAX_CONTROL_FRAMES`, at least 1: frames without payload that a peer may send on one connection per second,
+    /// averaged over 10 s; 1000.
+    pub max_control_frames: u32,
+    /// `HTTP2_MAX_RESETS`, at least 1: streams that a peer may reset on one connection per second, averaged over 10 s; 500.
+    pub max_resets: u32,
     /// Longest wait for a TLS handshake, on either side; 10 s.
     #[serde(serialize_with = "show::duration")]
     pub handshake_timeout: Duration,
@@ -179,6 +184,8 @@ impl Default for Tunnel {
             server_max_streams: 200,
             server_max_header_bytes: 65_536,
             client_max_header_bytes: 16_384,
+            max_control_frames: 1000,
+            max_resets: 500,
             handshake_timeout: seconds(10),
             preface_timeout: seconds(10),
             answer_timeout: seconds(20),

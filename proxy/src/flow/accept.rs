@@ -16,13 +16,13 @@ use tokio::{
     net::{TcpListener, TcpStream},
     sync::Notify,
     task::{JoinError, JoinSet},
-    time::{Instant, timeout_at},
+    time::{Instant, sleep, timeout_at},
 };
 
 use super::{Pod, Stop};
 use crate::{
     listen,
-    telemetry::{Reporter, SocketGuard},
+    telemetry::{Limit, Reporter, SocketGuard},
 };
 
 /// Accepts until `stop` asks it not to, runs `handle` for each connection in a task of its own,
@@ -44,7 +44,8 @@ pub(super) async fn serve<H, F>(
             biased; // stopping goes before accepting
             () = stop.accept.cancelled() => break,
             () = ended.some.notified() => reap(&mut flows),
-            (socket, peer) = listen::accept(&listener) => {
+            accepted = next(&pod, &listener, flows.len()) => {
+                let Some((socket, peer)) = accepted else { continue };
                 let counted = pod.shared().traffic.socket(reporter);
                 let flow = handle(Arc::clone(&pod), socket, peer);
                 let end = End(Arc::clone(&ended));
@@ -67,6 +68,24 @@ pub(super) async fn serve<H, F>(
     flows.shutdown().await;
 }
 
+/// The next connection. `None` if nothing is to be accepted for now beside so many that are open: what comes waits in the
+/// listener's queue.
+///
+/// # Cancel safety
+/// Nothing is lost when the future is dropped.
+async fn next(pod: &Pod, listener: &TcpListener, open: usize) -> Option<(TcpStream, SocketAddr)> {
+    let descriptors = &pod.shared().descriptors;
+    if descriptors.is_short() {
+        pod.hits(Limit::Descriptors);
+    } else if pod.has_room(open) {
+        let (socket, peer) = listen::accept(listener).await;
+        descriptors.note(&socket);
+        return Some((socket, peer));
+    }
+    sleep(PAUSE).await;
+    None
+}
+
 /// Accepts what is on its way to a listener that is about to close: what its queue holds when it
 /// closes is reset. New connections go to the successor from here on, if there is one.
 async fn run_dry(listener: &TcpListener, mut take: impl FnMut(TcpStream, SocketAddr)) {
@@ -83,6 +102,8 @@ async fn run_dry(listener: &TcpListener, mut take: impl FnMut(TcpStream, SocketA
     }
 }
 
+/// How long nothing is accepted once there is no room.
+const PAUSE: Duration = Duration::from_millis(100);
 /// A queue into which nothing comes for this long is dry: handshakes under way are done by then.
 const QUIET: Duration = Duration::from_millis(100);
 /// How long connections may keep coming before the listener closes all the same.

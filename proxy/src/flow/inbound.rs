@@ -47,7 +47,8 @@ use crate::{
 
 /// Serves the HBONE listener of `pod`.
 pub(super) async fn serve(pod: Arc<Pod>, listener: TcpListener, stop: Stop) {
-    let handshakes = Arc::new(Handshakes::default());
+    let shared = pod.shared();
+    let handshakes = Handshakes::new(&shared.settings.limits, shared.limits.clone());
     let draining = stop.accept.clone();
     let handle = move |pod, socket, peer| {
         let (handshakes, draining) = (Arc::clone(&handshakes), draining.clone());
@@ -65,7 +66,7 @@ async fn connection(
     draining: tokio_util::sync::CancellationToken,
 ) {
     let here = socket.local_addr().ok().map(listen::canonical);
-    let slot = handshakes.begin();
+    let slot = handshakes.begin(peer.ip());
     let shaken = tokio::select! {
         biased; // who has to make room does so first
         () = slot.given_way.cancelled() => Err(Refused::Crowded),
@@ -95,6 +96,9 @@ async fn connection(
         }
         Err(error @ ServeError::Cut) => tracing::info!(%peer, "{error}"),
         Err(error) => {
+            if let Some(limit) = error.limit() {
+                pod.shared().limits.hit(limit, &peer);
+            }
             tracing::debug!(%peer, error = &error as &dyn Error, "HBONE connection ended");
         }
     }
@@ -331,11 +335,14 @@ enum Early {
     Authority(#[from] AuthorityError),
     #[error(transparent)]
     Route(#[from] InboundRefusal),
+    #[error("the pod has too many open flows")]
+    Crowded,
 }
 
 impl Early {
     fn reason(&self) -> Reason {
         match self {
+            Self::Crowded => Reason::Overloaded,
             Self::Authority(_) => Reason::BadRequest,
             Self::Route(refusal) => refusal.reason(),
         }
@@ -343,6 +350,7 @@ impl Early {
 
     fn status(&self) -> StatusCode {
         match self {
+            Self::Crowded => StatusCode::SERVICE_UNAVAILABLE,
             Self::Authority(_) => StatusCode::BAD_REQUEST,
             Self::Route(refusal) => refusal.status(),
         }
@@ -350,6 +358,9 @@ impl Early {
 }
 
 async fn decide(pod: &Pod, caller: &Caller, connect: &tunnel::Connect) -> Result<Decision, Early> {
+    if !pod.has_room(pod.flows().len()) {
+        return Err(Early::Crowded);
+    }
     let authority: Authority = connect.authority().parse()?;
     let local = pod.workload().await.ok_or(InboundRefusal::UnknownLocal)?;
     let ask = InboundQuery {

@@ -21,13 +21,13 @@ use super::{
 };
 use crate::{
     config::{self, WorkloadRef},
-    listen::{self, LocalAddress, Netns, PodListeners, SourcePorts},
+    listen::{self, Descriptors, LocalAddress, Netns, PodListeners, SourcePorts},
     mesh::{Mesh, Workload},
     policy::Permit,
     relay::Buffers,
     resolve::Resolver,
     route::LoopGuard,
-    telemetry::{AuthorizationLog, OnDemandDns, Reporter, Step, Traces, Traffic},
+    telemetry::{AuthorizationLog, Limit, Limits, OnDemandDns, Reporter, Step, Traces, Traffic},
     tunnel,
 };
 
@@ -60,11 +60,31 @@ pub struct Shared {
     pub resolutions: OnDemandDns,
     /// The pods of this process, known to each other.
     pub neighbours: Neighbours,
+    /// What was too much.
+    pub limits: Limits,
+    /// Descriptors that are left for traffic.
+    pub descriptors: Descriptors,
     /// Settings.
     pub settings: Settings,
 }
 
 impl Shared {
+    /// Connects to `to` from inside `netns`, unless that would take one of the last descriptors.
+    async fn connect(
+        &self,
+        netns: &Netns,
+        to: SocketAddr,
+        from: LocalAddress<'_>,
+    ) -> Result<listen::Upstream, listen::ConnectError> {
+        if self.descriptors.is_exhausted() {
+            self.limits.hit(Limit::Descriptors, &to);
+            return Err(listen::ConnectError::NoDescriptors { to });
+        }
+        let upstream = listen::connect(netns, &self.settings.sockets, to, from).await?;
+        self.descriptors.note(&upstream.stream);
+        Ok(upstream)
+    }
+
     /// Tells how long `step` took, if it succeeds.
     pub(super) async fn timed<T, E>(
         &self,
@@ -88,6 +108,8 @@ impl Shared {
 pub struct Settings {
     /// Socket options.
     pub sockets: config::Sockets,
+    /// How much one pod or peer gets.
+    pub limits: config::Limits,
     /// HBONE parameters.
     pub tunnel: Arc<config::Tunnel>,
     /// Inbound behaviour.
@@ -230,6 +252,24 @@ impl Pod {
         &self.source_ports
     }
 
+    /// Whether another one is let in beside so many connections or flows; counts it if not.
+    pub(super) fn has_room(&self, open: usize) -> bool {
+        let has_room = open < self.settings().limits.flows_per_pod;
+        if !has_room {
+            self.hits(Limit::FlowsPerPod);
+        }
+        has_room
+    }
+
+    /// This pod has hit `limit`.
+    pub(super) fn hits(&self, limit: Limit) {
+        let WorkloadRef {
+            namespace, name, ..
+        } = &self.who;
+        let who = format_args!("{namespace}/{name}");
+        self.shared.limits.hit(limit, &who);
+    }
+
     /// The record of this pod. Waits for it as long as the settings say.
     pub(super) async fn workload(&self) -> Option<Arc<Workload>> {
         let patience = Instant::now() + self.settings().workload_wait;
@@ -260,8 +300,7 @@ impl Pod {
         &self,
         to: SocketAddr,
     ) -> Result<listen::Upstream, listen::ConnectError> {
-        let sockets = &self.settings().sockets;
-        let connecting = listen::connect(&self.netns, sockets, to, LocalAddress::Any);
+        let connecting = self.shared.connect(&self.netns, to, LocalAddress::Any);
         self.shared
             .timed((Step::Connect, Reporter::Source), connecting)
             .await
@@ -282,7 +321,7 @@ impl Pod {
         } else {
             LocalAddress::Any
         };
-        let connecting = listen::connect(&self.netns, &self.settings().sockets, to, from);
+        let connecting = self.shared.connect(&self.netns, to, from);
         self.shared
             .timed((Step::Connect, Reporter::Destination), connecting)
             .await
@@ -301,8 +340,7 @@ impl tunnel::Dial for Dialer {
 
     fn dial(&self, to: SocketAddr) -> BoxFuture<'_, io::Result<TcpStream>> {
         Box::pin(async move {
-            let sockets = &self.shared.settings.sockets;
-            let connecting = listen::connect(&self.netns, sockets, to, LocalAddress::Any);
+            let connecting = self.shared.connect(&self.netns, to, LocalAddress::Any);
             match self
                 .shared
                 .timed((Step::Connect, Reporter::Source), connecting)

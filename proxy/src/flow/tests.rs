@@ -13,12 +13,12 @@ use xds_client::Demand;
 use super::*;
 use crate::{
     config::{self, WorkloadRef},
-    listen::Netns,
+    listen::{Descriptors, Netns},
     mesh::{Mesh, View},
     relay::Buffers,
     resolve::Resolver,
     route::LoopGuard,
-    telemetry::{AuthorizationLog, OnDemandDns, Traffic},
+    telemetry::{AuthorizationLog, Limits, OnDemandDns, Traffic},
 };
 
 fn pod() -> Arc<Pod> {
@@ -44,7 +44,10 @@ pub(super) fn pod_with(demand: Option<Demand>) -> Arc<Pod> {
         resolver: Resolver::new("/nonexistent", true),
         resolutions: OnDemandDns::default(),
         neighbours: Neighbours::default(),
+        limits: Limits::default(),
+        descriptors: Descriptors::default(),
         settings: Settings {
+            limits: config::Limits::default(),
             same_node: config::SameNode::default(),
             sockets: sockets(),
             tunnel: Arc::new(tunnel()),
@@ -90,6 +93,8 @@ fn tunnel() -> config::Tunnel {
         server_max_streams: 200,
         server_max_header_bytes: 65_536,
         client_max_header_bytes: 16_384,
+        max_control_frames: 1000,
+        max_resets: 500,
         handshake_timeout: Duration::from_secs(10),
         preface_timeout: Duration::from_secs(10),
         answer_timeout: Duration::from_secs(20),

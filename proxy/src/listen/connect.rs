@@ -82,6 +82,12 @@ pub enum ConnectError {
         #[source]
         source: io::Error,
     },
+    /// What descriptors are left is not spent on traffic.
+    #[error("no descriptor is left for a connection to {to}; raise the limit of open files")]
+    NoDescriptors {
+        /// The destination.
+        to: SocketAddr,
+    },
     /// Every source port of this client towards this destination is in use.
     #[error("all source ports of {client} towards {to} are in use")]
     PortsExhausted {
@@ -98,7 +104,9 @@ impl ConnectError {
     pub const fn is_of_destination(&self) -> bool {
         match self {
             Self::Timeout { .. } | Self::Connect { .. } => true,
-            Self::Prepare { .. } | Self::PortsExhausted { .. } => false,
+            Self::Prepare { .. } | Self::NoDescriptors { .. } | Self::PortsExhausted { .. } => {
+                false
+            }
         }
     }
 
@@ -108,7 +116,9 @@ impl ConnectError {
         match self {
             Self::Timeout { .. } => Reason::ConnectTimeout,
             Self::Connect { .. } => Reason::ConnectRefused,
-            Self::Prepare { .. } | Self::PortsExhausted { .. } => Reason::NoSocket,
+            Self::Prepare { .. } | Self::NoDescriptors { .. } | Self::PortsExhausted { .. } => {
+                Reason::NoSocket
+            }
         }
     }
 }

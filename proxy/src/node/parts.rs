@@ -11,11 +11,12 @@ use crate::{
     config::{Config, DnsCapture, ProxyMode},
     dns::{self, Upstreams},
     flow::{Neighbours, Settings, Shared},
+    listen::Descriptors,
     mesh::{Mesh, View},
     relay::Buffers,
     resolve::Resolver,
     route::LoopGuard,
-    telemetry::{AuthorizationLog, DnsMetrics, OnDemandDns, Traces, Traffic},
+    telemetry::{AuthorizationLog, DnsMetrics, Limits, OnDemandDns, Traces, Traffic},
     tunnel::PoolMetrics,
 };
 
@@ -28,7 +29,8 @@ pub(super) fn shared(
 ) -> Shared {
     agent.register_metrics(registry);
     let traffic = Traffic::register(registry, config.metrics, config.access_log.clone());
-    let pools = PoolMetrics::register(registry, traffic.latencies().clone());
+    let limits = Limits::register(registry);
+    let pools = PoolMetrics::register(registry, traffic.latencies().clone(), limits.clone());
     Shared {
         mesh: Mesh::new(View {
             node_name: config.identity.node_name.clone(),
@@ -45,7 +47,10 @@ pub(super) fn shared(
         resolver: Resolver::new(RESOLV_CONF, config.sockets.ipv6),
         neighbours: Neighbours::default(),
         resolutions: OnDemandDns::register(registry),
+        limits,
+        descriptors: Descriptors::new(config.limits.descriptor_reserve),
         settings: Settings {
+            limits: config.limits.clone(),
             sockets: config.sockets.clone(),
             tunnel: Arc::new(config.tunnel.clone()),
             inbound: config.inbound,

@@ -18,10 +18,12 @@ use tokio::{
 
 use super::{
     error::{ConnectError, OpenError},
+    flood::{Flood, Watch},
     headers::{BAGGAGE, FORWARDED, NETWORK, TRACEPARENT},
     keepalive::Keepalive,
     pool::{Fate, Lease, Opening},
     queue::Queued,
+    server::KEPT_RESETS,
     stream::Stream,
     turn::{Moved, Turn, Turnwise, turnwise},
     window::Window,
@@ -112,7 +114,7 @@ pub(super) async fn handshake<T: AsyncRead + AsyncWrite + Unpin>(
     config: &config::Tunnel,
 ) -> Result<(Sender, Driver<T>), OpenError> {
     let opening = async {
-        let (io, turn) = turnwise(io);
+        let (io, turn) = turnwise(io, Watch::new(0, config));
         let (send, connection) = Builder::new()
             .enable_push(false)
             .initial_window_size(config.stream_window)
@@ -121,6 +123,7 @@ pub(super) async fn handshake<T: AsyncRead + AsyncWrite + Unpin>(
             .max_header_list_size(config.client_max_header_bytes)
             .initial_max_send_streams(NO_SETTINGS)
             .max_send_buffer_size(SEND_BUFFER)
+            .max_concurrent_reset_streams(KEPT_RESETS)
             .handshake(io)
             .await?;
         let mut driver = Driver::new(connection, turn, config);
@@ -259,6 +262,11 @@ impl<T: AsyncRead + AsyncWrite + Unpin> Driver<T> {
         self.connection.max_concurrent_send_streams()
     }
 
+    /// What the peer did too much of, if that ended the connection.
+    pub(super) fn flood(&self) -> Option<Flood> {
+        self.turn.flood()
+    }
+
     /// Ready when the connection has ended. `streams` learns the peer's limit and what was moved so far, and tells
     /// how many streams are open.
     pub(super) fn poll_run(
@@ -275,6 +283,9 @@ impl<T: AsyncRead + AsyncWrite + Unpin> Driver<T> {
             return Poll::Ready(());
         }
         let moved = self.turn.poll_end(cx);
+        if self.turn.flood().is_some() {
+            return Poll::Ready(());
+        }
         let Some(keepalive) = &mut self.keepalive else {
             return Poll::Pending;
         };

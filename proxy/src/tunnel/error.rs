@@ -5,8 +5,8 @@ use std::{io, sync::Arc, time::Duration};
 use cert_agent::IdentityError;
 use http::StatusCode;
 
-use super::headers::AuthorityError;
-use crate::telemetry::Reason;
+use super::{flood::Flood, headers::AuthorityError};
+use crate::telemetry::{Limit, Reason};
 
 /// Why no connection to a peer could be opened. Every flow that waited for it gets the same.
 #[derive(Debug, thiserror::Error)]
@@ -141,9 +141,27 @@ pub enum ServeError {
     /// The client did not answer a PING.
     #[error("no PONG within {0:?}")]
     Silent(Duration),
+    /// The client keeps the connection busy with nothing.
+    #[error("closed: {0}")]
+    Flooded(Flood),
     /// The client's certificate was revoked.
     #[error("connection closed: peer certificate revoked by CRL")]
     Cut,
+}
+
+impl ServeError {
+    /// The limit that was hit, if one was.
+    #[must_use]
+    pub fn limit(&self) -> Option<Limit> {
+        match self {
+            Self::Flooded(flood) => Some(flood.limit()),
+            Self::Http2(error) => {
+                let calm = error.reason() == Some(h2::Reason::ENHANCE_YOUR_CALM);
+                (calm && error.is_library()).then_some(Limit::Http2)
+            }
+            Self::PrefaceTimeout(_) | Self::Silent(_) | Self::Cut => None,
+        }
+    }
 }
 
 /// A request that is answered with 400 before anybody sees it.

@@ -357,6 +357,10 @@ impl<D: Dial> Task<D> {
                 self.shelf.remove(&self.key, load);
             }
         }
+        if let Some(flood) = driver.flood() {
+            let limits = self.metrics.limits();
+            limits.hit(flood.limit(), &self.key.destination);
+        }
     }
 
     /// Ready when the connection was retired because nobody used it.

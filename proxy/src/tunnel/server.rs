@@ -23,6 +23,7 @@ use super::{
     client::SEND_BUFFER,
     cut::Cut,
     error::{Malformed, ServeError},
+    flood::{Flood, Watch},
     headers::{self, Baggage, TraceParent},
     keepalive::Keepalive,
     queue::Queued,
@@ -31,6 +32,12 @@ use super::{
     window::Window,
 };
 use crate::config;
+
+/// What a client says before its first frame (RFC 9113 §3.4).
+const PREFACE_BYTES: usize = 24;
+
+/// Streams of a connection whose reset is remembered for a second: what a peer sends on them meanwhile is no offence.
+pub(super) const KEPT_RESETS: usize = 200;
 
 /// How long a dying connection may take to say so.
 const FAREWELL: Duration = Duration::from_secs(1);
@@ -144,7 +151,7 @@ impl Responder {
 /// open streams run on until they end or this future is dropped. When `cut` fires, all is over at once.
 ///
 /// # Errors
-/// If the client breaks the protocol or falls silent, or the connection is cut.
+/// If the client breaks the protocol, floods or falls silent, or the connection is cut.
 /// # Cancel safety
 /// Dropping the future ends the connection and all its streams.
 pub async fn serve<T, H, F>(
@@ -159,7 +166,7 @@ where
     H: Fn(Incoming) -> F,
     F: Future<Output = ()> + Send + 'static,
 {
-    let (io, turn) = turnwise(io);
+    let (io, turn) = turnwise(io, Watch::new(PREFACE_BYTES, config));
     let handshake = Builder::new()
         .initial_window_size(config.stream_window)
         .initial_connection_window_size(config.connection_window)
@@ -167,6 +174,7 @@ where
         .max_concurrent_streams(config.server_max_streams)
         .max_header_list_size(config.server_max_header_bytes)
         .max_send_buffer_size(SEND_BUFFER)
+        .max_concurrent_reset_streams(KEPT_RESETS)
         .handshake(io);
     let mut connection = timeout(config.preface_timeout, handshake)
         .await
@@ -190,11 +198,15 @@ where
         End::Closed => Ok(()),
         End::Failed(error) => Err(error.into()),
         End::Silent => {
-            say_farewell(&mut serving.connection).await;
+            say_farewell(&mut serving.connection, h2::Reason::NO_ERROR).await;
             Err(ServeError::Silent(config.ping_timeout))
         }
+        End::Flooded(flood) => {
+            say_farewell(&mut serving.connection, h2::Reason::ENHANCE_YOUR_CALM).await;
+            Err(ServeError::Flooded(flood))
+        }
         End::Cut => {
-            say_farewell(&mut serving.connection).await;
+            say_farewell(&mut serving.connection, h2::Reason::NO_ERROR).await;
             Err(ServeError::Cut)
         }
     };
@@ -234,6 +246,7 @@ enum End {
     Closed,
     Failed(h2::Error),
     Silent,
+    Flooded(Flood),
     Cut,
 }
 
@@ -271,6 +284,9 @@ where
             }
         }
         let received = self.turn.poll_end(cx).received;
+        if let Some(flood) = self.turn.flood() {
+            return Poll::Ready(End::Flooded(flood));
+        }
         let Some(keepalive) = &mut self.keepalive else {
             return Poll::Pending;
         };
@@ -326,8 +342,9 @@ fn is_hangup(error: &h2::Error) -> bool {
 /// Tells the client why nothing more comes, if it still reads.
 async fn say_farewell<T: AsyncRead + AsyncWrite + Unpin>(
     connection: &mut Connection<Turnwise<T>, Queued>,
+    why: h2::Reason,
 ) {
-    connection.abrupt_shutdown(h2::Reason::NO_ERROR);
+    connection.abrupt_shutdown(why);
     let closed = poll_fn(|cx| connection.poll_closed(cx));
     let _ = timeout(FAREWELL, closed).await;
 }

@@ -15,6 +15,8 @@ use std::{
 use parking_lot::Mutex;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
+use super::flood::{Flood, Watch};
+
 /// Writes of this size and more are passed on at once: they fill records by themselves.
 const LARGE: usize = 16 << 10;
 
@@ -39,6 +41,8 @@ struct Writer<T> {
     written: usize,
     /// Bytes that were read and encoded so far.
     moved: Moved,
+    /// Looks at what is read.
+    watch: Watch,
     /// Whether a flush waits for the end of the turn.
     lazy: bool,
 }
@@ -56,13 +60,14 @@ impl Moved {
     }
 }
 
-/// Splits `io`. Flushes are passed on until [`Turn::defer`].
-pub(super) fn turnwise<T>(io: T) -> (Turnwise<T>, Turn<T>) {
+/// Splits `io`, on which `watch` looks at what the peer sends. Flushes are passed on until [`Turn::defer`].
+pub(super) fn turnwise<T>(io: T, watch: Watch) -> (Turnwise<T>, Turn<T>) {
     let writer = Arc::new(Mutex::new(Writer {
         io,
         pending: Vec::new(),
         written: 0,
         moved: Moved::default(),
+        watch,
         lazy: false,
     }));
     let turn = Turn {
@@ -94,6 +99,11 @@ impl<T: AsyncWrite + Unpin> Turn<T> {
     /// What was moved until the end of the last turn.
     pub(super) const fn moved(&self) -> Moved {
         self.moved
+    }
+
+    /// What the peer does too much of, if it does: then nothing more is read from it.
+    pub(super) fn flood(&self) -> Option<Flood> {
+        self.writer.lock().watch.found()
     }
 
     /// Writes what the turn has encoded, and tells what was moved so far. While the transport takes no
@@ -157,10 +167,15 @@ impl<T: AsyncRead + Unpin> AsyncRead for Turnwise<T> {
         buf: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
         let mut writer = self.0.lock();
+        let writer = &mut *writer;
+        if writer.watch.found().is_some() {
+            return Poll::Pending; // the connection is about to be closed
+        }
         let before = buf.filled().len();
         ready!(Pin::new(&mut writer.io).poll_read(cx, buf))?;
-        let read = buf.filled().len() - before;
-        writer.moved.received += u64::try_from(read).unwrap_or(0);
+        let read = buf.filled().get(before..).unwrap_or_default();
+        writer.watch.follow(read, writer.moved.sent);
+        writer.moved.received += u64::try_from(read.len()).unwrap_or(0);
         Poll::Ready(Ok(()))
     }
 }

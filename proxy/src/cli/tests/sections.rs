@@ -70,6 +70,45 @@ fn age_of_connections() {
 }
 
 #[test]
+fn limits() {
+    let config = given(&[
+        ("DESCRIPTOR_RESERVE", "50"),
+        ("MAX_FLOWS_PER_POD", "10"),
+        ("MAX_HANDSHAKES_PER_POD", "20"),
+        ("MAX_HANDSHAKES_PER_PEER", "30"),
+        ("HTTP2_MAX_STREAMS", "40"),
+        ("HTTP2_MAX_HEADER_BYTES", "5000"),
+        ("HTTP2_MAX_CONTROL_FRAMES", "60"),
+        ("HTTP2_MAX_RESETS", "70"),
+    ])
+    .config();
+    let limits = &config.limits;
+    assert_eq!(limits.descriptor_reserve, Some(50));
+    let counts = [
+        limits.flows_per_pod,
+        limits.handshakes_per_pod,
+        limits.handshakes_per_peer,
+    ];
+    assert_eq!(counts, [10, 20, 30]);
+    let tunnel = &config.tunnel;
+    assert_eq!(tunnel.server_max_streams, 40);
+    assert_eq!(tunnel.server_max_header_bytes, 5000);
+    assert_eq!((tunnel.max_control_frames, tunnel.max_resets), (60, 70));
+    for key in [
+        "MAX_FLOWS_PER_POD",
+        "MAX_HANDSHAKES_PER_POD",
+        "MAX_HANDSHAKES_PER_PEER",
+        "HTTP2_MAX_STREAMS",
+        "HTTP2_MAX_HEADER_BYTES",
+        "HTTP2_MAX_CONTROL_FRAMES",
+        "HTTP2_MAX_RESETS",
+    ] {
+        assert!(given(&[(key, "0")]).read().is_err(), "{key}");
+    }
+    assert!(given(&[("DESCRIPTOR_RESERVE", "65536")]).read().is_err());
+}
+
+#[test]
 fn flows_within_the_node() {
     let direct = |variables: &[_], namespace: &str| {
         let config = given(variables).config();

@@ -4,9 +4,9 @@ use std::sync::Arc;
 
 use prometheus_client::{metrics::gauge::Gauge, registry::Registry};
 
-use crate::telemetry::Latencies;
+use crate::telemetry::{Latencies, Limits};
 
-/// Gauges that the pools of all pods share, and where they tell how long handshakes take.
+/// Gauges that the pools of all pods share, and where they tell how long handshakes take and what was too much.
 #[derive(Debug, Clone, Default)]
 pub struct PoolMetrics(Arc<Shared>);
 
@@ -16,13 +16,15 @@ struct Shared {
     streams: Gauge,
     waiting: Gauge,
     latencies: Latencies,
+    limits: Limits,
 }
 
 impl PoolMetrics {
     /// Zeroes, exported through `registry`.
-    pub fn register(registry: &mut Registry, latencies: Latencies) -> Self {
+    pub fn register(registry: &mut Registry, latencies: Latencies, limits: Limits) -> Self {
         let shared = Shared {
             latencies,
+            limits,
             ..Shared::default()
         };
         registry.register(
@@ -45,6 +47,10 @@ impl PoolMetrics {
 
     pub(super) fn latencies(&self) -> &Latencies {
         &self.0.latencies
+    }
+
+    pub(super) fn limits(&self) -> &Limits {
+        &self.0.limits
     }
 
     /// Counts a connection until dropped.
