@@ -18,6 +18,7 @@ pub(crate) struct Anchors {
     /// Sorted, without duplicates.
     certificates: Vec<CertificateDer<'static>>,
     pub(crate) store: RootCertStore,
+    /// Their names, which clients are told so that they can choose a certificate; none if they are many.
     pub(crate) hints: Vec<DistinguishedName>,
 }
 
@@ -25,8 +26,14 @@ impl Anchors {
     fn new(certificates: Vec<CertificateDer<'static>>) -> Self {
         let mut store = RootCertStore::empty();
         store.add_parsable_certificates(certificates.iter().cloned());
+        let hints = store.subjects();
+        let hint_bytes: usize = hints.iter().map(|name| name.as_ref().len()).sum();
         Self {
-            hints: store.subjects(),
+            hints: if hint_bytes <= MAX_HINT_BYTES {
+                hints
+            } else {
+                Vec::new()
+            },
             store,
             certificates,
         }
@@ -125,9 +132,13 @@ impl Aging {
     }
 }
 
+/// TLS has room for 64 KiB, and our peers, who have one certificate, do without.
+const MAX_HINT_BYTES: usize = 16 * 1024;
+
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::testing::Authority;
 
     fn roots(bytes: &[u8]) -> Roots {
         bytes.iter().map(|byte| vec![*byte].into()).collect()
@@ -163,6 +174,18 @@ mod tests {
         assert_eq!(trusted(&aging, start + grace * 2), [1, 2]);
         aging.replace(roots(&[2]), start, Duration::ZERO);
         assert_eq!(trusted(&aging, start), [2], "no grace, no stay");
+    }
+
+    /// TLS has 64 KiB for them, and peers do without.
+    #[test]
+    fn names_of_roots_are_told_while_they_are_few() {
+        let pool = Pool::default();
+        let long = |n: usize| Authority::new(&format!("{n}{}", "x".repeat(1000))).root();
+        let certificates: Vec<_> = (0..20).map(long).collect();
+        let few = pool.anchors(certificates[..5].iter());
+        assert_eq!((few.store.len(), few.hints.len()), (5, 5));
+        let many = pool.anchors(certificates.iter());
+        assert_eq!((many.store.len(), many.hints.len()), (20, 0));
     }
 
     #[test]

@@ -93,7 +93,7 @@ pub(crate) fn to_tls(error: webpki::Error) -> Error {
 }
 
 /// Beyond the leaf. A path may have six.
-const MAX_INTERMEDIATES: usize = 12;
+pub(crate) const MAX_INTERMEDIATES: usize = 12;
 
 #[cfg(test)]
 mod tests;

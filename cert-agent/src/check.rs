@@ -9,10 +9,10 @@ use rustls::{
 };
 use x509_parser::{
     certificate::X509Certificate,
-    prelude::{FromDer, GeneralName},
+    prelude::{FromDer, GeneralName, ParsedExtension, X509Extension},
 };
 
-use crate::SpiffeId;
+use crate::{SpiffeId, chain::MAX_INTERMEDIATES};
 
 /// Which name a returned certificate must carry.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -59,14 +59,14 @@ pub(crate) fn check_chain(
         return Err(Rejection::NotYetValid);
     }
     let anchors = check_roots(roots)?;
-    // A clock that is slightly behind the authority's must not refuse a brand-new certificate.
-    check_path(&chain, &anchors, provider, now.max(not_before))?;
     let mut presented = chain;
     let mut position = 0;
     presented.retain(|certificate| {
         position += 1;
         position == 1 || !is_self_signed(certificate)
     });
+    // A clock that is slightly behind the authority's must not refuse a brand-new certificate.
+    check_path(&presented, &anchors, provider, now.max(not_before))?;
     Ok(Accepted {
         id,
         not_before,
@@ -131,6 +131,9 @@ fn check_path(
     let Some((leaf, intermediates)) = chain.split_first() else {
         return Err(Rejection::NotACertificate);
     };
+    if intermediates.len() > MAX_INTERMEDIATES {
+        return Err(Rejection::ChainTooLong);
+    }
     let leaf = webpki::EndEntityCert::try_from(leaf).map_err(Rejection::Untrusted)?;
     let since_epoch = now
         .duration_since(SystemTime::UNIX_EPOCH)
@@ -154,11 +157,39 @@ fn check_path(
     Ok(())
 }
 
-/// Issuer equals subject: such a certificate tells a peer nothing, and Envoy has refused chains
-/// with one. What does not parse is left for the peer to judge.
+/// Such a certificate tells a peer nothing, and Envoy has refused chains with one. What does not
+/// parse is left for the peer to judge.
+///
+/// Issuer equals subject, and no key identifiers tell that the issuer's key is another one: an old
+/// root may certify the key of a new one of the same name, which peers that trust the old one need.
 pub(crate) fn is_self_signed(certificate: &CertificateDer<'_>) -> bool {
-    X509Certificate::from_der(certificate)
-        .is_ok_and(|(_, parsed)| parsed.issuer().as_raw() == parsed.subject().as_raw())
+    X509Certificate::from_der(certificate).is_ok_and(|(_, parsed)| {
+        parsed.issuer().as_raw() == parsed.subject().as_raw() && !names_another_key(&parsed)
+    })
+}
+
+fn names_another_key(certificate: &X509Certificate<'_>) -> bool {
+    let parsed = || {
+        certificate
+            .iter_extensions()
+            .map(X509Extension::parsed_extension)
+    };
+    let own = parsed().find_map(|extension| {
+        if let ParsedExtension::SubjectKeyIdentifier(key) = extension {
+            Some(key)
+        } else {
+            None
+        }
+    });
+    let issuers = parsed().find_map(|extension| {
+        if let ParsedExtension::AuthorityKeyIdentifier(issuer) = extension {
+            issuer.key_identifier.as_ref()
+        } else {
+            None
+        }
+    });
+    own.zip(issuers)
+        .is_some_and(|(own, issuers)| own != issuers)
 }
 
 pub(crate) fn to_system_time(unix_seconds: i64) -> SystemTime {
@@ -200,6 +231,9 @@ pub enum Rejection {
     /// The leaf chains to none of the returned roots, or may not serve both roles.
     #[error("the certificate does not chain to a returned root")]
     Untrusted(#[source] webpki::Error),
+    /// There are more certificates than peers take.
+    #[error("the certificate chain is too long")]
+    ChainTooLong,
     /// No TLS configuration can be made of it.
     #[error("no TLS configuration can be made of the certificate")]
     Tls(#[source] rustls::Error),

@@ -11,6 +11,8 @@ use std::{
     time::{Duration, SystemTime},
 };
 
+use tokio::io::AsyncReadExt as _;
+
 /// Hands out the content of a file each time it differs.
 #[derive(Debug)]
 pub(crate) struct WatchedFile {
@@ -69,9 +71,25 @@ impl WatchedFile {
                 return None;
             }
         }
-        let content = tokio::fs::read(&self.path).await;
+        let content = read(&self.path, MAX_BYTES).await;
         Some((before.filter(Stamp::is_settled), content))
     }
+}
+
+/// The content of a file of at most `most` bytes.
+///
+/// # Errors
+/// As [`tokio::fs::read`], and [`io::ErrorKind::FileTooLarge`] for a longer one, a device included.
+pub(crate) async fn read(path: &Path, most: u64) -> io::Result<Vec<u8>> {
+    let file = tokio::fs::File::open(path).await?;
+    let usual = file.metadata().await?.len().min(most);
+    let mut content = Vec::with_capacity(usize::try_from(usual).unwrap_or_default());
+    file.take(most + 1).read_to_end(&mut content).await?;
+    if u64::try_from(content.len()).is_ok_and(|length| length > most) {
+        let text = format!("it has more than {most} bytes");
+        return Err(io::Error::new(io::ErrorKind::FileTooLarge, text));
+    }
+    Ok(content)
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -107,6 +125,8 @@ impl Stamp {
     }
 }
 
+/// More than a list of a million revoked certificates takes; what is longer is nothing that was meant.
+const MAX_BYTES: u64 = 64 * 1024 * 1024;
 const INTERVAL: Duration = Duration::from_secs(1);
 /// A changed file must stay as it is for so long before it is read: a writer may be at work.
 const SETTLE: Duration = Duration::from_millis(100);
@@ -138,6 +158,19 @@ mod tests {
         assert_eq!(gone.kind(), io::ErrorKind::NotFound);
         fs::write(at("two/file"), "third").unwrap();
         assert_eq!(file.changed().await.unwrap(), b"third");
+    }
+
+    #[tokio::test]
+    async fn a_file_without_end_is_a_failure() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("file");
+        let long = fs::File::create(&path).unwrap();
+        long.set_len(MAX_BYTES + 1).unwrap();
+        let mut file = WatchedFile::new(path.clone());
+        let error = file.changed().await.unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::FileTooLarge);
+        fs::write(&path, "short").unwrap();
+        assert_eq!(file.changed().await.unwrap(), b"short");
     }
 
     #[tokio::test]

@@ -132,15 +132,12 @@ impl<C: Connect> IstioCa<C> {
         message: &IstioCertificateRequest,
         metadata: &MetadataMap,
     ) -> Result<Vec<String>, Failure> {
-        let mut lease = self.connection.lease().await.map_err(|error| {
-            let error = chain_text(&*error);
-            Failure {
-                error: ObtainError::refused(
-                    format!("cannot reach the certificate authority: {error}"),
-                    Retry::Soon,
-                ),
-                lost: Lost::No,
-            }
+        let mut lease = self.connection.lease().await.map_err(|error| Failure {
+            error: ObtainError::refused(
+                format!("cannot reach the certificate authority: {error}"),
+                Retry::Soon,
+            ),
+            lost: Lost::No,
         })?;
         let mut call = Request::new(message.clone());
         *call.metadata_mut() = metadata.clone();

@@ -171,6 +171,7 @@ impl IstiodOptions {
                 grace: Mutex::default(),
                 valve: Arc::<Valve>::default(),
                 connections: AtomicU64::new(0),
+                frames: Mutex::default(),
             }),
             netns: netns.duplicate()?,
             address: listener.local_addr()?,

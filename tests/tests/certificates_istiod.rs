@@ -12,6 +12,7 @@ use std::{fs, path::Path, sync::Arc, time::Duration};
 use testkit::{
     Authority, Istiod, Line, NodeRun, Pod, PodSpec, ProxyOptions, World,
     istiod::{Flaw, Layout, Outcome, Signing},
+    proxy::ADMIN_PORT,
     raw::{Hello, RawClient},
     stage::{Steady, Steered},
     traffic::{self, Behaviour, Server},
@@ -130,7 +131,12 @@ async fn pods_talk_under_certificates_of_istiod() {
     let log = run.proxy.log().tail(usize::MAX);
     assert!(log.contains("obtained a certificate"), "{log}");
     let metrics = run.proxy.get(15020, "/metrics").await.unwrap().body;
-    for text in [log, metrics] {
+    let mut texts = vec![log, metrics];
+    for path in ["/config_dump", "/live", "/debug/flows", "/debug/refusals"] {
+        texts.push(run.proxy.get(ADMIN_PORT, path).await.unwrap().body);
+    }
+    for text in texts {
+        assert!(!text.is_empty());
         for secret in ["s3cret", "PRIVATE KEY"] {
             assert!(!text.contains(secret), "{text}");
         }
@@ -448,6 +454,33 @@ async fn a_request_without_an_answer_bounds_the_wait_and_ends_with_the_proxy() {
             calls.iter().find(|call| mine(call))?.outcome()
         });
     assert_eq!(ended.await, Outcome::Cancelled);
+}
+
+/// Case 35: istio-csr ends connections that are pinged more often than every five minutes, and any on which nothing is asked.
+/// istiod, whose stream stays open meanwhile, is pinged every 30 s, so that the count is known to count.
+#[tokio::test]
+async fn the_authority_is_not_pinged_whether_it_answers_or_not() {
+    let stage = Stage::new();
+    let node = stage.mesh.world.node(0);
+    let late = node.pod(&PodSpec::captured("late")).unwrap();
+    let run = stage.start().await;
+    assert!(stage.echoes().await);
+    // An idle connection, and a call on it that is not answered.
+    stage.ca.sign_after(3600 * SECOND);
+    run.session.add(&late).await.unwrap().unwrap();
+    stage.mesh.istiod.put(&testkit::Mesh::of(&[&late]));
+    let id = late.spiffe_id();
+    let asked = stage.ca.until_certified(wait::SOON, "a call", |calls| {
+        let mut calls = calls.iter();
+        let call = calls.find(|call| call.impersonated.as_ref() == Some(&id))?;
+        call.is_open().then_some(())
+    });
+    asked.await;
+
+    let pinged = async || (stage.mesh.istiod.pings() > 0).then_some(());
+    wait::until(2 * A_WHILE, "istiod is pinged", pinged).await;
+    sleep(5 * SECOND).await;
+    assert_eq!(stage.ca.pings(), 0);
 }
 
 /// Case 23: the trust roots of the server, not of the mesh.

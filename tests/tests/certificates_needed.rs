@@ -9,12 +9,15 @@
 
 use std::sync::Arc;
 
+use base64::{Engine as _, prelude::BASE64_STANDARD};
 use testkit::{
-    Istiod, Mesh, NodeRun, Pod, PodSpec, ProxyOptions, World,
+    Istiod, Mesh, NodeRun, Pod, PodSpec, ProxyOptions, World, consumers,
     istiod::{CertificateCall, Kind},
     mesh::workload_uid,
+    proxy::ADMIN_PORT,
     traffic::{Behaviour, Server},
 };
+use x509_parser::pem::parse_x509_pem;
 
 /// Three pods of one account on one node, and a stand-in that is control plane and authority.
 struct Stage {
@@ -70,6 +73,23 @@ impl Stage {
     }
 }
 
+/// The one entry of the dump for `id`: the serial number of its leaf.
+async fn shown_serial(run: &NodeRun<'_>, id: &str) -> String {
+    let answer = run.proxy.get(ADMIN_PORT, "/config_dump").await.unwrap();
+    let dump = consumers::istioctl(&answer.body).unwrap();
+    let mut mine = dump.certificates.unwrap();
+    mine.retain(|certificate| certificate.identity.as_deref() == Some(id));
+    assert_eq!(mine.len(), 1, "{mine:?}");
+    assert_eq!(mine[0].state.as_deref(), Some("Available"));
+    let leaf = &mine[0].cert_chain.as_ref().unwrap()[0];
+    let text = BASE64_STANDARD.decode(leaf.pem.as_ref().unwrap()).unwrap();
+    let (_, pem) = parse_x509_pem(&text).unwrap();
+    let serial = leaf.serial_number.clone().unwrap();
+    let certificate = pem.parse_x509().unwrap();
+    assert_eq!(serial, certificate.serial.to_str_radix(10));
+    serial
+}
+
 /// Cases 11 and 12.
 #[tokio::test]
 async fn one_request_serves_all_pods_of_an_account_and_none_is_made_for_others() {
@@ -83,8 +103,10 @@ async fn one_request_serves_all_pods_of_an_account_and_none_is_made_for_others()
     "HBONE".clone_into(&mut remote.protocol);
     "another-node".clone_into(&mut remote.node);
     stage.istiod.put(&mesh);
-    let _run = stage.start().await;
+    let run = stage.start().await;
     stage.echoes().await;
+    let serial = shown_serial(&run, &stage.pods[0].spiffe_id()).await;
+    assert!(serial.len() > 20, "that of 16 bytes in decimal: {serial}");
 
     // Its certificate is asked for after any that the others would have needed.
     let mut mesh = Mesh::default();

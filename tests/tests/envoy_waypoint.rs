@@ -11,12 +11,14 @@ use std::{collections::BTreeMap, net::SocketAddr, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use testkit::{
-    Cluster, Envoy, Line,
+    Cluster, Envoy, Istiod, Line, PodSpec, ProxyOptions,
+    istiod::{Layout, Signing},
     mesh::{Match, Policy},
     stage::Guarded,
     traffic::{self, Behaviour},
     wait,
     web::{Caller, Web},
+    world::Node,
 };
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
@@ -167,6 +169,32 @@ async fn each_hop_judges_by_the_identity_that_it_sees() {
         })
         .await;
     assert_eq!(denied.field("src.identity"), stage.web.spiffe_id());
+}
+
+/// An authority that is itself certified, and whose answers hold the root twice, as istiod's with the files of a
+/// `kubernetes.io/tls` secret: Envoy takes what the proxies present, as server on one side and as client on the other.
+#[tokio::test]
+async fn certificates_of_every_layout_are_taken() {
+    for layout in [Layout::RootRepeated, Layout::Concatenated] {
+        let stage = Guarded::new().unwrap();
+        let home = stage.world.node(0).pod(&PodSpec::plain("ca")).unwrap();
+        let ca = Istiod::options().start(&stage.world, &home).unwrap();
+        let root = stage.world.authority().duplicate().unwrap();
+        let signing = Signing::by(root).below("outer").unwrap();
+        ca.sign_by(signing.below("inner").unwrap().layout(layout));
+        stage
+            .mesh()
+            .write(&ProxyOptions::mesh_file(&stage.world))
+            .unwrap();
+        let options = |node: &Node| ProxyOptions::new(&stage.world, node).certified_by(&ca);
+        let cluster = Cluster::run(&stage.world, options, &[&stage.web, &stage.one]).await;
+        let _cluster = cluster.unwrap();
+        let envoy = stage.waypoint_of(0).await.unwrap();
+        let _echo = stage.one.serve(8081, Behaviour::Echo).unwrap();
+        assert!(echoes(&stage).await, "{layout:?}");
+        let tunnels = envoy.tunnels(1).await;
+        assert_eq!(tunnels[0].field("client"), stage.web.spiffe_id());
+    }
 }
 
 #[tokio::test]

@@ -233,8 +233,10 @@ impl Entry {
 
     /// A workload of the identity is here.
     pub(crate) fn want(&mut self, now: Now) {
+        let returns = matches!(self.keep, Keep::Until(_));
         self.keep = Keep::Wanted;
-        if matches!(self.phase, Phase::Held(_)) && !self.is_valid(now.wall) {
+        // A pause after failures is served out unless the identity had left: what they were about may be over.
+        if (returns || matches!(self.phase, Phase::Held(_))) && !self.is_valid(now.wall) {
             self.hurry(Urgency::WarmUp, now);
         }
     }
@@ -264,7 +266,9 @@ impl Entry {
             Phase::Held(renewal) => *renewal = Renewal::after(Duration::ZERO, now),
             // It may have been asked before the newer one was there.
             Phase::Running { .. } => self.outdated = true,
-            Phase::Due { .. } | Phase::Ending { .. } => {}
+            // Whatever it failed for before.
+            Phase::Due { .. } => self.hurry(Urgency::Background, now),
+            Phase::Ending { .. } => {}
         }
     }
 

@@ -110,6 +110,45 @@ fn chain_must_end_in_a_returned_root() {
     assert!(matches!(refusal(answer), Rejection::Untrusted(_)));
 }
 
+/// Peers refuse what is longer, so it would be of no use until its renewal.
+#[test]
+fn a_chain_that_no_peer_would_take_is_refused() {
+    let mesh = Authority::new("mesh").with_intermediate();
+    let mut answer = mesh.issue(WEB);
+    let more = Authority::new("other").issue(DB).chain.remove(0);
+    let with = |answer: &mut KeyedChain, count: usize| {
+        answer.chain.truncate(2);
+        answer.chain.resize(2 + count, more.clone());
+    };
+    with(&mut answer, 12);
+    assert!(matches!(refusal(answer), Rejection::ChainTooLong));
+    let mut answer = mesh.issue(WEB);
+    with(&mut answer, 11);
+    assert_eq!(judge(answer, SanRule::Requested).unwrap().chain().len(), 13);
+}
+
+/// The key of a new root, certified by the old one of the same name: without it nobody who trusts the old one alone is reached.
+#[test]
+fn a_root_that_another_of_its_name_certifies_is_presented() {
+    let own_key = |params: &mut CertificateParams| {
+        params.distinguished_name = rcgen::DistinguishedName::new();
+        params
+            .distinguished_name
+            .push(rcgen::DnType::CommonName, "mesh");
+        params.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
+    };
+    let cross = |identified: bool| {
+        let answer = Authority::new("mesh").issue_with(&[], |params| {
+            own_key(params);
+            params.use_authority_key_identifier_extension = identified;
+        });
+        answer.chain[0].clone()
+    };
+    assert!(!is_self_signed(&cross(true)));
+    assert!(is_self_signed(&cross(false)), "nothing tells it apart");
+    assert!(is_self_signed(&Authority::new("mesh").root()));
+}
+
 #[test]
 fn leaf_must_serve_both_roles() {
     let mesh = Authority::new("mesh");

@@ -9,17 +9,27 @@ use tokio::{
 };
 use tonic::transport::Channel;
 
-use super::{Connect, ConnectError};
+use super::Connect;
+use crate::error_text::chain_text;
 
 /// Opens a connection when one is needed, and lets it go when it failed or nobody needs it any longer.
 pub(super) struct Connection<C> {
     connect: C,
     held: Held,
-    /// Taken while connecting, so that those who come meanwhile use the same connection; if the one who connects gives
-    /// up, the next one does.
+    /// Taken while connecting, so that those who come meanwhile use the same connection, or fail with it; if the one who
+    /// connects gives up, the next one does.
     connecting: tokio::sync::Mutex<()>,
+    failures: Mutex<Failures>,
     /// The task that lets the held connection go.
     release: Mutex<JoinSet<()>>,
+}
+
+/// Attempts to connect that failed.
+#[derive(Default)]
+struct Failures {
+    count: u64,
+    /// The last one, with its causes.
+    last: Arc<str>,
 }
 
 type Held = Arc<Mutex<Option<Arc<Open>>>>;
@@ -36,6 +46,7 @@ impl<C: Connect> Connection<C> {
             connect,
             held: Held::default(),
             connecting: tokio::sync::Mutex::default(),
+            failures: Mutex::default(),
             release: Mutex::default(),
         }
     }
@@ -46,15 +57,25 @@ impl<C: Connect> Connection<C> {
 
     /// The connection, opened first if there is none, or if a new one would be another.
     ///
+    /// # Errors
+    /// Why there is none, causes included. All who wait for one attempt share its failure: one after the other, each
+    /// would wait for those before it as well.
     /// # Cancel safety
     /// An unfinished connection is closed.
-    pub(super) async fn lease(&self) -> Result<Lease, ConnectError> {
+    pub(super) async fn lease(&self) -> Result<Lease, Arc<str>> {
+        let failures = self.failures.lock().count;
         let _connecting = self.connecting.lock().await;
         let held = self.held.lock().clone();
         let old = match held {
             Some(open) if self.connect.is_current().await => return Ok(self.lend(open, true)),
             old => old,
         };
+        {
+            let now = self.failures.lock();
+            if old.is_none() && now.count != failures {
+                return Err(Arc::clone(&now.last));
+            }
+        }
         match (self.connect.connect().await, old) {
             (Ok(channel), _) => Ok(self.lend(self.hold(channel), false)),
             (Err(error), Some(open)) => {
@@ -64,8 +85,16 @@ impl<C: Connect> Connection<C> {
                 );
                 Ok(self.lend(open, true))
             }
-            (Err(error), None) => Err(error),
+            (Err(error), None) => Err(self.failed(&*error)),
         }
+    }
+
+    fn failed(&self, error: &(dyn std::error::Error + 'static)) -> Arc<str> {
+        let text = Arc::from(chain_text(error));
+        let mut failures = self.failures.lock();
+        failures.count += 1;
+        failures.last = Arc::clone(&text);
+        text
     }
 
     fn hold(&self, channel: Channel) -> Arc<Open> {

@@ -46,6 +46,7 @@ struct World {
     cancelled: watch::Sender<usize>,
     connects: AtomicUsize,
     unreachable: AtomicBool,
+    connect_latency: Mutex<Duration>,
     is_current: AtomicBool,
     token: Mutex<Option<&'static str>>,
     servers: Mutex<JoinSet<()>>,
@@ -81,6 +82,7 @@ impl World {
             cancelled: watch::Sender::new(0),
             connects: AtomicUsize::new(0),
             unreachable: AtomicBool::new(false),
+            connect_latency: Mutex::default(),
             is_current: AtomicBool::new(true),
             token: Mutex::new(Some("Bearer token")),
             servers: Mutex::default(),
@@ -131,6 +133,8 @@ struct Line(Arc<World>);
 impl Connect for Line {
     fn connect(&self) -> BoxFuture<'_, Result<Channel, ConnectError>> {
         Box::pin(async {
+            let latency = *self.0.connect_latency.lock();
+            sleep(latency).await;
             if self.0.unreachable.load(Ordering::Relaxed) {
                 return Err("connection refused".into());
             }
@@ -346,6 +350,27 @@ async fn an_authority_out_of_reach_is_told_with_the_cause() {
         "cannot reach the certificate authority: connection refused"
     );
     assert_eq!(error.retry(), Retry::Soon);
+    world.unreachable.store(false, Ordering::Relaxed);
+    sign(&authority, WEB).await.unwrap();
+}
+
+/// A network that is silent takes each attempt its time.
+#[tokio::test(start_paused = true)]
+async fn those_who_wait_for_a_connection_fail_with_it() {
+    let world = World::new();
+    world.unreachable.store(true, Ordering::Relaxed);
+    *world.connect_latency.lock() = Duration::from_secs(5);
+    let authority = world.authority();
+    let start = Instant::now();
+    let ids = (0..8).map(|n| format!("spiffe://td/ns/n/sa/a{n}"));
+    let ids: Vec<_> = ids.collect();
+    let all = ids.iter().map(|id| sign(&authority, id));
+    for outcome in futures_util::future::join_all(all).await {
+        let error = outcome.unwrap_err().to_string();
+        assert!(error.ends_with(": connection refused"), "{error}");
+    }
+    assert_eq!(start.elapsed().as_secs(), 5);
+    // Who comes later tries for itself.
     world.unreachable.store(false, Ordering::Relaxed);
     sign(&authority, WEB).await.unwrap();
 }

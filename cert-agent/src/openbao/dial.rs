@@ -14,7 +14,7 @@ use tokio::{
 use tokio_rustls::TlsConnector;
 
 use super::settings::Roots;
-use crate::{BoxFuture, TlsOptions};
+use crate::{BoxFuture, TlsOptions, file};
 
 /// Opens connections. Tests have one without TCP and TLS.
 pub(super) trait Dial: Send + Sync {
@@ -51,7 +51,7 @@ impl TlsDialler {
         let pem = match &self.roots {
             Roots::System => return system_config(self.tls.clone()).await,
             Roots::Pem(text) => Ok(text.clone().into_bytes()),
-            Roots::File(path) => tokio::fs::read(path).await,
+            Roots::File(path) => file::read(path, MAX_ROOTS).await,
         };
         let last = self.last.lock().clone();
         let fresh = match (pem, &last) {
@@ -159,3 +159,5 @@ pub(super) fn in_full(error: &io::Error) -> String {
 }
 
 const HTTPS: u16 = 443;
+/// As much as a whole operating system trusts takes a few hundred KiB.
+const MAX_ROOTS: u64 = 4 * 1024 * 1024;

@@ -1,7 +1,7 @@
 //! Tokens for calls: one for all identities, got when first needed, replaced before it ends or when it is refused, by one
 //! login at a time; or, where each workload logs in for itself, one for each certificate, which is not kept.
 
-use std::{path::Path, time::Duration};
+use std::{fmt::Display, path::Path, time::Duration};
 
 use bytes::Bytes;
 use http::HeaderValue;
@@ -15,7 +15,7 @@ use super::{
     settings::{Jwt, Login},
     wire::{self, AppRoleLogin, JwtLogin, LoggedIn},
 };
-use crate::{Retry, SpiffeId};
+use crate::{Retry, SpiffeId, file};
 
 /// The token of this process.
 pub(super) struct Tokens {
@@ -252,8 +252,16 @@ fn with_jwt<'a>(
 
 /// The text of a file with a secret.
 pub(super) async fn read(path: &Path) -> Result<Zeroizing<String>, Failure> {
-    let text = tokio::fs::read_to_string(path).await.map(Zeroizing::new);
-    let text = text.map_err(|error| failed(format!("cannot read {}: {error}", path.display())))?;
+    let unreadable =
+        |error: &dyn Display| failed(format!("cannot read {}: {error}", path.display()));
+    let bytes = file::read(path, MAX_SECRET).await;
+    let text = String::from_utf8(bytes.map_err(|error| unreadable(&error))?);
+    let text = text.map_err(|error| {
+        let told = unreadable(&error.utf8_error());
+        drop(Zeroizing::new(error.into_bytes()));
+        told
+    })?;
+    let text = Zeroizing::new(text);
     if text.trim().is_empty() {
         return Err(failed(format!("{} is empty", path.display())));
     }
@@ -273,6 +281,7 @@ pub(super) fn without(mut failure: Failure, secret: &str) -> Failure {
 }
 
 const MAX_ANSWER: usize = 64 * 1024;
+const MAX_SECRET: u64 = 64 * 1024;
 /// Between a login that failed and the next one, whoever asks.
 const MIN_SPACING: Duration = Duration::from_secs(1);
 /// How long a refusal is not taken for one of the token.

@@ -379,11 +379,45 @@ fn client_configs_are_kept_and_bounded() {
     assert_eq!(web.tls().cached_clients(), CACHED_CLIENT_CONFIGS);
 }
 
+/// A route might expect one of the names, and policies judge another.
 #[test]
-fn peer_id_is_the_first_that_parses() {
+fn a_peer_of_two_names_is_nobody() {
     let mesh = Authority::new("mesh");
-    let leaf = mesh.issue_with(&["https://x/", DB, WEB], |_| {});
+    let db = mesh.svid(DB, &options());
+    let judge = |names: &[&str]| {
+        let chain = mesh.issue_with(names, |_| {}).chain;
+        let expected = set(&[WEB]);
+        let as_server = db.tls().server_verifier(&expected).verify_now(&chain);
+        let as_client = db.tls().client_verifier().verify_now(&chain);
+        assert_eq!(as_server.is_ok(), as_client.is_ok(), "{names:?}");
+        as_server.map_err(|error| IdentityError::find(&error).unwrap().to_string())
+    };
+    for one in [&[WEB][..], &["https://x/", WEB]] {
+        judge(one).unwrap();
+    }
+    let other_form = "spiffe://td/workload/7";
+    for two in [
+        [WEB, DB],
+        [WEB, WEB],
+        [other_form, WEB],
+        [WEB, "SPIFFE://x"],
+    ] {
+        let error = judge(&two).unwrap_err();
+        let wanted = format!(
+            "identity verification error: a certificate is for one identity, this one is for {}, {}",
+            two[0], two[1]
+        );
+        assert_eq!(error, wanted);
+    }
+}
+
+#[test]
+fn peer_id_is_the_one_identity() {
+    let mesh = Authority::new("mesh");
+    let leaf = mesh.issue_with(&["https://x/", DB], |_| {});
     assert_eq!(peer_id(&leaf.chain).unwrap().as_str(), DB);
+    let leaf = mesh.issue_with(&[DB, WEB], |_| {});
+    assert_eq!(peer_id(&leaf.chain), None);
     assert_eq!(peer_id(&mesh.issue_with(&[], |_| {}).chain), None);
     assert_eq!(peer_id(&[vec![1, 2, 3].into()]), None);
     assert_eq!(peer_id(&[]), None);

@@ -6,14 +6,14 @@ use super::{fault::Given, identity::trust_domain, reader::Reader};
 use crate::config::{CertificateSource, PqcPolicy, RootSource, Tls};
 
 pub(super) fn tls(reader: &mut Reader<'_>, certificates: &CertificateSource) -> Tls {
-    let pqc = if reader.literal("COMPLIANCE_POLICY", "pqc") {
-        PqcPolicy::Required
-    } else {
-        PqcPolicy::Default
+    let (pqc, ignored_policy) = match reader.text("COMPLIANCE_POLICY") {
+        Some("pqc") => (PqcPolicy::Required, None),
+        other => (PqcPolicy::Default, other.map(str::to_owned)),
     };
     Tls {
         tls12: reader.literal("TLS12_ENABLED", "true"),
         pqc,
+        ignored_policy,
         trust_domains: trust_domains(reader),
         trust_file: trust_file(reader, certificates),
         trust_grace: reader.duration("TRUST_BUNDLE_GRACE").unwrap_or(GRACE),

@@ -225,6 +225,8 @@ pub struct Tls {
     pub tls12: bool,
     /// `COMPLIANCE_POLICY=pqc`.
     pub pqc: PqcPolicy,
+    /// Any other `COMPLIANCE_POLICY`: without effect here, though the control plane may hold all others to it.
+    pub ignored_policy: Option<String>,
     /// `TRUST_DOMAINS`: trust domains whose peers are accepted besides those of the own one.
     pub trust_domains: Arc<[Arc<str>]>,
     /// `TRUST_BUNDLE_PATH`: a PEM file of roots that peers may have besides those that came with a certificate.

@@ -584,6 +584,13 @@ fn tells_which_identities_this_node_needs() {
             here("w1", "cart", 1).into(),
             here("w2", "cart", 1).into(),
             here("w3", "plain", 0).into(),
+            workload("w4", "10.0.0.9", |w| {
+                w.node = "n1".into();
+                w.service_account = "waypoint".into();
+                w.tunnel_protocol = 1;
+                w.native_tunnel = true;
+            })
+            .into(),
             pod("elsewhere", "10.0.0.8").into(),
         ],
     );

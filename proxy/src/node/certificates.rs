@@ -22,6 +22,13 @@ pub(super) struct Certificates {
 
 /// The agent that gets certificates from the configured source; nothing is fetched before it runs.
 pub(super) fn build(config: &Config) -> Result<Certificates, StartError> {
+    if let Some(policy) = &config.tls.ignored_policy {
+        tracing::warn!(
+            policy,
+            tls12 = config.tls.tls12,
+            "this COMPLIANCE_POLICY has no effect; peers held to FIPS 140-2 speak TLS 1.2 only, which takes TLS12_ENABLED=true"
+        );
+    }
     let mut options = AgentOptions::default();
     options.tls = tls_options(config);
     options.revocations = revocations(config);

@@ -5,13 +5,26 @@ use std::time::Duration;
 use xds_client::proto::discovery::DeltaDiscoveryRequest;
 
 use super::{Istiod, Kind, Stream, SyncStatus};
-use crate::wait;
+use crate::{
+    raw::frames::{ACK, kind},
+    wait,
+};
 
 impl Istiod {
     /// All streams so far, refused ones included.
     #[must_use]
     pub fn streams(&self) -> Vec<Stream> {
         self.shared.streams.borrow().clone()
+    }
+
+    /// How many HTTP/2 pings all clients have sent, answers to pings apart.
+    #[must_use]
+    pub fn pings(&self) -> usize {
+        let logs = self.wire.frames.lock();
+        let frames = logs.iter().flat_map(|log| log.all());
+        frames
+            .filter(|frame| frame.kind == kind::PING && frame.flags & ACK == 0)
+            .count()
     }
 
     /// The newest stream.

@@ -27,7 +27,10 @@ use tokio_util::sync::CancellationToken;
 use tonic::service::Routes;
 use tower::Service as _;
 
-use crate::wait::SOON;
+use crate::{
+    raw::frames::{FrameLog, Preface, Tap},
+    wait::SOON,
+};
 
 /// What the server and its handle share.
 #[derive(Debug)]
@@ -42,6 +45,8 @@ pub(super) struct Wire {
     pub(super) valve: Arc<Valve>,
     /// How many there were.
     pub(super) connections: AtomicU64,
+    /// What clients sent on each.
+    pub(super) frames: Mutex<Vec<FrameLog>>,
 }
 
 /// A signal that can be given again and again, each time to those who listen then.
@@ -88,6 +93,8 @@ async fn connection(socket: TcpStream, wire: Arc<Wire>, routes: Routes) {
     };
     let server_name = stream.get_ref().1.server_name().map(str::to_owned);
     let connection = wire.connections.fetch_add(1, Ordering::SeqCst);
+    let (stream, frames) = Tap::new(stream, Preface::Expected);
+    wire.frames.lock().push(frames);
     let hello = Hello {
         server_name,
         connection,

@@ -99,6 +99,21 @@ async fn the_forgotten_are_neither_renewed_nor_retried() {
     assert!(world.agent.current(&id(WEB)).is_none(), "expired");
 }
 
+/// What came of its last stay does not hold up its next one.
+#[tokio::test(start_paused = true)]
+async fn an_identity_that_returns_does_not_serve_out_a_pause() {
+    let world = world(24 * HOUR);
+    world.authority.set_down(true);
+    world.agent.prefetch(&id(WEB));
+    sleep(200 * SECOND).await;
+    world.agent.forget(&id(WEB));
+    world.authority.set_down(false);
+    sleep(2 * SECOND).await;
+    world.agent.prefetch(&id(WEB));
+    sleep(2 * SECOND).await;
+    assert_eq!(world.stage(WEB), Some(Stage::Held));
+}
+
 /// A task that is aborted may still be at work on another thread for a moment.
 #[tokio::test(start_paused = true)]
 async fn a_call_that_was_given_up_has_ended_before_the_next_starts() {

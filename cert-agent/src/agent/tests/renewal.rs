@@ -185,6 +185,18 @@ async fn refresh_during_a_fetch_is_not_lost() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn refresh_ends_the_pause_after_a_failure() {
+    let world = world(24 * HOUR);
+    world.authority.set_down(true);
+    world.agent.prefetch(&id(WEB));
+    sleep(200 * SECOND).await;
+    world.authority.set_down(false);
+    world.agent.refresh(&id(WEB));
+    sleep(2 * SECOND).await;
+    assert_eq!(world.stage(WEB), Some(Stage::Held));
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_source_that_keeps_refreshing_is_slowed_down() {
     let world = world(24 * HOUR);
     world.agent.prefetch(&id(WEB));

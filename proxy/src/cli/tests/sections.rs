@@ -418,11 +418,12 @@ fn tunnel_and_tls() {
     let tls = given(&[("TLS12_ENABLED", "true"), ("COMPLIANCE_POLICY", "pqc")])
         .config()
         .tls;
-    assert!(tls.tls12 && tls.pqc == PqcPolicy::Required);
+    assert!(tls.tls12 && tls.pqc == PqcPolicy::Required && tls.ignored_policy.is_none());
     let other = given(&[("TLS12_ENABLED", "1"), ("COMPLIANCE_POLICY", "fips")])
         .config()
         .tls;
     assert!(!other.tls12 && other.pqc == PqcPolicy::Default);
+    assert_eq!(other.ignored_policy.as_deref(), Some("fips"));
     let tls = given(&[("TRUST_DOMAINS", "b.example, a,,a")]).config().tls;
     assert_eq!(tls.trust_domains.to_vec(), ["a".into(), "b.example".into()]);
     assert!(given(&[("TRUST_DOMAINS", "a,B")]).read().is_err());

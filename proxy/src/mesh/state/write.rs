@@ -243,10 +243,11 @@ impl State {
         }
     }
 
-    /// The identity that this node needs a certificate of because of a workload.
+    /// The identity that this node needs a certificate of because of a workload. One that speaks HBONE by itself, as
+    /// waypoints and gateways do, has its own.
     fn needed_identity<'a>(&self, workload: &'a Workload) -> Option<&'a SpiffeId> {
-        let tunnelled = workload.protocol() == Protocol::Hbone || workload.native_tunnel();
-        let needed = tunnelled && self.is_local(workload);
+        let served = workload.protocol() == Protocol::Hbone && !workload.native_tunnel();
+        let needed = served && self.is_local(workload);
         workload.identity().filter(|_| needed)
     }
 
