@@ -106,9 +106,9 @@ async fn serve(
     start.trust(&shared, &mut registry);
     start.revocations(&shared, &mut registry);
     start.trimming(&shared);
-    start.eviction(&shared);
     let known = start.mesh(&shared, &mut registry, &mut shown).await?;
     let names = parts::names(config, &shared.mesh, &mut registry);
+    start.eviction(&shared, names.as_ref());
     let pods = captured.map(|task| (task, PodMetrics::register(&mut registry)));
     start.admin(admin, &shared, &shown);
     start.stats(Exposition::new(registry, shared.traffic.clone()))?;
@@ -184,11 +184,23 @@ impl<'a> Start<'a> {
         });
     }
 
-    /// Forgets traffic series that nothing happens to, and tells of flows that last.
-    fn eviction(&mut self, shared: &Shared) {
-        let (traffic, stop) = (shared.traffic.clone(), self.background.clone());
+    /// Forgets label sets under which nothing happens, and tells of flows that last.
+    fn eviction(&mut self, shared: &Arc<Shared>, names: Option<&Names>) {
+        let (shared, stop) = (Arc::clone(shared), self.background.clone());
+        let queries = names.map(|names| names.shared.metrics.clone());
         self.here(EVICTION, async move {
-            let tending = async { tokio::join!(traffic.evict_idle(), traffic.log_progress()) };
+            let tending = async {
+                tokio::join!(
+                    shared.traffic.evict_idle(),
+                    shared.traffic.log_progress(),
+                    shared.resolutions.evict_idle(),
+                    async {
+                        if let Some(queries) = queries {
+                            queries.evict_idle().await;
+                        }
+                    }
+                )
+            };
             stop.run_until_cancelled(tending).await;
         });
     }

@@ -21,6 +21,7 @@ mod readiness;
 mod reason;
 mod refusals;
 mod series;
+mod tallies;
 mod traces;
 mod traffic;
 

@@ -4,6 +4,7 @@
 use std::{mem::size_of_val, net::SocketAddr, sync::Arc, time::Duration};
 
 use cert_agent::{Agent, AgentOptions, CsrSource, InProcessCa};
+use prometheus_client::registry::Registry;
 use tokio::{
     net::{TcpListener, TcpStream},
     time::Instant,
@@ -42,7 +43,7 @@ pub(super) fn pod_with(demand: Option<Demand>) -> Arc<Pod> {
         buffers: Buffers::new(),
         demand,
         resolver: Resolver::new("/nonexistent", true),
-        resolutions: OnDemandDns::default(),
+        resolutions: OnDemandDns::register(&mut Registry::default(), config::Metrics::default()),
         neighbours: Neighbours::default(),
         limits: Limits::default(),
         descriptors: Descriptors::default(),

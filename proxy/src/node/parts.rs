@@ -46,7 +46,7 @@ pub(super) fn shared(
         demand: (config.control.on_demand && config.control.xds.is_some()).then(Demand::default),
         resolver: Resolver::new(RESOLV_CONF, config.sockets.ipv6),
         neighbours: Neighbours::default(),
-        resolutions: OnDemandDns::register(registry),
+        resolutions: OnDemandDns::register(registry, config.metrics),
         limits,
         descriptors: Descriptors::new(config.limits.descriptor_reserve),
         settings: Settings {
@@ -71,7 +71,7 @@ pub(super) fn names(config: &Config, mesh: &Mesh, registry: &mut Registry) -> Op
     let shared = dns::Shared {
         mesh: mesh.clone(),
         upstreams: Upstreams::new(RESOLV_CONF),
-        metrics: DnsMetrics::register(registry),
+        metrics: DnsMetrics::register(registry, config.metrics),
         sockets: config.sockets.clone(),
         cluster_domain: config.identity.cluster_domain.to_ascii_lowercase().into(),
         preferred_namespace: config.control.preferred_service_namespace.clone(),

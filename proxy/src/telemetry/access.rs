@@ -167,7 +167,7 @@ impl Access {
             }
             return;
         };
-        self.meter.end_with(reason.flag());
+        self.meter.end_with(reason);
         if self.told != Told::Nothing {
             self.line().failed(reason, error);
         }

@@ -378,3 +378,5 @@ impl EncodeLabelSet for Single {
 
 /// What an absent value prints as.
 pub(super) const UNKNOWN: &str = "unknown";
+/// What stands for names that were given up, because there were too many.
+pub(super) const OTHER: &str = "other";

@@ -6,7 +6,8 @@ use hashbrown::{Equivalent, HashSet};
 use parking_lot::Mutex;
 
 use super::labels::{
-    Kept, Label, LabelValue, Labels, Party, Reporter, ResponseFlag, Security, ServiceName, UNKNOWN,
+    Kept, Label, LabelValue, Labels, OTHER, Party, Reporter, ResponseFlag, Security, ServiceName,
+    UNKNOWN,
 };
 use crate::config::LabelProfile;
 
@@ -270,6 +271,3 @@ fn write_escaped(mut value: &str, out: &mut impl fmt::Write) -> fmt::Result {
     }
     out.write_str(value)
 }
-
-/// What stands for names that were given up.
-const OTHER: &str = "other";

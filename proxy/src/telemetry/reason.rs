@@ -166,6 +166,15 @@ impl Reason {
         }
     }
 
+    /// Whether a policy said no, here or at the other end.
+    #[must_use]
+    pub const fn is_denial(self) -> bool {
+        matches!(
+            self,
+            Self::PolicyDenied | Self::PolicyChanged | Self::DeniedByPeer
+        )
+    }
+
     /// The coarse form, which metrics of the mesh carry.
     #[must_use]
     pub const fn flag(self) -> ResponseFlag {

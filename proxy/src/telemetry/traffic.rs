@@ -18,6 +18,7 @@ use super::{
     labels::{Label, Labels, Reporter, ResponseFlag},
     latency::{Latencies, Step},
     names::{Fold, Names, Pool},
+    reason::Reason,
     refusals::Refusals,
     series::{Counted, Entry, Key, Table},
 };
@@ -36,7 +37,15 @@ pub struct Traffic(Arc<Inner>);
 #[must_use = "dropping the meter closes the flow"]
 pub struct Meter {
     flow: Watch,
-    end: ResponseFlag,
+    end: End,
+}
+
+/// How a flow ended, as far as it is counted.
+#[derive(Debug, Clone, Copy)]
+struct End {
+    flag: ResponseFlag,
+    /// Whether a policy said no, here or at the other end: flags tell only the former.
+    denied: bool,
 }
 
 /// A look at an open flow from outside of its task.
@@ -95,7 +104,10 @@ impl Traffic {
         };
         Meter {
             flow: Watch(Arc::new(flow)),
-            end: ResponseFlag::None,
+            end: End {
+                flag: ResponseFlag::None,
+                denied: false,
+            },
         }
     }
 
@@ -197,12 +209,15 @@ impl Meter {
 
     /// Ends the flow under `flag`.
     pub fn close(mut self, flag: ResponseFlag) {
-        self.end_with(flag);
+        self.end.flag = flag;
     }
 
-    /// Sets the flag under which the drop will close the flow.
-    pub(super) fn end_with(&mut self, flag: ResponseFlag) {
-        self.end = flag;
+    /// Sets why the drop will close the flow.
+    pub(super) fn end_with(&mut self, reason: Reason) {
+        self.end = End {
+            flag: reason.flag(),
+            denied: reason.is_denial(),
+        };
     }
 
     pub(super) fn flow(&self) -> &Watch {
@@ -255,9 +270,17 @@ impl Series {
         (received.load(Relaxed), sent.load(Relaxed))
     }
 
-    /// Flags under which flows failed, with their number.
-    pub fn failures(&self) -> impl Iterator<Item = (ResponseFlag, u64)> {
-        self.0.series.failures()
+    /// Flows that a policy forbade, here or at the other end.
+    #[must_use]
+    pub fn denied(&self) -> u64 {
+        let failures = self.0.series.failures.get();
+        failures.map_or(0, |failures| failures.denied.load(Relaxed))
+    }
+
+    /// Flows that failed, those that were denied included.
+    #[must_use]
+    pub fn failed(&self) -> u64 {
+        self.0.series.failures().map(|(_, count)| count).sum()
     }
 }
 
@@ -362,8 +385,17 @@ struct Counters {
     closed: AtomicU64,
     received: AtomicU64,
     sent: AtomicU64,
-    /// By [`ResponseFlag::failure_index`]; most series never need them.
-    failures: OnceLock<Box<[AtomicU64; ResponseFlag::FAILURES.len()]>>,
+    /// Most series never need them.
+    failures: OnceLock<Box<Failures>>,
+}
+
+/// Failed flows of one label set.
+#[derive(Debug, Default)]
+struct Failures {
+    /// By [`ResponseFlag::failure_index`].
+    by_flag: [AtomicU64; ResponseFlag::FAILURES.len()],
+    /// Those of them that a policy forbade.
+    denied: AtomicU64,
 }
 
 /// The labels of a series, and the names it will share if it has to be made.
@@ -405,12 +437,16 @@ impl Counted for Counters {
 }
 
 impl Counters {
-    fn close(&self, flag: ResponseFlag) {
-        let counter = match flag.failure_index() {
-            None => Some(&self.closed),
-            Some(index) => self.failures.get_or_init(Box::default).get(index),
+    fn close(&self, end: End) {
+        let Some(index) = end.flag.failure_index() else {
+            self.closed.fetch_add(1, Relaxed);
+            return;
         };
-        if let Some(counter) = counter {
+        let failures = self.failures.get_or_init(Box::default);
+        if end.denied {
+            failures.denied.fetch_add(1, Relaxed);
+        }
+        if let Some(counter) = failures.by_flag.get(index) {
             counter.fetch_add(1, Relaxed);
         }
     }
@@ -425,7 +461,7 @@ impl Counters {
     fn failures(&self) -> impl Iterator<Item = (ResponseFlag, u64)> {
         ResponseFlag::FAILURES
             .into_iter()
-            .zip(self.failures.get().into_iter().flat_map(|all| all.iter()))
+            .zip(self.failures.get().into_iter().flat_map(|all| &all.by_flag))
             .map(|(flag, count)| (flag, count.load(Relaxed)))
             .filter(|&(_, count)| count > 0)
     }
