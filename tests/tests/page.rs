@@ -118,6 +118,8 @@ async fn a_browser_shows_a_thousand_flows_and_keeps_them_fresh() {
     );
     assert!(page.contains("1000 of 1000"), "{page:.4000}");
     assert!(page.contains("no-healthy-upstream") && page.contains("denied-by-peer"));
+    // What the other side's policy forbade is a denial on the map of this side, too.
+    assert!(page.contains(", 1 denied, 0 failed"), "{page:.8000}");
     assert!(
         page.contains("culvert explain --from"),
         "no question to copy"

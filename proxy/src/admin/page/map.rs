@@ -4,10 +4,10 @@ use std::collections::BTreeMap;
 
 use maud::{Markup, html};
 
-use crate::telemetry::{Names, ResponseFlag, Traffic};
+use crate::telemetry::{Names, Reporter, Series, Traffic};
 
 /// All that flowed between two names.
-#[derive(Debug, Default, Clone, Copy)]
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
 struct Edge {
     bytes: u64,
     opened: u64,
@@ -28,22 +28,40 @@ pub(super) fn section(traffic: &Traffic) -> Markup {
     }
 }
 
+/// A flow between two pods of this node is told by both ends, so of each pair the end that tells more counts.
 fn edges(traffic: &Traffic) -> BTreeMap<(String, String), Edge> {
-    let mut edges: BTreeMap<_, Edge> = BTreeMap::new();
+    let mut edges: BTreeMap<_, [Edge; 2]> = BTreeMap::new();
     for series in traffic.series() {
-        let edge = edges.entry(ends(series.labels())).or_default();
-        let (received, sent) = series.totals();
-        edge.bytes += received + sent;
-        edge.opened += series.opened();
-        for (flag, count) in series.failures() {
-            if flag == ResponseFlag::Deny {
-                edge.denied += count;
-            } else {
-                edge.failed += count;
-            }
+        let names = series.labels();
+        let [source, destination] = edges.entry(ends(names)).or_default();
+        match names.reporter {
+            Reporter::Source => source.add(&series),
+            Reporter::Destination => destination.add(&series),
         }
     }
-    edges
+    let told = edges.into_iter();
+    told.map(|(ends, [source, destination])| (ends, source.or_more(destination)))
+        .collect()
+}
+
+impl Edge {
+    fn add(&mut self, series: &Series) {
+        let (received, sent) = series.totals();
+        let denied = series.denied();
+        self.bytes += received + sent;
+        self.opened += series.opened();
+        self.denied += denied;
+        self.failed += series.failed().saturating_sub(denied);
+    }
+
+    fn or_more(self, other: Self) -> Self {
+        Self {
+            bytes: self.bytes.max(other.bytes),
+            opened: self.opened.max(other.opened),
+            denied: self.denied.max(other.denied),
+            failed: self.failed.max(other.failed),
+        }
+    }
 }
 
 fn ends(names: &Names) -> (String, String) {
@@ -174,6 +192,47 @@ const ROW: usize = 34;
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::telemetry::{Access, Label, Labels, Party, Reason, Route, Security, ServiceName};
+
+    #[test]
+    fn both_ends_of_a_flow_within_the_node_are_one_and_denials_are_no_failures() {
+        let traffic = Traffic::default();
+        let refused = std::io::Error::other("refused");
+        let route = Route {
+            source: ([10, 244, 1, 7], 40_112).into(),
+            destination: ([10, 244, 2, 9], 15_008).into(),
+            hbone: None,
+            source_pod: None,
+            destination_pod: None,
+        };
+        let of_source = [None, Some(Reason::DeniedByPeer), Some(Reason::Broken)];
+        let of_destination = [None, Some(Reason::PolicyDenied)];
+        let told = |reporter, reasons: &[Option<Reason>]| {
+            for reason in reasons {
+                let labels: Labels<Label<'_>> = Labels {
+                    reporter,
+                    security: Security::MutualTls,
+                    source: Party::identified("web"),
+                    destination: Party::default(),
+                    service: ServiceName::default(),
+                };
+                let meter = traffic.open(&labels);
+                meter.sent(10);
+                let access = Access::open(meter, route.clone());
+                access.close(reason.map(|reason| (reason, &refused as &dyn std::error::Error)));
+            }
+        };
+        told(Reporter::Source, &of_source);
+        told(Reporter::Destination, &of_destination);
+        let edges: Vec<_> = edges(&traffic).into_values().collect();
+        let expected = Edge {
+            bytes: 30,
+            opened: 3,
+            denied: 1,
+            failed: 1,
+        };
+        assert_eq!(edges, [expected]);
+    }
 
     #[test]
     fn bytes_have_one_decimal() {
