@@ -23,6 +23,9 @@ use culvert::telemetry::{
 use prometheus_client::registry::Registry;
 use tokio::time::Instant;
 
+/// Of four samples each.
+const LABEL_SETS: usize = 12_500;
+
 criterion_group!(benches, flow, bytes, scrape, slowest_flow);
 criterion_main!(benches);
 
@@ -88,7 +91,7 @@ fn table(label_sets: usize) -> Traffic {
 }
 
 fn flow(criterion: &mut Criterion) {
-    let traffic = table(8_000);
+    let traffic = table(LABEL_SETS);
     let names = Names::new(5_000);
     criterion.bench_function("telemetry/flow opened and closed", |bench| {
         bench.iter(|| {
@@ -125,11 +128,11 @@ fn write(exposition: &Exposition) -> u64 {
 }
 
 fn scrape(criterion: &mut Criterion) {
-    let exposition = Exposition::new(Registry::default(), table(8_000));
+    let exposition = Exposition::new(Registry::default(), table(LABEL_SETS));
     let mut group = criterion.benchmark_group("telemetry");
     let bytes = Throughput::Bytes(write(&exposition));
     group.sample_size(20).throughput(bytes);
-    group.bench_function("scrape of 32,000 samples", |bench| {
+    group.bench_function("scrape of 50,000 series", |bench| {
         bench.iter(|| write(&exposition));
     });
     group.finish();
@@ -137,7 +140,7 @@ fn scrape(criterion: &mut Criterion) {
 
 /// The longest that one of a thousand flows takes to be opened and closed while somebody scrapes without a pause.
 fn slowest_flow(criterion: &mut Criterion) {
-    let traffic = table(8_000);
+    let traffic = table(LABEL_SETS);
     let exposition = Exposition::new(Registry::default(), traffic.clone());
     let names = Names::new(5_000);
     let done = AtomicBool::new(false);
@@ -149,19 +152,22 @@ fn slowest_flow(criterion: &mut Criterion) {
         });
         let mut group = criterion.benchmark_group("telemetry");
         group.sample_size(20);
-        group.bench_function("slowest of 1,000 flows during a scrape", |bench| {
-            bench.iter_custom(|times| {
-                let slowest = |_| {
-                    let flows = (0..1_000).map(|_| {
-                        let began = Instant::now();
-                        traffic.open(&names.labels()).close(ResponseFlag::None);
-                        began.elapsed()
-                    });
-                    flows.max().unwrap_or(Duration::ZERO)
-                };
-                (0..times).map(slowest).sum()
-            });
-        });
+        group.bench_function(
+            "slowest of 1,000 flows during scrapes of 50,000 series",
+            |bench| {
+                bench.iter_custom(|times| {
+                    let slowest = |_| {
+                        let flows = (0..1_000).map(|_| {
+                            let began = Instant::now();
+                            traffic.open(&names.labels()).close(ResponseFlag::None);
+                            began.elapsed()
+                        });
+                        flows.max().unwrap_or(Duration::ZERO)
+                    };
+                    (0..times).map(slowest).sum()
+                });
+            },
+        );
         group.finish();
         done.store(true, Relaxed);
     });

@@ -18,8 +18,10 @@ mod machine;
 mod memory;
 mod mesh;
 mod options;
+mod pair;
 mod proxy;
 mod report;
+mod scrapes;
 mod tool;
 mod traffic;
 
@@ -72,6 +74,7 @@ async fn bench(options: &Options) -> anyhow::Result<bool> {
             Part::Held => memory::held(options, &mut report).await,
             Part::Mesh => mesh::measure(options, &mut report).await,
             Part::Dns => dns::measure(options, &mut report).await,
+            Part::Scrapes => scrapes::measure(options, &mut report).await,
         };
         if let Err(error) = measured {
             report.failed(format!("{part}: {error:#}"));

@@ -1,18 +1,19 @@
 //! What the mesh costs the proxy, as a stand-in istiod tells it: memory, processor time, and latency of traffic meanwhile.
 
-use std::{mem::take, sync::Arc, time::Duration};
+use std::{mem::take, time::Duration};
 
 use anyhow::{Context as _, ensure};
-use testkit::{Mesh, Pod, PodSpec, Population, ProxyOptions, World};
+use testkit::{Pod, PodSpec, Population, ProxyOptions, World};
 use tokio::time::{Instant, sleep};
 use xds_client::{local::Document, proto::workload::WorkloadStatus};
 
 use crate::{
     control_plane::ControlPlane,
     lab::Path,
-    latency::{self, Distribution, Echo, Flow},
+    latency::{self, Distribution, Flow},
     memory::{difference, float},
     options::Options,
+    pair::Pair,
     proxy::Proxy,
     report::{Report, Row, Unit},
 };
@@ -56,21 +57,14 @@ struct Steered<'a> {
     world: World,
 }
 
-#[derive(Debug)]
-struct Pair {
-    client: Arc<Pod>,
-    server: Arc<Pod>,
-    echo: Echo,
-}
-
 impl<'a> Steered<'a> {
     /// The proxy knows its pods and nothing else.
     async fn new(options: &'a Options, size: u32) -> anyhow::Result<Self> {
         let world = World::new(1)?;
         let node = world.node(0);
         let istiod = ControlPlane::start(&world, &*node.pod(&PodSpec::plain("istiod"))?)?;
-        let direct = Pair::new(&world, PodSpec::plain)?;
-        let culvert = Pair::new(&world, PodSpec::captured)?;
+        let direct = Pair::new(node, PodSpec::plain)?;
+        let culvert = Pair::new(node, PodSpec::captured)?;
         istiod.set(&culvert.mesh());
         let settings = ProxyOptions::new(&world, node).follow(&istiod);
         let pods: [&Pod; 2] = [&culvert.client, &culvert.server];
@@ -297,23 +291,6 @@ impl Figures {
     /// The slowest request of all resyncs, without what half of the requests take anyway, in seconds.
     fn worst_added(&self) -> f64 {
         self.resync.permille(1000) - self.quiet.permille(500)
-    }
-}
-
-impl Pair {
-    fn new(world: &World, spec: fn(&str) -> PodSpec) -> anyhow::Result<Self> {
-        let node = world.node(0);
-        let (client, server) = (node.pod(&spec("client"))?, node.pod(&spec("server"))?);
-        let echo = Echo::start(&server)?;
-        Ok(Self {
-            client,
-            server,
-            echo,
-        })
-    }
-
-    fn mesh(&self) -> Mesh {
-        Mesh::of(&[&self.client, &self.server])
     }
 }
 

@@ -47,6 +47,8 @@ pub(crate) enum Part {
     Mesh,
     /// Names: services of a large mesh, and those of others.
     Dns,
+    /// Latency while 50,000 series are scraped.
+    Scrapes,
 }
 
 impl Options {
@@ -111,6 +113,7 @@ impl fmt::Display for Part {
             Self::Held => "held connections",
             Self::Mesh => "mesh",
             Self::Dns => "names",
+            Self::Scrapes => "scrapes",
         })
     }
 }
@@ -129,7 +132,7 @@ mod tests {
     fn quick_is_one_short_round_of_all_parts() {
         let options = Options::parse_from(["culvert-bench", "--rounds", "7", "--quick"]);
         assert_eq!((options.rounds(), options.seconds()), (1, 1));
-        assert_eq!(options.parts().len(), 5);
+        assert_eq!(options.parts().len(), 6);
     }
 
     #[test]
