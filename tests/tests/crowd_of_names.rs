@@ -7,18 +7,24 @@
     reason = "test code: a panic is a failed test"
 )]
 
-use std::{fs::OpenOptions, time::Duration};
+use std::{
+    fs::{File, OpenOptions},
+    time::Duration,
+};
 
 use futures_util::future::join_all;
 use testkit::{
-    Cluster, Metrics, ProxyOptions,
+    Cluster, Metrics, Proxy, ProxyOptions,
     proxy::STATS_PORT,
     raw::RawClient,
     stage::ForeignClient,
     traffic::{self, Behaviour},
     wait,
 };
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    net::TcpStream,
+};
 
 /// One flow of a workload of another network that nobody has heard of before.
 async fn flow(client: &RawClient, target: &str, name: usize) {
@@ -46,9 +52,20 @@ fn one(metrics: &Metrics, name: &str) -> f64 {
     all[0].value
 }
 
+/// Waits until what series took has gone back to the system, and not only to the allocator.
+async fn returned(proxy: &Proxy<'_>, before: u64) {
+    let back = async || {
+        let now = proxy.resident_bytes().ok()?;
+        (now < before + RETURNED_BYTES).then_some(())
+    };
+    wait::until(wait::SOON, "memory returns", back).await;
+}
+
 const OPENED: &str = "istio_tcp_connections_opened_total";
 /// What a burst may leave behind.
 const KEPT_BYTES: u64 = 48 << 20;
+/// What may stay of it once nothing is kept any longer.
+const RETURNED_BYTES: u64 = 8 << 20;
 
 #[tokio::test]
 async fn ten_thousand_flows_of_changing_names_stay_within_the_ceiling_and_are_forgotten() {
@@ -103,8 +120,11 @@ async fn ten_thousand_flows_of_changing_names_stay_within_the_ceiling_and_are_fo
     proxy
         .metric("culvert_traffic_series", &[], |series| series == 0.0)
         .await;
-    let metrics = proxy.metrics().await.unwrap();
+    let exposition = proxy.get(STATS_PORT, "/metrics").await.unwrap().body;
+    assert!(exposition.len() < largest / 4, "{} bytes", exposition.len());
+    let metrics = Metrics::parse(&exposition).unwrap();
     assert_eq!(metrics.series(OPENED, &[]).count(), 0);
+    returned(proxy, before).await;
     assert!(one(&metrics, "culvert_traffic_series_evicted_total") >= 256.0);
     // What comes back begins anew.
     let client = foreign.client().await;
@@ -123,18 +143,7 @@ async fn twenty_scrapers_that_do_not_read_and_twenty_that_do_hold_up_no_flow() {
     let (client, target) = (foreign.client().await, foreign.target(8080));
     flows(&client, &target, 0..600).await;
 
-    let netns = foreign.world.node(0).proxy_netns();
-    let stats = ([127, 0, 0, 1], STATS_PORT).into();
-    let mut silent = Vec::new();
-    for _ in 0..20 {
-        let mut stream = traffic::connect(netns, stats).await.unwrap();
-        let request = b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n";
-        stream.write_all(request).await.unwrap();
-        let mut start = [0; 15];
-        stream.read_exact(&mut start).await.unwrap();
-        assert_eq!(&start, b"HTTP/1.1 200 OK");
-        silent.push(stream);
-    }
+    let _silent = silent_scrapers(&foreign).await;
     let reading = join_all((0..20).map(|_| proxy.get(STATS_PORT, "/metrics")));
     let carrying = async {
         let mut tunnel = client.tunnel(&foreign.target(8081)).await.unwrap();
@@ -152,30 +161,49 @@ async fn twenty_scrapers_that_do_not_read_and_twenty_that_do_hold_up_no_flow() {
     }
 }
 
-#[tokio::test]
-async fn a_log_that_nobody_reads_costs_records_and_no_traffic() {
-    let foreign = ForeignClient::new().unwrap();
-    foreign
-        .mesh()
-        .write(&ProxyOptions::mesh_file(&foreign.world))
-        .unwrap();
+/// Twenty scrapers that have the beginning of their answers and read no further.
+async fn silent_scrapers(foreign: &ForeignClient) -> Vec<TcpStream> {
+    let netns = foreign.world.node(0).proxy_netns();
+    let stats = ([127, 0, 0, 1], STATS_PORT).into();
+    let mut silent = Vec::new();
+    for _ in 0..20 {
+        let mut stream = traffic::connect(netns, stats).await.unwrap();
+        let request = b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n";
+        stream.write_all(request).await.unwrap();
+        let mut start = [0; 15];
+        stream.read_exact(&mut start).await.unwrap();
+        assert_eq!(&start, b"HTTP/1.1 200 OK");
+        silent.push(stream);
+    }
+    silent
+}
+
+/// A proxy whose standard output is a pipe, with the end that nobody reads.
+async fn unread<'a>(foreign: &'a ForeignClient, env: &[(&str, &str)]) -> (Cluster<'a>, File) {
+    let mesh_file = ProxyOptions::mesh_file(&foreign.world);
+    foreign.mesh().write(&mesh_file).unwrap();
     let pipe = foreign.world.file("stdout");
     nix::unistd::mkfifo(&pipe, nix::sys::stat::Mode::S_IRWXU).unwrap();
     // Open for both, so that the proxy's own opening does not wait for a reader.
-    let _never_read = OpenOptions::new()
-        .read(true)
-        .write(true)
-        .open(&pipe)
-        .unwrap();
+    let mut both = OpenOptions::new();
+    let never_read = both.read(true).write(true).open(&pipe).unwrap();
     let redirected = format!("exec \"$0\" \"$@\" > {}", pipe.display());
     let options = |node: &testkit::Node| {
-        ProxyOptions::new(&foreign.world, node)
+        let options = ProxyOptions::new(&foreign.world, node)
             .env("RUST_LOG", "trace")
-            .wrapped(&["sh", "-c", &redirected])
+            .wrapped(&["sh", "-c", &redirected]);
+        let set = |options: ProxyOptions, (key, value): &(&str, &str)| options.env(key, value);
+        env.iter().fold(options, set)
     };
-    let cluster = Cluster::run(&foreign.world, options, &[&foreign.api])
-        .await
-        .unwrap();
+    let pods = [&foreign.api];
+    let cluster = Cluster::run(&foreign.world, options, &pods).await;
+    (cluster.unwrap(), never_read)
+}
+
+#[tokio::test]
+async fn a_log_that_nobody_reads_costs_records_and_no_traffic() {
+    let foreign = ForeignClient::new().unwrap();
+    let (cluster, _never_read) = unread(&foreign, &[]).await;
     let _sink = foreign.api.serve(8080, Behaviour::Sink).unwrap();
     let _echo = foreign.api.serve(8081, Behaviour::Echo).unwrap();
     let client = foreign.client().await;
@@ -196,4 +224,43 @@ async fn a_log_that_nobody_reads_costs_records_and_no_traffic() {
         flow(&client, &target, 0).await;
     };
     wait::within(Duration::from_secs(60), "records are dropped", carrying).await;
+}
+
+#[tokio::test]
+async fn blocked_log_silent_collector_and_scrapers_at_once_cost_no_flow() {
+    let foreign = ForeignClient::new().unwrap();
+    // It takes connections and says nothing.
+    let _silent = traffic::listen(foreign.peer.netns(), foreign.peer.at(4317)).unwrap();
+    let endpoint = format!("http://{}", foreign.peer.at(4317));
+    let env = [
+        ("OTEL_EXPORTER_OTLP_ENDPOINT", &*endpoint),
+        ("OTEL_BSP_MAX_QUEUE_SIZE", "16"),
+    ];
+    let (cluster, _never_read) = unread(&foreign, &env).await;
+    let proxy = cluster.proxy(0);
+    let _sink = foreign.api.serve(8080, Behaviour::Sink).unwrap();
+    let _echo = foreign.api.serve(8081, Behaviour::Echo).unwrap();
+    let (client, target) = (foreign.client().await, foreign.target(8080));
+    let mut tunnel = client.tunnel(&foreign.target(8081)).await.unwrap();
+    flows(&client, &target, 0..200).await;
+    let _stalled = silent_scrapers(&foreign).await;
+    let carrying = async {
+        let mut lost = [0.0; 2];
+        while lost.contains(&0.0) {
+            let scrapes = join_all((0..20).map(|_| proxy.get(STATS_PORT, "/metrics")));
+            let (scraped, ()) = tokio::join!(scrapes, flows(&client, &target, 0..200));
+            tunnel.ping(b"still works").await.unwrap();
+            let bodies: Vec<String> = scraped.into_iter().map(|one| one.unwrap().body).collect();
+            assert!(bodies.iter().all(|body| body.ends_with("# EOF\n")));
+            let metrics = Metrics::parse(&bodies[0]).unwrap();
+            lost = [
+                metrics.sum("culvert_log_records_dropped_total", &[]),
+                metrics.sum("culvert_trace_spans_lost_total", &[]),
+            ];
+        }
+        tunnel.ping(b"and after that").await.unwrap();
+        flow(&client, &target, 0).await;
+    };
+    let limit = Duration::from_secs(90);
+    wait::within(limit, "records and spans are lost, and counted", carrying).await;
 }
