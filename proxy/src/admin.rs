@@ -11,6 +11,7 @@ mod flows;
 mod http1;
 mod logging;
 mod page;
+mod profile;
 mod readiness;
 mod stats;
 mod stream;

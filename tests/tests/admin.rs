@@ -20,6 +20,7 @@ use testkit::{
     traffic::{self, Behaviour},
     wait,
 };
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
 #[tokio::test]
 async fn log_levels_change_while_the_process_runs() {
@@ -218,4 +219,95 @@ async fn what_the_mesh_told_in_vain_is_named_until_it_is_told_right() {
         rejected().await.is_empty().then_some(())
     })
     .await;
+}
+
+/// The head of the answer, and its body.
+async fn raw(stage: &Pair, path: &str) -> (String, Vec<u8>) {
+    let admin = SocketAddr::new(IpAddr::from([127, 0, 0, 1]), ADMIN_PORT);
+    let netns = stage.world.node(0).proxy_netns();
+    let mut stream = traffic::connect(netns, admin).await.unwrap();
+    let request = format!("GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n");
+    stream.write_all(request.as_bytes()).await.unwrap();
+    let mut answer = Vec::new();
+    let reading = stream.read_to_end(&mut answer);
+    wait::within(6 * wait::SOON, path, reading).await.unwrap();
+    let end = answer.windows(4).position(|four| four == b"\r\n\r\n");
+    let body = answer.split_off(end.expect("a head") + 4);
+    (String::from_utf8(answer).unwrap().to_lowercase(), body)
+}
+
+#[tokio::test]
+async fn processor_time_is_profiled_one_at_a_time() {
+    let stage = Pair::new().unwrap();
+    // A root file system that cannot be written to, and no place for temporary files.
+    let cluster = stage
+        .start(&stage.mesh(), &[("TMPDIR", "/nonexistent")])
+        .await
+        .unwrap();
+    for query in [
+        "seconds=0",
+        "seconds=301",
+        "seconds=x",
+        "frequency=0",
+        "frequency=1001",
+    ] {
+        let path = format!("/debug/pprof/profile?{query}");
+        let answer = cluster.proxy(0).get(ADMIN_PORT, &path).await.unwrap();
+        assert_eq!(answer.status, 400, "{query}");
+        assert!(answer.body.starts_with(query.split('=').next().unwrap()));
+    }
+    let _app = stage.api.serve(8080, Behaviour::Echo).unwrap();
+    let busy = async {
+        loop {
+            stage.web.ask(Pair::SERVICE, b"hello").await.unwrap();
+        }
+    };
+    let second = async {
+        let path = "/debug/pprof/profile?seconds=1";
+        wait::until(wait::SOON, "one is busy", async || {
+            let (head, _) = raw(&stage, path).await;
+            head.contains(" 409 ").then_some(())
+        })
+        .await;
+    };
+    let profiling = raw(&stage, "/debug/pprof/profile?seconds=5&frequency=500");
+    let both = async { tokio::join!(profiling, second).0 };
+    let (head, body) = tokio::select! {
+        answer = both => answer,
+        () = busy => unreachable!("it never ends"),
+    };
+    let body = String::from_utf8_lossy(&body);
+    if head.contains(" 200 ") {
+        assert!(!head.contains("content-type"), "{head}");
+        // The names of functions are in it as they are.
+        for name in ["culvert::flow::", "tokio::runtime::", "nanoseconds"] {
+            assert!(body.contains(name), "{name}: {} bytes", body.len());
+        }
+    } else {
+        // Not everybody who runs tests may sample.
+        assert!(body.contains("perf_event_paranoid"), "{head}\n{body}");
+        let users = std::fs::read_to_string("/proc/self/uid_map").unwrap();
+        assert!(!users.contains("4294967295"), "root may sample: {body}");
+    }
+}
+
+#[tokio::test]
+async fn a_profile_of_memory_that_was_not_built_in_is_refused_with_the_way_to_it() {
+    let stage = Pair::new().unwrap();
+    let cluster = stage.start(&stage.mesh(), &[]).await.unwrap();
+    for path in [
+        "/debug/pprof/heap",
+        "/debug/pprof/heap/profiling?activate=true",
+    ] {
+        let answer = cluster.proxy(0).get(ADMIN_PORT, path).await.unwrap();
+        assert_eq!(answer.status, 500, "{path}");
+        assert!(
+            answer.body.contains("--features heap-profile"),
+            "{}",
+            answer.body
+        );
+    }
+    let path = "/debug/pprof/heap/profiling?activate=maybe";
+    let answer = cluster.proxy(0).get(ADMIN_PORT, path).await.unwrap();
+    assert_eq!(answer.status, 400);
 }

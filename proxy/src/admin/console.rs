@@ -15,7 +15,7 @@ use tokio_util::sync::CancellationToken;
 use super::{
     ControlPlane, Pods, Settings, dump, explain, flows,
     http1::{self, Body, empty, text},
-    logging, page,
+    logging, page, profile,
     stream::streamed,
 };
 use crate::{
@@ -91,6 +91,9 @@ fn answer(
                 flows::write_open(&*pods, most, out)
             }))
         }
+        "/debug/pprof/profile" => Box::pin(profile::cpu(query)),
+        "/debug/pprof/heap" => Box::pin(profile::heap()),
+        "/debug/pprof/heap/profiling" => now(profile::heap_profiling(query)),
         "/debug/refusals" => now(json(&flows::Recent::of(console.shared.traffic.refusals()))),
         _ => now(empty(StatusCode::NOT_FOUND)),
     }

@@ -111,6 +111,11 @@ pub(super) fn text(status: StatusCode, text: String) -> Response<Body> {
     response
 }
 
+/// An answer of bytes, without content type.
+pub(super) fn bytes(bytes: Bytes) -> Response<Body> {
+    Response::new(full(bytes))
+}
+
 /// An answer without body and content type.
 pub(super) fn empty(status: StatusCode) -> Response<Body> {
     let mut response = Response::new(full(Bytes::new()));
@@ -188,8 +193,8 @@ const MAX_CONNECTIONS: usize = 128;
 const READ_BUFFER_BYTES: usize = 8 << 10;
 /// Longest wait for a complete request head; idle connections end after the same time.
 const HEAD_LIMIT: Duration = Duration::from_secs(2);
-/// Longest life of a connection: a reader that takes nothing gives its slot back.
-const CONNECTION_LIMIT: Duration = Duration::from_secs(300);
+/// Longest life of a connection, more than the longest profile takes: a reader that takes nothing gives its slot back.
+const CONNECTION_LIMIT: Duration = Duration::from_secs(330);
 /// How long a stop waits for requests in flight.
 const STOP_LIMIT: Duration = Duration::from_secs(5);
 /// Pause after a failed accept.

@@ -20,7 +20,7 @@ use super::{
 };
 
 /// Everything that this server answers besides, with a word about each.
-const LINKS: [(&str, &str); 6] = [
+const LINKS: [(&str, &str); 8] = [
     (
         "config_dump",
         "everything the proxy knows, as istioctl and Kiali read it",
@@ -33,6 +33,14 @@ const LINKS: [(&str, &str); 6] = [
     (
         "debug/explain",
         "?from=POD&to=HOST:PORT: what would become of a connection, and why",
+    ),
+    (
+        "debug/pprof/profile",
+        "?seconds=10&frequency=100: where processor time goes, for pprof",
+    ),
+    (
+        "debug/pprof/heap",
+        "where memory came from, for pprof, if that is built in",
     ),
     ("logging", "POST: show or change log levels"),
     ("quitquitquit", "POST: stop, as SIGTERM does"),
