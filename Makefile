@@ -58,7 +58,7 @@ fuzz: ## What foreign bytes do to each decoder, for 60 seconds each (SECONDS=180
 	@.ci/need $(BUILD)
 	@cargo fuzz --version >/dev/null 2>&1 || { set -x; cargo install cargo-fuzz --version $(CARGO_FUZZ) --locked; }
 	@export RUSTC_BOOTSTRAP=1; \
-	for crate in proxy cert-agent; do \
+	for crate in proxy cert-agent xds-client; do \
 	  for target in $$(cd $$crate && cargo fuzz list); do \
 	    mkdir -p $$crate/fuzz/corpus/$$target $$crate/fuzz/seeds/$$target; \
 	    (set -x; cd $$crate && cargo fuzz run --sanitizer none $$target fuzz/corpus/$$target fuzz/seeds/$$target \

@@ -16,8 +16,8 @@ mod traces;
 
 pub use build_info::BuildInfo;
 pub use control::{
-    Address, AuthToken, CertificateSource, ControlPlane, Header, Identity, MeshSource, RootSource,
-    SelfIdentity,
+    Address, AuthToken, CertificateSource, ControlPlane, Header, Identity, LastKnown, MeshSource,
+    RootSource, SelfIdentity,
 };
 pub use data::{
     Capture, DnsCapture, Inbound, Keepalive, MaxAge, NodePath, OriginalSource, PqcPolicy,

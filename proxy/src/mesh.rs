@@ -33,7 +33,7 @@ pub use workload::{
     ApplicationTunnel, Health, Link, NetworkMode, Protocol, TunnelProtocol, Workload, WorkloadType,
 };
 
-use std::{ops::Deref, sync::Arc};
+use std::{ops::Deref, sync::Arc, time::SystemTime};
 
 use cert_agent::SpiffeId;
 use parking_lot::{Mutex, RwLock, RwLockWriteGuard};
@@ -184,6 +184,22 @@ impl Mesh {
             }
             intake.remove_unnamed(&Kind::ALL, Source::File);
         })
+    }
+
+    /// Says that what is held was told at `told`, before this process started: it may have changed since.
+    pub fn recall(&self, told: SystemTime) {
+        self.set_recalled(Some(told));
+    }
+
+    /// Says that the control plane has answered, and what is held is what it knows.
+    pub fn confirm(&self) {
+        self.set_recalled(None);
+    }
+
+    fn set_recalled(&self, told: Option<SystemTime>) {
+        self.shared.state.write().set_recalled(told);
+        let changes = &self.shared.changes;
+        changes.send_modify(|generation| *generation += 1);
     }
 
     /// All workloads in order of their uid, each with who told of it.

@@ -7,6 +7,7 @@ mod certificates;
 mod console;
 mod control_plane;
 mod error;
+mod last_known;
 mod launch;
 mod memory_metrics;
 mod mesh_metrics;
@@ -23,6 +24,7 @@ mod trust;
 use std::{sync::Arc, time::Duration};
 
 use cert_agent::openbao::Authority;
+use futures_util::future::OptionFuture;
 use prometheus_client::registry::Registry;
 use tokio::{
     net::TcpListener,
@@ -46,6 +48,7 @@ use crate::{
 };
 use certificates::Certificates;
 use console::Shown;
+use control_plane::Follower;
 pub use error::StartError;
 use launch::{Launcher, Names};
 use served::Served;
@@ -258,7 +261,7 @@ impl<'a> Start<'a> {
         shared: &Arc<Shared>,
         registry: &mut Registry,
         shown: &mut Shown,
-    ) -> Result<impl Future<Output = ()> + use<>, StartError> {
+    ) -> Result<OptionFuture<impl Future<Output = ()> + use<>>, StartError> {
         mesh_metrics::register(&shared.mesh, registry);
         let control = &self.config.control;
         if let Some(local) = &control.local {
@@ -266,21 +269,29 @@ impl<'a> Start<'a> {
             let following = file.follow(self.background.clone());
             self.here(MESH_FILE, following);
         }
-        let synced = control.xds.as_ref().map(|address| {
-            let metrics = Metrics::register(registry);
-            shown.client = Some(metrics.clone());
-            let sink = (shared, shown.rejections.clone());
-            let client = control_plane::client(self.config, address, sink, metrics);
-            let synced = client.synced();
-            self.here(CONTROL_PLANE, client.run(self.background.clone()));
-            synced
+        let Some(address) = &control.xds else {
+            return Ok(OptionFuture::from(None));
+        };
+        let kept = last_known::open(self.config, shared, registry).await;
+        let (journal, keeper) = kept.unzip();
+        let metrics = Metrics::register(registry);
+        shown.client = Some(metrics.clone());
+        let follower = Follower {
+            shared: Arc::clone(shared),
+            rejections: shown.rejections.clone(),
+            journal,
+        };
+        let client = control_plane::client(self.config, address, follower, metrics);
+        let known = last_known::enough(&client, &shared.mesh);
+        let confirming = last_known::confirm(client.synced(), shared.mesh.clone());
+        let stop = self.background.clone();
+        self.here(LAST_KNOWN, async move {
+            let keeping = OptionFuture::from(keeper.map(|keeper| keeper.run(stop.clone())));
+            tokio::join!(keeping, stop.run_until_cancelled(confirming));
+            stop.cancelled().await;
         });
-        Ok(async move {
-            if let Some(mut synced) = synced {
-                // The client outlives whoever waits here.
-                let _synced = synced.wait_for(|synced| *synced).await;
-            }
-        })
+        self.here(CONTROL_PLANE, client.run(self.background.clone()));
+        Ok(OptionFuture::from(Some(known)))
     }
 
     /// Serves the pods of this node, or the one workload of dedicated mode, and the proxy's own pod.
@@ -360,11 +371,11 @@ impl<'a> Start<'a> {
     /// Waits until `known` ends. `false` if a signal came first.
     async fn reaches(
         &mut self,
-        known: impl Future<Output = ()>,
+        known: impl Future<Output = Option<()>>,
         signals: &mut Signals,
     ) -> Result<bool, StartError> {
         tokio::select! {
-            () = known => Ok(true),
+            _ = known => Ok(true),
             ended = self.runs(signals) => ended.map(|()| false),
         }
     }
@@ -441,6 +452,7 @@ impl Signals {
 const CERTIFICATES: &str = "certificates";
 const CONTROL_PLANE: &str = "control plane";
 const EVICTION: &str = "idle series";
+const LAST_KNOWN: &str = "last known state";
 const MESH_FILE: &str = "mesh file";
 const OPENBAO: &str = "OpenBao";
 const REVOCATION: &str = "revocation lists";
@@ -448,10 +460,11 @@ const TRACES: &str = "spans";
 const TRIMMING: &str = "buffers";
 const TRUST: &str = "trust anchors";
 /// What flows need until the last of them has ended.
-const BACKGROUND: [&str; 9] = [
+const BACKGROUND: [&str; 10] = [
     CERTIFICATES,
     CONTROL_PLANE,
     EVICTION,
+    LAST_KNOWN,
     MESH_FILE,
     OPENBAO,
     REVOCATION,

@@ -51,6 +51,9 @@ pub enum Denied {
     /// There are ALLOW policies and none matches.
     #[error("allow policies exist, but none allowed")]
     NotAllowed,
+    /// The workload names this policy, and the control plane, which may know it, has not answered since the start.
+    #[error("policy {0} is not known, and the control plane has not answered yet")]
+    Unconfirmed(Arc<str>),
 }
 
 /// The outcome, and what is to be logged about it.
@@ -122,6 +125,8 @@ pub enum Event {
     DryRunNoAllowMatch,
     /// The workload names a policy that the control plane has not delivered; it is not enforced.
     Missing,
+    /// The same, while the state is one that was recalled: nothing is allowed.
+    Unconfirmed,
 }
 
 impl Event {
@@ -143,6 +148,7 @@ impl fmt::Display for Event {
             Self::DryRunAllowMatch => "dry-run: allow policy match",
             Self::DryRunNoAllowMatch => "dry-run: no allow policies match",
             Self::Missing => "policy not found, not enforced",
+            Self::Unconfirmed => "policy not found, and the state is not confirmed",
         })
     }
 }
@@ -159,6 +165,9 @@ pub fn authorize(state: &State, workload: &Workload, connection: &Connection<'_>
             Applicable::Missing(key) if is_static_strict(key) => {
                 judgement.weigh_static_strict(key, connection);
             }
+            Applicable::Missing(key) if state.recalled().is_some() => {
+                judgement.unconfirmed.get_or_insert(key);
+            }
             Applicable::Missing(key) => judgement
                 .missing
                 .push(note(Event::Missing, Arc::clone(key))),
@@ -171,6 +180,7 @@ pub fn authorize(state: &State, workload: &Workload, connection: &Connection<'_>
 #[derive(Debug, Default)]
 struct Judgement<'a> {
     denied_by: Option<&'a Arc<str>>,
+    unconfirmed: Option<&'a Arc<str>>,
     allowed_by: Option<&'a Arc<str>>,
     has_allow: bool,
     has_dry_allow: bool,
@@ -225,6 +235,13 @@ impl<'a> Judgement<'a> {
             return Verdict {
                 outcome: Err(Denied::Explicitly(Arc::clone(key))),
                 decision: note(Event::DenyMatch, Arc::clone(key)),
+                asides,
+            };
+        }
+        if let Some(key) = self.unconfirmed {
+            return Verdict {
+                outcome: Err(Denied::Unconfirmed(Arc::clone(key))),
+                decision: note(Event::Unconfirmed, Arc::clone(key)),
                 asides,
             };
         }

@@ -77,6 +77,7 @@ pub struct Client {
     demand: Demand,
     metrics: Metrics,
     synced: watch::Sender<bool>,
+    tried: watch::Sender<bool>,
     /// Kinds that had their first response.
     answered: [bool; 2],
     /// The peer reads less than expected: versions are left out for good.
@@ -100,6 +101,7 @@ impl Client {
             demand: Demand::default(),
             metrics,
             synced: watch::Sender::new(false),
+            tried: watch::Sender::new(false),
             answered: [false; 2],
             versions_refused: false,
         }
@@ -123,6 +125,12 @@ impl Client {
         self.synced.subscribe()
     }
 
+    /// Becomes true when a stream, or the attempt at one, has ended, and stays so.
+    #[must_use]
+    pub fn tried(&self) -> watch::Receiver<bool> {
+        self.tried.subscribe()
+    }
+
     /// Follows until told to stop.
     pub async fn run(mut self, stop: CancellationToken) {
         let following = async {
@@ -130,6 +138,7 @@ impl Client {
             loop {
                 let end = self.stream(&mut backoff).await;
                 self.metrics.connected(false);
+                self.tried.send_replace(true);
                 self.metrics.terminated(end.reason());
                 self.versions_refused |= end.is_too_large();
                 let pause = backoff.pause(rand::random());

@@ -32,6 +32,7 @@
 
 mod client;
 mod demand;
+pub mod journal;
 pub mod local;
 mod node;
 pub mod proto;

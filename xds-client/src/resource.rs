@@ -112,6 +112,11 @@ impl Batch {
             .map(|encoded| Resource::decode(encoded.clone()))
     }
 
+    /// The resources as they came.
+    pub(crate) fn encoded(&self) -> &[Bytes] {
+        &self.resources
+    }
+
     /// Bytes of content, names and framing left out.
     pub(crate) fn content_bytes(&self) -> usize {
         let contents = self.resources.iter();

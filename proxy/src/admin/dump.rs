@@ -54,7 +54,10 @@ pub(super) fn write(console: &Console, out: impl Write) -> io::Result<()> {
     let certificates: Vec<_> = certificates.iter().map(Certificate::of).collect();
     map.serialize_entry("certificates", &certificates)?;
     map.serialize_entry("config", &console.settings)?;
-    map.serialize_entry("controlPlane", &ControlPlane::of(&console.control_plane))?;
+    map.serialize_entry(
+        "controlPlane",
+        &ControlPlane::of(&console.control_plane, &console.shared.mesh),
+    )?;
     map.serialize_entry("policies", &all.policies())?;
     map.serialize_entry("services", &all.services())?;
     map.serialize_entry("stagedServices", &Staged::of(mesh))?;

@@ -1,6 +1,6 @@
 //! The section [`ControlPlane`]: where mesh state and certificates come from.
 
-use std::{path::PathBuf, time::Duration};
+use std::{ops::RangeInclusive, path::PathBuf, time::Duration};
 
 use http::{HeaderName, HeaderValue, Uri};
 use rustls::pki_types::{CertificateDer, DnsName, pem::PemObject as _};
@@ -13,7 +13,7 @@ use super::{
     value::Reject,
 };
 use crate::config::{
-    Address, AuthToken, CertificateSource, ControlPlane, Header, MeshSource, RootSource,
+    Address, AuthToken, CertificateSource, ControlPlane, Header, LastKnown, MeshSource, RootSource,
 };
 
 pub(super) fn parse(reader: &mut Reader<'_>, proxy: &ProxyConfig) -> ControlPlane {
@@ -26,6 +26,7 @@ pub(super) fn parse(reader: &mut Reader<'_>, proxy: &ProxyConfig) -> ControlPlan
         token: token(reader),
         preferred_service_namespace: reader.name("PREFERED_SERVICE_NAMESPACE"),
         crl_path: reader.path("CRL_PATH"),
+        last_known: last_known(reader),
     }
 }
 
@@ -272,6 +273,25 @@ fn token(reader: &mut Reader<'_>) -> Option<AuthToken> {
     reader.keep("AUTH_TOKEN", Given::Secret, outcome)
 }
 
+/// What is given besides is checked even where nothing is kept.
+fn last_known(reader: &mut Reader<'_>) -> Option<LastKnown> {
+    let max_bytes = reader.integer("STATE_MAX_BYTES", &STATE_BYTES, DEFAULT_STATE_BYTES);
+    let directory = reader.path("STATE_DIR")?;
+    if directory.is_absolute() {
+        return Some(LastKnown {
+            directory,
+            max_bytes,
+        });
+    }
+    let reject = Reject::new(
+        "not an absolute path",
+        "a directory such as /var/lib/culvert",
+    );
+    let given = Given::Value(directory.display().to_string());
+    reader.fault("STATE_DIR", given, reject);
+    None
+}
+
 fn local(reader: &mut Reader<'_>) -> Option<MeshSource> {
     match (reader.path("LOCAL_XDS_PATH"), reader.text("LOCAL_XDS")) {
         (Some(path), None) => Some(MeshSource::File(path)),
@@ -289,4 +309,7 @@ fn local(reader: &mut Reader<'_>) -> Option<MeshSource> {
 const DEFAULT_TTL: Duration = Duration::from_hours(24);
 // Absolute: where the process was started must not matter.
 const DEFAULT_ROOTS: &str = "/var/run/secrets/istio/root-cert.pem";
+/// From what a few pods take to what fits into memory.
+const STATE_BYTES: RangeInclusive<u64> = 1 << 16..=1 << 32;
+const DEFAULT_STATE_BYTES: u64 = 256 << 20;
 const DEFAULT_TOKEN: &str = "/var/run/secrets/tokens/istio-token";

@@ -69,6 +69,18 @@ pub struct ControlPlane {
     pub preferred_service_namespace: Option<Arc<str>>,
     /// `CRL_PATH`.
     pub crl_path: Option<PathBuf>,
+    /// `STATE_DIR`; `None` keeps nothing on disk.
+    pub last_known: Option<LastKnown>,
+}
+
+/// Where what the control plane told is kept for a start without it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[non_exhaustive]
+pub struct LastKnown {
+    /// `STATE_DIR`: a directory of this proxy alone.
+    pub directory: PathBuf,
+    /// `STATE_MAX_BYTES`, default 256 MiB: a mesh that takes more is not kept.
+    pub max_bytes: u64,
 }
 
 /// One control-plane server.

@@ -38,6 +38,7 @@ pub(super) fn note(log: AuthorizationLog, note: &Note) {
         Event::DryRunAllowMatch => AuthorizationEvent::DryRunAllowed(policy),
         Event::DryRunNoAllowMatch => AuthorizationEvent::DryRunNoneMatched,
         Event::Missing => AuthorizationEvent::Missing(policy),
+        Event::Unconfirmed => AuthorizationEvent::Unconfirmed(policy),
     });
 }
 

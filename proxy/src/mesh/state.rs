@@ -4,7 +4,7 @@ mod services;
 mod workloads;
 mod write;
 
-use std::{net::IpAddr, sync::Arc};
+use std::{net::IpAddr, sync::Arc, time::SystemTime};
 
 use cert_agent::SpiffeId;
 use foldhash::fast::RandomState;
@@ -47,6 +47,8 @@ pub struct State {
     namespace_policies: Map<Arc<str>, Vec<Arc<Policy>>>,
     /// Policies of scope global, sorted by key.
     global_policies: Vec<Arc<Policy>>,
+    /// When the state was told, if that was before the process started and nothing has confirmed it.
+    recalled: Option<SystemTime>,
 }
 
 /// One endpoint of a service, healthy or not.
@@ -109,6 +111,7 @@ impl State {
             policies: Map::default(),
             namespace_policies: Map::default(),
             global_policies: Vec::new(),
+            recalled: None,
         }
     }
 
@@ -116,6 +119,16 @@ impl State {
     #[must_use]
     pub fn view(&self) -> &View {
         &self.view
+    }
+
+    /// When the control plane told of this state, if that was before the process started, and it has not answered since.
+    #[must_use]
+    pub fn recalled(&self) -> Option<SystemTime> {
+        self.recalled
+    }
+
+    pub(super) fn set_recalled(&mut self, told: Option<SystemTime>) {
+        self.recalled = told;
     }
 
     /// The workload with this uid.

@@ -2,7 +2,9 @@
 
 use std::sync::Arc;
 
-use xds_client::{Batch, Client, Kind, Metrics, NodeFacts, Rejected, Sink, Versions};
+use xds_client::{
+    Batch, Client, Kind, Metrics, NodeFacts, Rejected, Sink, Versions, journal::Journal,
+};
 
 use super::{source, target::target};
 use crate::{
@@ -16,13 +18,11 @@ use crate::{
 pub(super) fn client(
     config: &Config,
     address: &Address,
-    (shared, rejections): (&Arc<Shared>, Rejections),
+    follower: Follower,
     metrics: Metrics,
 ) -> Client {
-    let sink = Arc::new(Follower {
-        shared: Arc::clone(shared),
-        rejections,
-    });
+    let shared = Arc::clone(&follower.shared);
+    let sink = Arc::new(follower);
     let node = facts(&config.identity).to_node();
     let target = Arc::new(target(config, address));
     let client = Client::new(node, target, sink, metrics);
@@ -50,13 +50,18 @@ fn facts(identity: &Identity) -> NodeFacts {
 }
 
 /// Puts what istiod tells into the mesh, and asks for the certificates that come with it.
-struct Follower {
-    shared: Arc<Shared>,
-    rejections: Rejections,
+pub(super) struct Follower {
+    pub(super) shared: Arc<Shared>,
+    pub(super) rejections: Rejections,
+    /// Where it is kept for the next start, if it is.
+    pub(super) journal: Option<Journal>,
 }
 
 impl Sink for Follower {
     fn held(&self, kind: Kind, versions: &mut Versions) {
+        if self.journal.as_ref().is_some_and(Journal::needs_everything) {
+            return;
+        }
         self.shared.mesh.versions(kind, versions);
     }
 
@@ -78,7 +83,12 @@ impl Sink for Follower {
             name: one.name,
             reason: one.reason.to_string(),
         });
-        rejected.collect()
+        let rejected: Vec<_> = rejected.collect();
+        // On disk before it is answered: what istiod knows us to have been told is what a start without it begins with.
+        if let Some(journal) = &self.journal {
+            journal.keep(batch, &rejected);
+        }
+        rejected
     }
 }
 

@@ -11,7 +11,7 @@ use prometheus_client::{
 
 use crate::mesh::{Counts, Mesh};
 
-/// Registers `istio_mesh_resources`.
+/// Registers `istio_mesh_resources` and `culvert_state_age_seconds`.
 pub(super) fn register(mesh: &Mesh, registry: &mut Registry) {
     registry.register_collector(Box::new(Held(mesh.clone())));
 }
@@ -43,7 +43,15 @@ impl Collector for Held {
             let gauge = ConstGauge::new(i64::try_from(count).unwrap_or(i64::MAX));
             gauge.encode(family.encode_family(&[("kind", kind)])?)?;
         }
-        Ok(())
+        let told = self.0.read().recalled();
+        let age = told.map(|told| told.elapsed().unwrap_or_default());
+        let age = ConstGauge::new(age.map_or(0.0, |age| age.as_secs_f64()));
+        age.encode(encoder.encode_descriptor(
+            "culvert_state_age_seconds",
+            "Age of the state that is served from disk; 0 when the control plane has answered.",
+            None,
+            MetricType::Gauge,
+        )?)
     }
 }
 

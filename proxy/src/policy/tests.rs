@@ -391,6 +391,18 @@ fn a_missing_policy_is_told_and_the_others_are_enforced() {
 }
 
 #[test]
+fn where_the_state_is_a_recalled_one_a_missing_policy_refuses() {
+    let world = World::new([], &["default/gone"]);
+    assert!(world.allows("td/ns/a/sa/b", 80));
+    world.mesh.recall(std::time::SystemTime::now());
+    assert!(!world.allows("td/ns/a/sa/b", 80));
+    let expected = "policy not found, and the state is not confirmed default/gone";
+    assert_eq!(world.notes("td/ns/a/sa/b", 80), [expected]);
+    world.mesh.confirm();
+    assert!(world.allows("td/ns/a/sa/b", 80));
+}
+
+#[test]
 fn mandatory_mutual_tls_is_in_force_by_its_name() {
     let name = "istio-system/istio_converted_static_strict";
     let world = World::new([], &[name]);

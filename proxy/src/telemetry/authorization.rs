@@ -31,6 +31,8 @@ pub enum AuthorizationEvent<'a> {
     NotMatched(&'a str),
     /// A workload names a policy that was not delivered.
     Missing(&'a str),
+    /// The same, where nothing is allowed for that.
+    Unconfirmed(&'a str),
 }
 
 impl AuthorizationLog {
@@ -52,6 +54,9 @@ impl AuthorizationLog {
             Event::DryRunNoneMatched => (None, "dry-run: no allow policies match"),
             Event::NotMatched(policy) => {
                 return tracing::trace!(target: SCOPE, policy, "policy does not match");
+            }
+            Event::Unconfirmed(policy) => {
+                return tracing::warn!(target: SCOPE, policy, "policy is not known, refused until the control plane answers");
             }
             Event::Missing(policy) => {
                 return tracing::warn!(target: SCOPE, policy, "policy is not known");

@@ -2,7 +2,10 @@
 
 use serde::Serialize;
 
-use crate::admin::{self, RejectedResource, when};
+use crate::{
+    admin::{self, RejectedResource, when},
+    mesh::Mesh,
+};
 
 #[derive(Serialize)]
 #[serde(rename_all = "camelCase")]
@@ -10,16 +13,20 @@ pub(in crate::admin) struct ControlPlane {
     address: Option<String>,
     connected: bool,
     last_response: Option<String>,
+    /// When what is in force was told, if that was before the process started.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    recalled_from: Option<String>,
     rejected: Vec<Rejected>,
 }
 
 impl ControlPlane {
-    pub(in crate::admin) fn of(source: &admin::ControlPlane) -> Self {
+    pub(in crate::admin) fn of(source: &admin::ControlPlane, mesh: &Mesh) -> Self {
         let rejected = source.rejections.all();
         Self {
             address: source.address.clone(),
             connected: source.is_connected(),
             last_response: source.last_response().map(when::rfc3339),
+            recalled_from: mesh.read().recalled().map(when::rfc3339),
             rejected: rejected.into_iter().map(Rejected::of).collect(),
         }
     }

@@ -84,7 +84,12 @@ fn control_plane(console: &Console) -> Markup {
     } else {
         ("disconnected", "bad")
     };
-    tile(state, &format!("{address}, {heard}"), class)
+    let told = console.shared.mesh.read().recalled();
+    let age = told.map(|told| span(told.elapsed().unwrap_or_default()));
+    let recalled = age.map_or_else(String::new, |age| {
+        format!(", serving what was known {age} ago")
+    });
+    tile(state, &format!("{address}, {heard}{recalled}"), class)
 }
 
 /// Connections that did not come to be, with the question to ask about each.

@@ -109,6 +109,21 @@ fn limits() {
 }
 
 #[test]
+fn last_known_state() {
+    let kept = |variables: &[_]| given(variables).config().control.last_known;
+    assert_eq!(kept(&[]), None);
+    let directory = ("STATE_DIR", "/var/lib/culvert");
+    let default = kept(&[directory]).unwrap();
+    assert_eq!(default.directory.to_str(), Some(directory.1));
+    assert_eq!(default.max_bytes, 256 << 20);
+    let small = kept(&[directory, ("STATE_MAX_BYTES", "65536")]);
+    assert_eq!(small.unwrap().max_bytes, 65_536);
+    for refused in [("STATE_DIR", "state"), ("STATE_MAX_BYTES", "65535")] {
+        assert_eq!(given(&[refused]).faulty(), [refused.0.to_owned()].into());
+    }
+}
+
+#[test]
 fn flows_within_the_node() {
     let direct = |variables: &[_], namespace: &str| {
         let config = given(variables).config();
