@@ -125,11 +125,17 @@ async fn a_browser_shows_a_thousand_flows_and_keeps_them_fresh() {
         "no question to copy"
     );
     assert!(!complaints.contains("CONSOLE"), "{complaints}");
-    for (name, size) in [("wide", "1280,900"), ("narrow", "420,900")] {
+    let (light, dark) = ("preferredColorScheme=1", "preferredColorScheme=0");
+    for (name, size, theme) in [
+        ("wide", "1280,900", light),
+        ("narrow", "420,900", light),
+        ("dark", "1280,900", dark),
+    ] {
         let file = stage.world.file(&format!("{name}.png"));
         let shot = format!("--screenshot={}", file.display());
         let size = format!("--window-size={size}");
-        let (_, complaints) = browse(&stage, &[&shot, &size]).await;
+        let theme = format!("--blink-settings={theme}");
+        let (_, complaints) = browse(&stage, &[&shot, &size, &theme]).await;
         assert!(!complaints.contains("CONSOLE"), "{complaints}");
         assert!(is_png(&file), "no screenshot {name}: {complaints}");
         keep(&file, name);
