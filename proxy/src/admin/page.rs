@@ -69,7 +69,7 @@ pub(super) fn page(console: &Console) -> Response<Body> {
                     span.dim { "version " (console.build.version) " · " span id="state" { "live" } }
                     input id="filter" type="search" placeholder="filter flows" aria-label="filter flows";
                     nav {
-                        @for (path, what) in LINKS { a href=(path) title=(what) { (path) } }
+                        @for (path, what) in LINKS { a href=(path) title=(what) { (path.trim_start_matches("debug/")) } }
                     }
                 }
                 main { (sections::all(console)) }

@@ -23,7 +23,7 @@ pub(super) fn section(traffic: &Traffic) -> Markup {
     html! {
         section.half id="map" {
             h2 { "Who talks to whom " span.dim { (edges.len()) " of " (total) " pairs, since the start" } }
-            @if edges.is_empty() { p.dim { "nobody yet" } } @else { (drawing(&edges)) }
+            @if edges.is_empty() { p.dim { "nobody yet" } } @else { div.wide { (drawing(&edges)) } }
         }
     }
 }
