@@ -1,11 +1,13 @@
 //! Small worlds that several chapters play on.
 
+mod calm;
 mod guarded;
 mod named;
 mod pair;
 mod steady;
 mod steered;
 
+pub use calm::Calm;
 pub use guarded::{BYTES, Guarded};
 pub use named::{Named, RESOLVER, RESOLVER6, UPSTREAM, UPSTREAM6};
 pub use pair::Pair;

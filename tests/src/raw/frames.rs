@@ -35,6 +35,8 @@ pub mod kind {
     pub const GOAWAY: u8 = 7;
     /// `WINDOW_UPDATE`.
     pub const WINDOW_UPDATE: u8 = 8;
+    /// CONTINUATION.
+    pub const CONTINUATION: u8 = 9;
 }
 
 /// Settings.
@@ -327,12 +329,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Wire<S> {
         stream: u32,
         payload: &[u8],
     ) -> io::Result<()> {
-        let length = u32::try_from(payload.len())
-            .map_err(io::Error::other)?
-            .to_be_bytes();
-        let mut frame = vec![length[1], length[2], length[3], kind, flags];
-        frame.extend_from_slice(&stream.to_be_bytes());
-        frame.extend_from_slice(payload);
+        let frame = encode(kind, flags, stream, payload);
         self.stream.write_all(&frame).await?;
         self.stream.flush().await
     }
@@ -342,11 +339,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Wire<S> {
     /// # Errors
     /// When the connection fails.
     pub async fn headers(&mut self, stream: u32, fields: &[(&str, &str)]) -> io::Result<()> {
-        let block: Vec<u8> = fields
-            .iter()
-            .flat_map(|(name, value)| literal(name, value))
-            .collect();
-        self.send(kind::HEADERS, END_HEADERS, stream, &block).await
+        self.send(kind::HEADERS, END_HEADERS, stream, &block(fields))
+            .await
     }
 
     /// Reads one frame.
@@ -386,6 +380,25 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Wire<S> {
             }
         }
     }
+}
+
+/// The bytes of a frame.
+#[must_use]
+pub fn encode(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
+    let length = (payload.len() as u32).to_be_bytes();
+    let mut frame = vec![length[1], length[2], length[3], kind, flags];
+    frame.extend_from_slice(&stream.to_be_bytes());
+    frame.extend_from_slice(payload);
+    frame
+}
+
+/// The payload of HEADERS with these fields, pseudo-headers included, in this order.
+#[must_use]
+pub fn block(fields: &[(&str, &str)]) -> Vec<u8> {
+    let fields = fields.iter();
+    fields
+        .flat_map(|(name, value)| literal(name, value))
+        .collect()
 }
 
 /// A header field as HPACK literal without indexing and without Huffman code; both parts shorter than 127 bytes.

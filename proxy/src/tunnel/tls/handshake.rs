@@ -66,8 +66,9 @@ macro_rules! drive {
                     let Some(error) = failure else {
                         return Err(io::ErrorKind::UnexpectedEof.into());
                     };
-                    // The alert that names the failure is queued behind the error.
-                    while let Ok(ConnectionState::EncodeTlsData(data)) = $connection
+                    // The alert that names the failure is queued behind the error, alone. Asked again, the library would go
+                    // on with what else the peer has sent, and fail again.
+                    if let Ok(ConnectionState::EncodeTlsData(data)) = $connection
                         .process_tls_records(whole_records(&mut $wire_in))
                         .state
                     {

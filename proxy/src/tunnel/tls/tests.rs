@@ -184,6 +184,19 @@ async fn a_failed_handshake_tells_the_peer_why() {
 }
 
 #[tokio::test]
+async fn what_follows_a_failure_is_not_looked_at() {
+    const ALERT: [u8; 6] = [21, 3, 3, 0, 2, 2];
+    let (mut peer, far) = duplex(64 * 1024);
+    let nonsense = [22, 3, 1, 0, 1, 0].repeat(1000);
+    peer.write_all(&nonsense).await.expect("written");
+    let error = accept(far, configs().server).await.expect_err("nonsense");
+    assert_eq!(error.kind(), std::io::ErrorKind::InvalidData);
+    let mut told = Vec::new();
+    peer.read_to_end(&mut told).await.expect("told");
+    assert_eq!((told.get(..6), told.len()), (Some(&ALERT[..]), 7));
+}
+
+#[tokio::test]
 async fn an_idle_stream_holds_no_buffer() {
     let (mut client, mut server) = pair(1 << 20).await;
     carry(&mut client, &mut server, 2_000_000).await;

@@ -1,0 +1,155 @@
+//! Normal traffic, before and after somebody misbehaves.
+
+use std::{net::SocketAddr, time::Duration};
+
+use tokio::io::AsyncWriteExt as _;
+
+use crate::{
+    cluster::Cluster,
+    proxy::Proxy,
+    raw::frames::{FrameLog, PREFACE, Preface, Tap, encode, kind},
+    stage::ForeignClient,
+    traffic::{Behaviour, Server},
+    wait,
+};
+
+/// A proxy that serves one pod, with an application in it and one outside.
+#[derive(Debug)]
+pub struct Calm<'a> {
+    /// The proxy.
+    pub cluster: Cluster<'a>,
+    foreign: &'a ForeignClient,
+    inside: Server,
+    outside: Server,
+    resident: u64,
+}
+
+impl<'a> Calm<'a> {
+    /// Starts the proxy with these further variables, and sends the first traffic through it.
+    ///
+    /// # Panics
+    /// When that fails.
+    pub async fn start(foreign: &'a ForeignClient, env: &[(&str, &str)]) -> Self {
+        let mut calm = Self {
+            cluster: foreign.cluster_with(env).await.unwrap(),
+            foreign,
+            inside: foreign.api.serve(INSIDE, Behaviour::Echo).unwrap(),
+            outside: foreign.peer.serve(OUTSIDE, Behaviour::Echo).unwrap(),
+            resident: 0,
+        };
+        calm.carries_on().await;
+        calm.resident = calm.proxy().resident_bytes().unwrap();
+        calm
+    }
+
+    /// The proxy.
+    #[must_use]
+    pub fn proxy(&self) -> &Proxy<'a> {
+        self.cluster.proxy(0)
+    }
+
+    /// The application of the pod.
+    #[must_use]
+    pub fn application(&self) -> SocketAddr {
+        self.inside.address
+    }
+
+    /// Checks that whatever came before harms nobody: connections go in and out in plaintext and by HBONE, memory comes back, and
+    /// nothing panicked.
+    ///
+    /// # Panics
+    /// When it does.
+    pub async fn unharmed(&self) {
+        self.carries_on().await;
+        let bound = self.resident + MORE;
+        let small = async || {
+            let resident = self.proxy().resident_bytes().unwrap();
+            (resident <= bound).then_some(())
+        };
+        wait::until(
+            wait::SOON,
+            &format!("at most {bound} bytes are resident"),
+            small,
+        )
+        .await;
+        let panics = self
+            .proxy()
+            .log()
+            .since(0, |line| line.raw.contains("panic"));
+        assert!(panics.is_empty(), "{panics:?}");
+    }
+
+    async fn carries_on(&self) {
+        let Self {
+            foreign,
+            inside,
+            outside,
+            ..
+        } = self;
+        let word = b"as ever";
+        let within = Duration::from_secs(30);
+        let inwards = wait::within(
+            within,
+            "in plaintext",
+            foreign.peer.ask(inside.address, word),
+        );
+        assert_eq!(inwards.await.unwrap(), word);
+        let outwards = wait::within(within, "outwards", foreign.api.ask(outside.address, word));
+        assert_eq!(outwards.await.unwrap(), word);
+        let client = Box::pin(foreign.client());
+        let client = wait::within(within, "by HBONE", client).await;
+        let tunnel = client.tunnel(&inside.address.to_string()).await;
+        tunnel.unwrap().ping(word).await.unwrap();
+    }
+
+    /// Waits until this limit was hit.
+    ///
+    /// # Panics
+    /// When it is not.
+    pub async fn hit(&self, limit: &str) {
+        let labels = [("limit", limit)];
+        let metric = "culvert_limits_hit_total";
+        self.proxy()
+            .metric(metric, &labels, |hits| hits > 0.0)
+            .await;
+    }
+
+    /// Sends frames as a client of HBONE, and reads whatever comes until the proxy says GOAWAY; returns its code.
+    ///
+    /// # Panics
+    /// When it does not.
+    pub async fn flood(&self, frames: &[u8]) -> u32 {
+        let (tap, log) = Tap::new(self.foreign.tls().await, Preface::None);
+        let (mut reader, mut writer) = tokio::io::split(tap);
+        let settings = encode(kind::SETTINGS, 0, 0, &[]);
+        let bytes = [PREFACE, &settings, frames].concat();
+        let talk = async {
+            let mut sink = tokio::io::sink();
+            // The proxy may close while there is still something to say.
+            let _ = tokio::join!(
+                writer.write_all(&bytes),
+                tokio::io::copy(&mut reader, &mut sink)
+            );
+            std::future::pending::<()>().await;
+        };
+        tokio::select! {
+            code = goaway(&log) => code,
+            () = talk => unreachable!("talks for ever"),
+        }
+    }
+}
+
+async fn goaway(log: &FrameLog) -> u32 {
+    let goaway = |frame: &crate::raw::frames::Frame| frame.kind == kind::GOAWAY;
+    let frame = log
+        .wait_for(Duration::from_secs(30), "GOAWAY", goaway)
+        .await;
+    frame.error_code().unwrap()
+}
+
+/// Port of the application in the pod.
+const INSIDE: u16 = 8080;
+/// Port of the one outside.
+const OUTSIDE: u16 = 7000;
+/// What may stay resident after a flood.
+const MORE: u64 = 48 << 20;
