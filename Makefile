@@ -3,7 +3,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint fuzz bench
+.PHONY: help demo test lint fuzz bench manifests image image-test release
 
 # command:package pairs, for .ci/need
 BUILD   := cc:gcc make:make git:git
@@ -14,14 +14,17 @@ ASKING  := dig:bind9-dnsutils musl-gcc:musl-tools
 WATCH   := prometheus:prometheus promtool:prometheus
 BROWSER := chromium:chromium
 LOAD    := wrk:wrk nginx:nginx-light
+SHELLS  := shellcheck:shellcheck
+ENGINE  := dockerd:docker.io docker:docker.io
 
 CARGO_DENY := 0.20.2
 CARGO_FUZZ := 0.13.2
+CARGO_SBOM := 0.10.0
 # How long each fuzz target runs.
 SECONDS := 60
 
 help: ## Show this list
-	@sed -nE 's/^([a-z]+):.*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
+	@sed -nE 's/^([a-z-]+):.*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
 
 demo: ## Two nodes and four pods as network namespaces, real traffic through the proxy (ARGS=--keep leaves them up)
 	@.ci/need $(BUILD) $(NETWORK) $(TRAFFIC)
@@ -32,6 +35,7 @@ test: ## Unit, property and end-to-end tests
 	@.ci/need $(BUILD) $(NETWORK) $(TRAFFIC) $(NAMES) $(ASKING) $(WATCH) $(BROWSER)
 	@.ci/openbao >/dev/null
 	@.ci/envoy >/dev/null
+	@.ci/kubetools >/dev/null
 	cargo build -p culvert -p tests --bins
 	cargo test --workspace --doc
 	TESTKIT_MESH=istiod cargo test -p tests --test routing --test policy --test app_tunnel
@@ -41,10 +45,11 @@ test: ## Unit, property and end-to-end tests
 	  set -x; cargo test --workspace --lib --bins --tests; \
 	fi
 
-lint: ## Formatting, clippy, documentation, dependencies; warnings are errors
-	@.ci/need $(BUILD)
+lint: ## Formatting, clippy, documentation, scripts, dependencies; warnings are errors
+	@.ci/need $(BUILD) $(SHELLS)
 	cargo fmt --all --check
-	cargo clippy --workspace --all-targets -- -D warnings
+	cargo clippy --workspace --all-targets --features tests/image -- -D warnings
+	shellcheck .ci/* deploy/*/*.sh benches/kind/*.sh deploy/image/*
 	RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps
 	@cargo deny --version >/dev/null 2>&1 || { set -x; cargo install cargo-deny --version $(CARGO_DENY) --locked --debug; }
 	cargo deny check bans licenses sources
@@ -71,3 +76,29 @@ bench: ## Criterion benchmarks, then load through the proxy compared with direct
 	cargo build --release -p culvert -p benches --bins
 	cargo bench -p benches
 	target/release/culvert-bench $(ARGS)
+
+manifests: ## Render deploy/manifests/base from the chart
+	$$(.ci/kubetools)/helm template culvert deploy/chart --namespace istio-system \
+	  --values deploy/manifests/base/values.yaml >deploy/manifests/base/culvert.yaml
+
+# The program of each architecture of the image, built only when it is asked for.
+ARCH := amd64 arm64
+VERSION = $(shell sed -nE '/^\[workspace.package\]/,/^\[/s/^version = "(.*)"/\1/p' Cargo.toml)
+
+image: ## Static programs in images for amd64 and arm64, as archives in target/image (ARCH=amd64: that one only)
+	@.ci/need $(BUILD)
+	@set -e; for arch in $(ARCH); do \
+	  program=$$(deploy/image/binary $$arch); \
+	  deploy/image/assemble target/image/culvert-$(VERSION)-$$arch.tar $$arch=$$program; \
+	  ls -l --block-size=kB target/image/culvert-$(VERSION)-$$arch.tar; \
+	done
+
+image-test: ## The image of this machine's architecture in a container, as the proxy of a node
+	@.ci/need $(BUILD) $(NETWORK) $(ENGINE)
+	cargo build -p culvert -p tests --bins
+	$(MAKE) image ARCH=amd64
+	CULVERT_IMAGE=$(CURDIR)/target/image/culvert-$(VERSION)-amd64.tar cargo test -p tests --features image --test image
+
+release: image ## What is published, with checksums, in target/release-VERSION: images, chart, manifests, SBOM
+	@cargo sbom --version >/dev/null 2>&1 || { set -x; cargo install cargo-sbom --version $(CARGO_SBOM) --locked --debug; }
+	deploy/image/release $(VERSION)

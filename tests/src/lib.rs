@@ -30,6 +30,7 @@ pub mod dns;
 pub mod envoy;
 pub mod http;
 pub mod istiod;
+pub mod kubetools;
 pub mod logs;
 pub mod mesh;
 pub mod metrics;
