@@ -6,10 +6,12 @@
 //! configuration are found in one pass and told together, so that an operator repairs a
 //! deployment once and not once per variable.
 
+mod admin;
 mod command;
 mod control;
 mod data;
 mod demo;
+mod doctor;
 mod environment;
 mod explain;
 mod fault;
@@ -28,6 +30,7 @@ mod value;
 
 pub use command::{Command, UsageError, command, command_list};
 pub use demo::{DemoError, demo};
+pub use doctor::{Examination, Finding, Report, Severity, doctor};
 pub use environment::{Disk, Environment, Files};
 pub use explain::{ExplainError, Output, Question, explain};
 pub use fault::{Fault, Faults, Given};

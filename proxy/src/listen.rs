@@ -17,11 +17,13 @@ mod netns;
 mod options;
 mod ports;
 mod privilege;
+mod probe;
 mod successor;
 mod sys;
 #[cfg(test)]
 pub(crate) mod testing;
 mod throttle;
+mod watch;
 
 pub use accept::{accept, canonical, original_destination};
 pub use bind::{BindError, PodListeners, Step, bind, bind_socks5};
@@ -30,6 +32,8 @@ pub use descriptors::Descriptors;
 pub use dns::{DnsSockets, bind_dns, dns_client};
 pub use netns::{Netns, NetnsId};
 pub use ports::{PortLease, SourcePorts};
-pub use privilege::{PrivilegeError, check_privileges};
+pub use privilege::{Need, Shortage, shortages};
+pub use probe::{Probed, Redirection, is_probe, mtu, probe};
 pub use successor::prefer_successor;
 pub use sys::round_trip;
+pub use watch::Watch;

@@ -16,7 +16,7 @@ static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
 
 fn main() -> ExitCode {
     match run() {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(code) => code,
         Err(error) => {
             // Nobody is left to tell if stderr is gone.
             let _ = writeln!(std::io::stderr(), "culvert: {error:#}");
@@ -27,7 +27,7 @@ fn main() -> ExitCode {
 
 /// Logging comes first, so that a bad `RUST_LOG` fails every command and everything after it can
 /// be logged.
-fn run() -> anyhow::Result<()> {
+fn run() -> anyhow::Result<ExitCode> {
     let environment = cli::Environment::of_process();
     // Held to the end: dropping it writes out what is queued.
     let logs = logging::init(&cli::logging(&environment))?;
@@ -38,8 +38,14 @@ fn run() -> anyhow::Result<()> {
         Command::Version { .. } => say(&cli::build_info(&environment).to_string()),
         Command::Help { .. } => say(cli::command_list().trim_end()),
         Command::Explain(question) => say(cli::explain(&question)?.trim_end()),
+        Command::Doctor(examination) => {
+            let report = cli::doctor(&environment, &examination)?;
+            say(examination.print(&report).trim_end())?;
+            return Ok(ExitCode::from(report.exit_code()));
+        }
         Command::Demo { arguments } => Err(cli::demo(arguments).into()),
     }
+    .map(|()| ExitCode::SUCCESS)
 }
 
 fn proxy(

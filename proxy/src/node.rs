@@ -37,7 +37,7 @@ use xds_client::Metrics;
 
 use crate::{
     admin,
-    config::{BuildInfo, Config, DnsCapture, ProxyMode},
+    config::{BuildInfo, Config, DnsCapture, ProxyMode, Sockets},
     flow::{Shared, Stop},
     listen,
     pods::{self, Pods},
@@ -53,6 +53,7 @@ pub use error::StartError;
 use launch::{Launcher, Names};
 use served::Served;
 use source::MeshFile;
+pub use target::target;
 use tasks::Tasks;
 
 /// Runs the proxy until SIGTERM, SIGINT or the admin server asks it to stop and what was open has ended.
@@ -61,7 +62,7 @@ use tasks::Tasks;
 /// [`StartError`] if it cannot start, or if a part that everything depends on ended by itself.
 pub fn run(config: &Config, build: BuildInfo, log: &LogGuard) -> Result<(), StartError> {
     if config.capture.enabled && config.capture.mode == ProxyMode::Shared {
-        listen::check_privileges(config.sockets.mark)?;
+        check_surroundings(&config.sockets)?;
     }
     let control = runtime(Builder::new_current_thread().thread_name("control"))?;
     let data = runtime(
@@ -72,6 +73,18 @@ pub fn run(config: &Config, build: BuildInfo, log: &LogGuard) -> Result<(), Star
     let ended = control.block_on(serve(config, build, log, data.handle()));
     data.shutdown_timeout(LAST_WORK);
     ended
+}
+
+/// Refuses to start where no pod could be served, and tells what else will not work.
+fn check_surroundings(sockets: &Sockets) -> Result<(), StartError> {
+    for shortage in listen::shortages(sockets) {
+        if shortage.need.is_vital(sockets) {
+            return Err(StartError::Shortage(shortage));
+        }
+        let error = &shortage.source as &dyn std::error::Error;
+        tracing::warn!(error, "{}", shortage.need);
+    }
+    Ok(())
 }
 
 /// Starts everything in the order in which things need each other, then waits for a signal.

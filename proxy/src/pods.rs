@@ -9,6 +9,7 @@
 //! rules are in `roster`, the bytes in `zds`, the connection in `agent`, the tasks in `instances`.
 
 mod agent;
+mod audit;
 #[cfg(any(test, fuzzing))]
 #[doc(hidden)]
 pub mod fuzzing;
@@ -24,7 +25,7 @@ use tokio::{
     runtime::Handle,
     time::{Instant, sleep, sleep_until},
 };
-use tracing::{info, warn};
+use tracing::{error, info, warn};
 
 pub use launch::{Launch, Pod};
 pub use view::{PodPhase, PodState, View};
@@ -35,9 +36,10 @@ use crate::{
     telemetry::{PodMetrics, ReadinessTask},
 };
 use agent::{Agent, Heard};
+use audit::{Audit, Suspect};
 use instances::{Instances, Served};
-use roster::{Roster, Verdict};
-use zds::{BadPacket, Candidate, Request};
+use roster::{Repair, Roster, Verdict};
+use zds::{BadPacket, Request};
 
 /// Name of the task in the readiness answer.
 pub const READINESS_TASK: &str = "workload proxy manager";
@@ -120,15 +122,17 @@ impl Pods {
         let mut house = House {
             agent: Agent::new(agent_socket),
             roster: Roster::new(stage),
+            audit: Audit::new(),
             reports,
         };
         house.follow_agent(&stop).await;
         let House {
             agent,
             roster,
+            audit,
             reports,
         } = house;
-        drop(agent);
+        drop((agent, audit));
         reports.readiness.pending();
         let mut stage = roster.into_stage();
         tokio::select! {
@@ -140,6 +144,7 @@ impl Pods {
         stage.finish().await;
         reports.metrics.active.set(0);
         reports.metrics.pending.set(0);
+        reports.metrics.unprotected.set(0);
         reports.view.show(Vec::new());
     }
 }
@@ -148,6 +153,7 @@ impl Pods {
 struct House {
     agent: Agent,
     roster: Roster<Instances>,
+    audit: Audit,
     reports: Reports,
 }
 
@@ -169,6 +175,8 @@ impl House {
                 () = sleep_until(retry.unwrap_or_else(Instant::now)), if retry.is_some() => {
                     self.roster.retry(Instant::now());
                 }
+                () = sleep_until(self.audit.due()) => self.look_around(),
+                () = self.audit.ended() => {}
                 heard = self.agent.next() => self.hear(heard).await,
             }
             self.report();
@@ -187,12 +195,28 @@ impl House {
                 };
                 if ends_snapshot && verdict == Verdict::Done {
                     self.agent.is_well();
+                    self.audit.soon();
                 }
                 // Whoever has the answer sees its effect in readiness, metrics and dump.
                 self.report();
                 self.reply(&verdict).await;
             }
         }
+    }
+
+    /// Repairs what has closed, and has the rules in all pods probed.
+    fn look_around(&mut self) {
+        for repair in self.roster.audit(Instant::now()) {
+            self.reports.metrics.repaired.inc();
+            tell(&repair);
+        }
+        let up = self.roster.pods().filter(|(_, up)| *up);
+        let suspects = up.map(|(pod, _)| Suspect {
+            uid: Arc::clone(&pod.uid),
+            who: pod.who.clone(),
+            netns: Arc::clone(&pod.netns),
+        });
+        self.audit.begin(suspects.collect());
     }
 
     /// Answers once, and starts over where the two sides are out of step.
@@ -219,7 +243,15 @@ impl House {
     /// Brings metrics, readiness and dump up to date.
     fn report(&mut self) {
         let ready = self.roster.is_ready();
-        let mut pods: Vec<_> = self.roster.pods().map(PodState::from).collect();
+        let pods = self.roster.pods();
+        let mut pods: Vec<_> = pods
+            .map(|(pod, up)| PodState {
+                uid: Arc::clone(&pod.uid),
+                who: pod.who.clone(),
+                phase: if up { PodPhase::Up } else { PodPhase::Pending },
+                probed: self.audit.of(&pod.uid),
+            })
+            .collect();
         let count = |phase| {
             let there = pods.iter().filter(|pod| pod.phase == phase).count();
             i64::try_from(there).unwrap_or(i64::MAX)
@@ -231,6 +263,10 @@ impl House {
         } = &self.reports;
         metrics.active.set(count(PodPhase::Up));
         metrics.pending.set(count(PodPhase::Pending));
+        let unprotected = pods.iter().filter(|pod| pod.is_unprotected()).count();
+        metrics
+            .unprotected
+            .set(i64::try_from(unprotected).unwrap_or(i64::MAX));
         if ready {
             readiness.ready();
         } else {
@@ -252,16 +288,6 @@ impl From<&BadPacket> for Verdict {
     }
 }
 
-impl<N> From<(&Candidate<N>, bool)> for PodState {
-    fn from((pod, up): (&Candidate<N>, bool)) -> Self {
-        Self {
-            uid: Arc::clone(&pod.uid),
-            who: pod.who.clone(),
-            phase: if up { PodPhase::Up } else { PodPhase::Pending },
-        }
-    }
-}
-
 impl From<&Served> for PodState {
     /// An instance that is being cut is still there.
     fn from(served: &Served) -> Self {
@@ -269,6 +295,26 @@ impl From<&Served> for PodState {
             uid: Arc::clone(&served.uid),
             who: served.who.clone(),
             phase: PodPhase::Up,
+            probed: None,
+        }
+    }
+}
+
+/// Logs what an audit has repaired.
+fn tell(repair: &Repair) {
+    let Repair {
+        uid,
+        who,
+        deaf,
+        outcome,
+    } = repair;
+    let (name, namespace) = (&who.name, &who.namespace);
+    match outcome {
+        Ok(()) => {
+            warn!(%uid, %name, %namespace, ports = ?deaf, "listeners of a pod had been closed, opened them again");
+        }
+        Err(reason) => {
+            error!(%uid, %name, %namespace, ports = ?deaf, reason, "listeners of a pod have been closed, and cannot be opened again yet");
         }
     }
 }

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use crate::{config::WorkloadRef, flow::FlowTable};
+use crate::{config::WorkloadRef, flow::FlowTable, listen::Probed};
 
 /// Tells of the pods that this process serves.
 pub trait Pods: Send + Sync + 'static {
@@ -20,6 +20,8 @@ pub struct ShownPod {
     pub who: WorkloadRef,
     /// How far it has come.
     pub phase: PodPhase,
+    /// What is known of the rules in its namespace; `None` if nothing is.
+    pub probed: Option<Probed>,
     /// Its open flows; `None` while it is not served.
     pub flows: Option<Arc<FlowTable>>,
 }

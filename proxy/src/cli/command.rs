@@ -4,7 +4,7 @@ use std::ffi::OsString;
 
 use clap::{CommandFactory as _, Parser, Subcommand};
 
-use super::explain::Question;
+use super::{doctor::Examination, explain::Question};
 
 /// What the process is asked to do.
 #[derive(Debug, Clone, PartialEq, Eq, Subcommand)]
@@ -30,6 +30,8 @@ pub enum Command {
     },
     /// Ask the running proxy what it would do with a connection, and why
     Explain(Question),
+    /// Examine this node: what is wrong with it, and what to do about it
+    Doctor(Examination),
     /// Show the proxy at work on this machine, without Kubernetes (runs culvert-demo)
     Demo {
         /// Handed to culvert-demo

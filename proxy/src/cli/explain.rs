@@ -1,12 +1,10 @@
 //! `culvert explain`: asks the running proxy what it would do with a connection, and why.
 
-use std::{
-    io::{self, Read as _, Write as _},
-    net::{SocketAddr, TcpStream},
-    time::Duration,
-};
+use std::{io, net::SocketAddr};
 
 use clap::{Args, ValueEnum};
+
+use super::admin;
 
 /// The question.
 #[derive(Debug, Clone, PartialEq, Eq, Args)]
@@ -71,28 +69,11 @@ pub fn explain(question: &Question) -> Result<String, ExplainError> {
         .append_pair("output", output)
         .finish();
     let admin = question.admin;
-    let answer = get(admin, &format!("/debug/explain?{query}"));
+    let answer = admin::get(admin, &format!("/debug/explain?{query}"));
     let answer = answer.map_err(|source| ExplainError::Unreachable { admin, source })?;
-    let (head, body) = answer.split_once("\r\n\r\n").unwrap_or((&answer, ""));
-    if head.split(' ').nth(1) == Some("200") {
-        Ok(body.to_owned())
+    if answer.status == 200 {
+        Ok(answer.body)
     } else {
-        Err(ExplainError::Refused(body.trim_end().to_owned()))
+        Err(ExplainError::Refused(answer.body.trim_end().to_owned()))
     }
 }
-
-/// The whole answer, head included. HTTP/1.0, so that it comes in one piece.
-fn get(server: SocketAddr, path: &str) -> io::Result<String> {
-    let mut stream = TcpStream::connect_timeout(&server, LIMIT)?;
-    stream.set_read_timeout(Some(LIMIT))?;
-    stream.set_write_timeout(Some(LIMIT))?;
-    stream.write_all(format!("GET {path} HTTP/1.0\r\nHost: {server}\r\n\r\n").as_bytes())?;
-    let mut answer = String::new();
-    stream.take(MAX_ANSWER_BYTES).read_to_string(&mut answer)?;
-    Ok(answer)
-}
-
-/// How long each step may take.
-const LIMIT: Duration = Duration::from_secs(10);
-/// More than a service with thousands of endpoints needs.
-const MAX_ANSWER_BYTES: u64 = 64 << 20;

@@ -29,7 +29,7 @@ use crate::{
 /// and ends when all of them have, or at once when `stop` forces it.
 pub(super) async fn serve<H, F>(
     pod: Arc<Pod>,
-    listener: TcpListener,
+    listener: Arc<TcpListener>,
     reporter: Reporter,
     stop: Stop,
     handle: H,

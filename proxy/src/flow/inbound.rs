@@ -46,7 +46,7 @@ use crate::{
 };
 
 /// Serves the HBONE listener of `pod`.
-pub(super) async fn serve(pod: Arc<Pod>, listener: TcpListener, stop: Stop) {
+pub(super) async fn serve(pod: Arc<Pod>, listener: Arc<TcpListener>, stop: Stop) {
     let shared = pod.shared();
     let handshakes = Handshakes::new(&shared.settings.limits, shared.limits.clone());
     let draining = stop.accept.clone();

@@ -39,6 +39,9 @@ pub(super) fn carry(
 
 /// Carries one connection to where `route` says.
 pub(super) async fn carry_to(pod: Arc<Pod>, downstream: TcpStream, call: Call) {
+    if listen::is_probe(call.to) {
+        return;
+    }
     // A connection that is not carried is reset.
     let downstream = Socket::new(downstream);
     // Boxed, so that the space of the set-up is given back before bytes move.

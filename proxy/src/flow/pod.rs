@@ -221,7 +221,7 @@ impl Pod {
     pub async fn serve_hbone(self: Arc<Self>, listener: TcpListener, stop: Stop) {
         let judge = judge::run(&self);
         tokio::select! {
-            () = inbound::serve(Arc::clone(&self), listener, stop) => {}
+            () = inbound::serve(Arc::clone(&self), listener.into(), stop) => {}
             () = judge => {}
         }
     }

@@ -37,7 +37,7 @@ pub type Names = Option<Arc<dyn Resolve>>;
 /// Serves the SOCKS5 listener of `pod`.
 pub(super) async fn serve(pod: Arc<Pod>, listener: TcpListener, names: Names, stop: Stop) {
     let handle = move |pod, socket, peer| carry(pod, socket, peer, names.clone());
-    accept::serve(pod, listener, Reporter::Source, stop, handle).await;
+    accept::serve(pod, listener.into(), Reporter::Source, stop, handle).await;
 }
 
 async fn carry(pod: Arc<Pod>, mut downstream: TcpStream, peer: SocketAddr, names: Names) {

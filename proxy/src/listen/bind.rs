@@ -3,6 +3,7 @@
 use std::{
     io,
     net::{Ipv4Addr, Ipv6Addr, SocketAddr},
+    sync::Arc,
 };
 
 use nix::libc;
@@ -12,6 +13,7 @@ use tokio::net::TcpListener;
 use super::{
     netns::Netns,
     options::{set_liveness, set_mark, set_transparent, tcp_socket},
+    watch::Watch,
 };
 use crate::config::{OriginalSource, Ports, Sockets};
 
@@ -20,13 +22,26 @@ use crate::config::{OriginalSource, Ports, Sockets};
 #[non_exhaustive]
 pub struct PodListeners {
     /// Connections that the pod opens, redirected.
-    pub outbound: TcpListener,
+    pub outbound: Arc<TcpListener>,
     /// Plaintext connections to the pod, redirected.
-    pub inbound_plaintext: TcpListener,
+    pub inbound_plaintext: Arc<TcpListener>,
     /// HBONE, addressed to the pod directly.
-    pub hbone: TcpListener,
+    pub hbone: Arc<TcpListener>,
     /// Whether upstream sockets in this pod may take the address of the client.
     pub transparent: bool,
+    ports: [u16; 3],
+}
+
+impl PodListeners {
+    /// Tells later which of them still listen.
+    pub fn watch(&self) -> Watch {
+        let [outbound, inbound_plaintext, hbone] = self.ports;
+        Watch::new([
+            (outbound, &self.outbound),
+            (inbound_plaintext, &self.inbound_plaintext),
+            (hbone, &self.hbone),
+        ])
+    }
 }
 
 /// A listener of a pod could not be made. The pod's other listeners are closed again.
@@ -99,10 +114,11 @@ pub fn bind(netns: &Netns, sockets: &Sockets, ports: &Ports) -> Result<PodListen
     // HTTP/2 pings watch over HBONE connections.
     let (hbone, third) = make.listener(ports.hbone, Liveness::LeftToPings)?;
     Ok(PodListeners {
-        outbound,
-        inbound_plaintext,
-        hbone,
+        outbound: outbound.into(),
+        inbound_plaintext: inbound_plaintext.into(),
+        hbone: hbone.into(),
         transparent: first && second && third,
+        ports: [ports.outbound, ports.inbound_plaintext, ports.hbone],
     })
 }
 

@@ -93,7 +93,7 @@ fn istio(config: &Config, address: &Address) -> IstioCa<Authority> {
         ProxyMode::Shared => Caller::Impersonates,
         ProxyMode::Dedicated(_) => Caller::Itself,
     };
-    let mut target = target::target(config, address);
+    let mut target = target(config, address);
     // Within the deadline of a request, istio-csr allows none.
     target.ping_interval = None;
     IstioCa::new(Authority(target), options)

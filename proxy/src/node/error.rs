@@ -5,15 +5,15 @@ use std::{io, path::PathBuf};
 use cert_agent::InProcessCaError;
 use xds_client::local::LocalError;
 
-use crate::listen::{BindError, PrivilegeError};
+use crate::listen::{BindError, Shortage};
 
 /// The proxy did not start, or could not go on; nothing of it runs.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum StartError {
-    /// A capability is missing.
+    /// A capability, or something of the kernel, is missing.
     #[error(transparent)]
-    Privilege(#[from] PrivilegeError),
+    Shortage(Shortage),
     /// A thread pool could not be made.
     #[error("cannot start the worker threads")]
     Runtime(#[source] io::Error),

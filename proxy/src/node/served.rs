@@ -58,7 +58,10 @@ impl Pods for Served {
     fn pods(&self) -> Vec<ShownPod> {
         let tables = self.0.tables.lock();
         let named = self.0.named.get().map(pods::View::pods).unwrap_or_default();
-        let named = named.iter().map(|PodState { uid, who, phase }| {
+        let named = named.iter().map(|pod| {
+            let PodState {
+                uid, who, phase, ..
+            } = pod;
             let phase = match phase {
                 pods::PodPhase::Pending => PodPhase::Pending,
                 pods::PodPhase::Up => PodPhase::Up,
@@ -67,6 +70,7 @@ impl Pods for Served {
                 uid: Some(Arc::clone(uid)),
                 who: who.clone(),
                 phase,
+                probed: pod.probed,
                 flows: tables.by_uid.get(uid).and_then(Weak::upgrade),
             }
         });
@@ -75,6 +79,7 @@ impl Pods for Served {
                 uid: None,
                 who: who.clone(),
                 phase: PodPhase::Up,
+                probed: None,
                 flows: Some(table.upgrade()?),
             })
         });

@@ -6,7 +6,8 @@ use super::certificates;
 use crate::config::{Address, AuthToken, Config, RootSource};
 
 /// The server at `address`, and what it is shown.
-pub(super) fn target(config: &Config, address: &Address) -> Target {
+#[must_use]
+pub fn target(config: &Config, address: &Address) -> Target {
     let roots = match &address.roots {
         RootSource::File(path) => Roots::File(path.clone()),
         RootSource::System => Roots::System,

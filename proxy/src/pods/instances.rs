@@ -13,7 +13,7 @@ use tracing::{error, info, warn};
 use super::{Launch, Pod, Settings, Stop, error_chain, roster::Stage, zds::Candidate};
 use crate::{
     config::WorkloadRef,
-    listen::{self, Netns},
+    listen::{self, Netns, Watch},
     telemetry::PodMetrics,
 };
 
@@ -33,6 +33,7 @@ pub(super) struct Instances {
 pub(super) struct Served {
     pub(super) uid: Arc<str>,
     pub(super) who: WorkloadRef,
+    stop: Stop,
 }
 
 /// One pod that is up.
@@ -40,6 +41,7 @@ pub(super) struct Served {
 pub(super) struct Instance {
     id: Id,
     stop: Stop,
+    listening: Watch,
 }
 
 impl Instance {
@@ -118,6 +120,7 @@ impl Stage for Instances {
         } = &*self.settings;
         let _register_here = data.enter();
         let listeners = listen::bind(netns, sockets, ports).map_err(|error| error_chain(&error))?;
+        let listening = listeners.watch();
         let pod = Pod {
             uid: Arc::clone(uid),
             who: who.clone(),
@@ -132,18 +135,36 @@ impl Stage for Instances {
         let served = Served {
             uid: Arc::clone(uid),
             who: who.clone(),
+            stop: stop.clone(),
         };
         self.running.insert(id, served);
         self.metrics.started.inc();
         info!(%uid, name = %who.name, namespace = %who.namespace, "pod is up");
-        Ok(Instance { id, stop })
+        Ok(Instance {
+            id,
+            stop,
+            listening,
+        })
     }
 
     fn cut(&mut self, instance: Instance) {
-        if let Some(Served { uid, who }) = self.running.get(&instance.id) {
-            info!(%uid, name = %who.name, namespace = %who.namespace, "pod is cut");
-        }
         instance.stop.now();
+        let Some(Served { uid, who, .. }) = self.running.get(&instance.id) else {
+            return;
+        };
+        info!(%uid, name = %who.name, namespace = %who.namespace, "pod is cut");
+        // What a repair has left behind belongs to the pod, too.
+        for other in self.running.values().filter(|other| other.uid == *uid) {
+            other.stop.now();
+        }
+    }
+
+    fn deaf(&self, instance: &Instance) -> Vec<u16> {
+        instance.listening.deaf()
+    }
+
+    fn retire(&mut self, instance: Instance) {
+        instance.stop.accept.cancel();
     }
 }
 

@@ -12,6 +12,7 @@ use std::{
 use tokio::time::Instant;
 
 use super::zds::{Candidate, Request};
+use crate::config::WorkloadRef;
 
 /// Where pods start and stop. Neither waits.
 pub(super) trait Stage {
@@ -26,6 +27,10 @@ pub(super) trait Stage {
     fn start(&mut self, pod: &Candidate<Self::Netns>) -> Result<Self::Instance, String>;
     /// Closes the listeners and cuts all connections, in the background.
     fn cut(&mut self, instance: Self::Instance);
+    /// The ports of listeners that have closed unasked.
+    fn deaf(&self, instance: &Self::Instance) -> Vec<u16>;
+    /// Closes the listeners; connections go on for as long as they like, or until an instance of the same pod is cut.
+    fn retire(&mut self, instance: Self::Instance);
 }
 
 /// What the agent is told.
@@ -55,6 +60,17 @@ struct Entry<S: Stage> {
 enum Phase<I> {
     Up(I),
     Pending(Retry),
+}
+
+/// A pod whose listeners had closed.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Repair {
+    pub(super) uid: Arc<str>,
+    pub(super) who: WorkloadRef,
+    /// Which of its listeners had closed.
+    pub(super) deaf: Vec<u16>,
+    /// Whether it listens again, or why not. It is tried again then.
+    pub(super) outcome: Result<(), String>,
 }
 
 /// The next attempt at a pod whose sockets could not be made.
@@ -203,6 +219,34 @@ impl<S: Stage> Roster<S> {
             // The reason was told at the first failure, and the pod stays visible as pending.
             let _ = self.try_start(entry.pod, retry.next_delay(), now);
         }
+    }
+
+    /// Opens new listeners for pods of which one has closed. Those that still listen go on until the new ones do; connections
+    /// are left alone.
+    pub(super) fn audit(&mut self, now: Instant) -> Vec<Repair> {
+        let deaf = self.entries.iter().filter_map(|(uid, entry)| {
+            let Phase::Up(instance) = &entry.phase else {
+                return None;
+            };
+            let deaf = self.stage.deaf(instance);
+            (!deaf.is_empty()).then(|| (Arc::clone(uid), deaf))
+        });
+        let deaf: Vec<_> = deaf.collect();
+        let repaired = deaf.into_iter().filter_map(|(uid, deaf)| {
+            let Entry { pod, phase } = self.entries.remove(&uid)?;
+            let who = pod.who.clone();
+            let outcome = self.try_start(pod, FIRST_RETRY, now);
+            if let Phase::Up(old) = phase {
+                self.stage.retire(old);
+            }
+            Some(Repair {
+                uid,
+                who,
+                deaf,
+                outcome,
+            })
+        });
+        repaired.collect()
     }
 
     /// Puts the pod up, or makes it pending.

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use arc_swap::ArcSwap;
 
-use crate::config::WorkloadRef;
+use crate::{config::WorkloadRef, listen::Probed};
 
 /// The pods as of now, for readers on other threads. Clones share.
 #[derive(Debug, Clone, Default)]
@@ -20,6 +20,15 @@ pub struct PodState {
     pub who: WorkloadRef,
     /// How far it has come.
     pub phase: PodPhase,
+    /// What the last audit has found of the rules in its namespace; `None` before the first.
+    pub probed: Option<Probed>,
+}
+
+impl PodState {
+    /// Whether nobody takes its traffic.
+    pub(super) fn is_unprotected(&self) -> bool {
+        self.phase == PodPhase::Pending || self.probed.is_some_and(|it| it.is_unprotected())
+    }
 }
 
 /// How far a pod has come.
@@ -55,6 +64,7 @@ mod tests {
             uid: uid.into(),
             who: WorkloadRef::new("shop", "web-1", "web"),
             phase,
+            probed: None,
         }
     }
 

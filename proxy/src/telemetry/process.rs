@@ -39,6 +39,10 @@ pub struct PodMetrics {
     pub active: Gauge,
     /// Pods that the CNI agent named and that are not served yet.
     pub pending: Gauge,
+    /// Pods that the CNI agent named and whose traffic nobody takes, pending ones included.
+    pub unprotected: Gauge,
+    /// Pods whose listeners had closed unasked and were opened again.
+    pub repaired: Counter,
     /// Pod proxies started so far.
     pub started: Counter,
     /// Pod proxies stopped so far.
@@ -51,6 +55,8 @@ impl PodMetrics {
         let metrics = Self {
             active: Gauge::default(),
             pending: Gauge::default(),
+            unprotected: Gauge::default(),
+            repaired: Counter::default(),
             started: Counter::default(),
             stopped: Counter::default(),
         };
@@ -67,7 +73,12 @@ impl PodMetrics {
         registry.register(
             "culvert_pods_unprotected",
             "Pods that the CNI agent named and whose traffic nobody takes",
-            metrics.pending.clone(),
+            metrics.unprotected.clone(),
+        );
+        registry.register(
+            "culvert_pods_repaired",
+            "Pods whose listeners had closed unasked and were opened again",
+            metrics.repaired.clone(),
         );
         registry.register(
             "workload_manager_proxies_started",
@@ -226,6 +237,8 @@ mod tests {
             "# HELP workload_manager_active_proxy_count Pods that are being served (unstable).",
             "workload_manager_active_proxy_count 3",
             "workload_manager_pending_proxy_count 0",
+            "culvert_pods_unprotected 0",
+            "culvert_pods_repaired_total 0",
             "workload_manager_proxies_started_total 1",
             "workload_manager_proxies_stopped_total 0",
         ] {

@@ -11,6 +11,7 @@ use crate::{
     admin::{Console, PodPhase, ShownPod},
     config::WorkloadRef,
     flow::{Carried, Direction, Facts, FlowTable},
+    listen::{Probed, Redirection},
 };
 
 /// Pods by the uid that the CNI agent gave them.
@@ -36,6 +37,8 @@ struct PodState {
     #[serde(skip_serializing_if = "Option::is_none")]
     connections: Option<Connections>,
     info: Info,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    redirection: Option<Rules>,
     state: &'static str,
 }
 
@@ -48,7 +51,32 @@ impl PodState {
         Self {
             connections,
             info: Info::of(&pod.who),
+            redirection: pod.probed.map(Rules::of),
             state,
+        }
+    }
+}
+
+/// What the last audit of a pod has found.
+#[derive(Serialize)]
+struct Rules {
+    ipv4: &'static str,
+    ipv6: &'static str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    mtu: Option<u32>,
+}
+
+impl Rules {
+    fn of(probed: Probed) -> Self {
+        let word = |redirection| match redirection {
+            Redirection::Works => "works",
+            Redirection::Missing => "missing",
+            Redirection::Unknown => "unknown",
+        };
+        Self {
+            ipv4: word(probed.ipv4),
+            ipv6: word(probed.ipv6),
+            mtu: probed.mtu,
         }
     }
 }

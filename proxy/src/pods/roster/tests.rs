@@ -1,6 +1,10 @@
 //! The rules, one by one and over random histories.
 
-use std::{cell::RefCell, collections::BTreeMap, rc::Rc};
+use std::{
+    cell::RefCell,
+    collections::{BTreeMap, BTreeSet},
+    rc::Rc,
+};
 
 use proptest::prelude::*;
 
@@ -18,6 +22,9 @@ struct Floor {
     /// Namespaces whose ports are in use by someone else.
     blocked: HashSet<u32>,
     attempts: usize,
+    /// Instances of which a listener has closed.
+    deaf: BTreeSet<u32>,
+    retired: Vec<u32>,
 }
 
 #[derive(Clone, Default)]
@@ -47,6 +54,16 @@ impl Stage for Fake {
     fn cut(&mut self, instance: u32) {
         let gone = self.0.borrow_mut().alive.remove(&instance);
         assert!(gone.is_some(), "cut twice");
+    }
+
+    fn deaf(&self, instance: &u32) -> Vec<u16> {
+        let deaf = self.0.borrow().deaf.contains(instance);
+        deaf.then_some(15008).into_iter().collect()
+    }
+
+    fn retire(&mut self, instance: u32) {
+        self.0.borrow_mut().alive.remove(&instance);
+        self.0.borrow_mut().retired.push(instance);
     }
 }
 
@@ -138,6 +155,39 @@ fn up(pods: &[(&str, u32)]) -> Vec<(String, u32)> {
     pods.iter()
         .map(|(uid, ns)| ((*uid).to_owned(), *ns))
         .collect()
+}
+
+#[test]
+fn an_audit_replaces_what_has_gone_deaf_and_nothing_else() {
+    let mut world = World::live();
+    world.add("a", 1);
+    world.add("b", 2);
+    assert_eq!(world.roster.audit(world.now), []);
+    let first = world.instances()[0];
+    world.fake.0.borrow_mut().deaf.insert(first);
+    let repairs = world.roster.audit(world.now);
+    let [repair] = repairs.as_slice() else {
+        panic!("{repairs:?}")
+    };
+    assert_eq!((&*repair.uid, &*repair.deaf), ("a", &[15008][..]));
+    assert_eq!(repair.outcome, Ok(()));
+    assert_eq!(world.alive(), up(&[("a", 1), ("b", 2)]));
+    assert_eq!(world.fake.0.borrow().retired, [first]);
+    assert_eq!(world.roster.audit(world.now), []);
+}
+
+#[test]
+fn what_cannot_be_repaired_is_pending_and_tried_again() {
+    let mut world = World::live();
+    world.add("a", 1);
+    world.block(1);
+    world.fake.0.borrow_mut().deaf.insert(1);
+    let repairs = world.roster.audit(world.now);
+    assert!(repairs[0].outcome.is_err());
+    assert!(world.alive().is_empty() && world.pending() == 1);
+    world.unblock(1);
+    world.pass(MINUTE);
+    assert_eq!(world.alive(), up(&[("a", 1)]));
 }
 
 const MINUTE: Duration = Duration::from_secs(60);
