@@ -8,6 +8,7 @@
 //! side, never as an orderly end, and after the bytes that came before.
 
 mod buffer;
+mod lane;
 mod pump;
 mod tcp;
 #[cfg(test)]
