@@ -1,6 +1,6 @@
 //! Load on one relay, with the processor time of its threads alone.
 //!
-//! `relay_load [plain|hbone] [bulk|reverse|requests|connections|idle] [seconds or count]`, for use with `perf`; without
+//! `relay_load [plain|copied|hbone] [bulk|reverse|requests|connections|idle] [seconds or count]`, for use with `perf`; without
 //! arguments, all of them one after the other.
 #![allow(
     clippy::unwrap_used,
@@ -34,8 +34,9 @@ fn main() {
     let mut arguments = std::env::args().skip(1);
     let paths = match arguments.next().as_deref() {
         Some("plain") => vec![Path::Plain],
+        Some("copied") => vec![Path::Copied],
         Some("hbone") => vec![Path::Hbone],
-        _ => vec![Path::Plain, Path::Hbone],
+        _ => vec![Path::Plain, Path::Copied, Path::Hbone],
     };
     let load = arguments.next();
     let amount = arguments.next().and_then(|text| text.parse().ok());

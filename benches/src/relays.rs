@@ -1,11 +1,17 @@
 //! Relays on loopback: plain TCP, and TCP through an HBONE client and server with real TLS.
 
-use std::{io, net::SocketAddr, sync::Arc, time::Duration};
+use std::{
+    io,
+    net::SocketAddr,
+    sync::Arc,
+    task::{Context, Poll},
+    time::Duration,
+};
 
 use cert_agent::{Agent, AgentOptions, CsrSource, InProcessCa, SpiffeId, Svid};
 use culvert::{
     config,
-    relay::{Buffers, Count, Socket, pump},
+    relay::{Appetite, Buffers, Count, Endpoint, Fault, Leave, Payload, Socket, pump},
     tunnel::{Credentials, Cut, Dial, Incoming, Key, Pool, Request, accept, serve},
 };
 use futures_util::future::BoxFuture;
@@ -26,6 +32,8 @@ pub const THREADS: &str = "hop-worker";
 pub enum Path {
     /// One relay between two sockets.
     Plain,
+    /// The same, had it to copy all bytes.
+    Copied,
     /// A relay into a tunnel, TLS over loopback, and a relay out of it.
     Hbone,
 }
@@ -79,22 +87,12 @@ async fn run(path: Path, to: SocketAddr, buffers: Buffers, ready: oneshot::Sende
     match path {
         Path::Plain => {
             ready.send(address).unwrap();
-            loop {
-                let (downstream, _) = listener.accept().await.unwrap();
-                downstream.set_nodelay(true).unwrap();
-                let buffers = buffers.clone();
-                tasks.spawn(async move {
-                    let upstream = TcpStream::connect(to).await.unwrap();
-                    upstream.set_nodelay(true).unwrap();
-                    pump(
-                        Socket::new(downstream),
-                        Socket::new(upstream),
-                        &Uncounted,
-                        &buffers,
-                    )
-                    .await;
-                });
-            }
+            between_sockets(listener, to, &buffers, Socket::new).await;
+        }
+        Path::Copied => {
+            ready.send(address).unwrap();
+            let end = |socket| Opaque(Socket::new(socket));
+            between_sockets(listener, to, &buffers, end).await;
         }
         Path::Hbone => {
             let [near, far] = svids().await;
@@ -116,6 +114,78 @@ async fn run(path: Path, to: SocketAddr, buffers: Buffers, ready: oneshot::Sende
                 tasks.spawn(carry(Arc::clone(&outbound), downstream, from));
             }
         }
+    }
+}
+
+/// Relays what `listener` accepts to `to`, both as endpoints that `end` makes.
+async fn between_sockets<E: Endpoint + Unpin + Send + 'static>(
+    listener: TcpListener,
+    to: SocketAddr,
+    buffers: &Buffers,
+    end: impl Fn(TcpStream) -> E + Copy + Send + 'static,
+) {
+    let tasks = TaskTracker::new();
+    loop {
+        let (downstream, _) = listener.accept().await.unwrap();
+        downstream.set_nodelay(true).unwrap();
+        let buffers = buffers.clone();
+        tasks.spawn(async move {
+            let upstream = TcpStream::connect(to).await.unwrap();
+            upstream.set_nodelay(true).unwrap();
+            pump(end(downstream), end(upstream), &Uncounted, &buffers).await;
+        });
+    }
+}
+
+/// A socket that does not tell that it is one.
+struct Opaque(Socket);
+
+impl Endpoint for Opaque {
+    fn poll_readable(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Fault>> {
+        self.0.poll_readable(cx)
+    }
+
+    fn poll_take(
+        &mut self,
+        cx: &mut Context<'_>,
+        appetite: &mut Appetite,
+        buffers: &Buffers,
+    ) -> Poll<Result<Option<Payload>, Fault>> {
+        self.0.poll_take(cx, appetite, buffers)
+    }
+
+    fn poll_room(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Fault>> {
+        self.0.poll_room(cx)
+    }
+
+    fn poll_put(
+        &mut self,
+        cx: &mut Context<'_>,
+        payload: &mut Payload,
+    ) -> Poll<Result<usize, Fault>> {
+        self.0.poll_put(cx, payload)
+    }
+
+    fn poll_finish(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Fault>> {
+        self.0.poll_finish(cx)
+    }
+
+    fn release(&mut self, bytes: usize) {
+        self.0.release(bytes);
+    }
+
+    fn poll_gone(&mut self, cx: &mut Context<'_>) -> Poll<Fault> {
+        self.0.poll_gone(cx)
+    }
+
+    fn poll_leave(
+        &mut self,
+        cx: &mut Context<'_>,
+        leave: Leave,
+        buffers: &Buffers,
+        late: bool,
+    ) -> Poll<()> {
+        self.0.poll_leave(cx, leave, buffers, late)
     }
 }
 

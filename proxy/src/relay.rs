@@ -9,6 +9,7 @@
 
 mod buffer;
 mod lane;
+mod pipe;
 mod pump;
 mod tcp;
 #[cfg(test)]
@@ -46,7 +47,7 @@ pub enum Fault {
 ///
 /// All methods are called from one task. A method that returns `Pending` has registered that task.
 pub trait Endpoint {
-    /// The connection, if this end has one to itself.
+    /// The connection, if this end is one and nothing more: its bytes are those of the flow.
     fn socket(&self) -> Option<&TcpStream> {
         None
     }

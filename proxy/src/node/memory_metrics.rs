@@ -4,7 +4,7 @@ use std::fmt;
 
 use prometheus_client::{
     collector::Collector,
-    encoding::{DescriptorEncoder, EncodeLabelSet},
+    encoding::{DescriptorEncoder, EncodeLabelSet, NoLabelSet},
     metrics::MetricType,
     registry::Registry,
 };
@@ -53,6 +53,22 @@ impl Collector for Owners {
                 MetricType::Gauge,
             )?
             .encode_gauge(&taken)?;
+        encoder
+            .encode_descriptor(
+                "culvert_relay_pipes_taken",
+                "Pipes that hold bytes on their way between two sockets.",
+                None,
+                MetricType::Gauge,
+            )?
+            .encode_gauge(&number(self.buffers.pipes_taken()))?;
+        encoder
+            .encode_descriptor(
+                "culvert_spliced_bytes",
+                "Bytes that went from socket to socket without being copied.",
+                None,
+                MetricType::Counter,
+            )?
+            .encode_counter::<NoLabelSet, _, u64>(&self.buffers.spliced_bytes(), None)?;
         let mut family = encoder.encode_descriptor(
             "culvert_memory_bytes",
             "Memory that goes with traffic, by owner.",
@@ -93,6 +109,8 @@ mod tests {
         prometheus_client::encoding::text::encode(&mut text, &registry).unwrap();
         for line in [
             "culvert_relay_buffers_taken 1",
+            "culvert_relay_pipes_taken 0",
+            "culvert_spliced_bytes_total 0",
             "culvert_memory_bytes{owner=\"idle_relay_buffers\"} 4096",
             "culvert_memory_bytes{owner=\"traffic_series\"} 0",
             "culvert_memory_bytes{owner=\"log_queue\"} 0",

@@ -1,10 +1,20 @@
 //! Buffers that flows share: taken when a socket is readable, back when the bytes have left.
 
-use std::{fmt, io, pin::Pin, sync::Arc, task::Context, task::Poll};
+use std::{
+    fmt, io,
+    pin::Pin,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering::Relaxed},
+    },
+    task::{Context, Poll},
+};
 
 use bytes::{Buf, BufMut, Bytes};
 use parking_lot::Mutex;
 use tokio::io::AsyncRead;
+
+use super::pipe::Pipes;
 
 /// Sizes of buffers, smallest first, in bytes.
 const SIZES: [usize; 4] = [4 << 10, 16 << 10, 64 << 10, 256 << 10];
@@ -12,9 +22,16 @@ const SIZES: [usize; 4] = [4 << 10, 16 << 10, 64 << 10, 256 << 10];
 /// How many idle buffers of each size are kept; more go back to the allocator. 3.75 MiB at most.
 const KEEP: [usize; 4] = [64, 32, 16, 8];
 
-/// A pool of read buffers. Cheap to clone; all clones are one pool.
+/// A pool of read buffers, and of pipes for what need not be read. Cheap to clone; all clones are one pool.
 #[derive(Clone, Default)]
-pub struct Buffers(Arc<[Shelf; SIZES.len()]>);
+pub struct Buffers(Arc<Store>);
+
+#[derive(Default)]
+struct Store {
+    shelves: [Shelf; SIZES.len()],
+    pipes: Mutex<Pipes>,
+    spliced: AtomicU64,
+}
 
 /// Idle buffers of one size.
 #[derive(Default)]
@@ -57,22 +74,38 @@ impl Buffers {
     /// Buffers now in use.
     #[must_use]
     pub fn taken(&self) -> usize {
-        self.0.iter().map(|shelf| shelf.0.lock().taken).sum()
+        self.0
+            .shelves
+            .iter()
+            .map(|shelf| shelf.0.lock().taken)
+            .sum()
     }
 
     /// Bytes of idle buffers kept for the next taker.
     #[must_use]
     pub fn kept_bytes(&self) -> usize {
-        let shelves = self.0.iter().zip(SIZES);
+        let shelves = self.0.shelves.iter().zip(SIZES);
         shelves
             .map(|(shelf, size)| shelf.0.lock().idle.len() * size)
             .sum()
     }
 
-    /// Frees the idle buffers that nobody needed since the last call. Call it every few seconds,
+    /// Pipes now in use.
+    #[must_use]
+    pub fn pipes_taken(&self) -> usize {
+        self.0.pipes.lock().taken()
+    }
+
+    /// Bytes that went through pipes, from socket to socket, since the start.
+    #[must_use]
+    pub fn spliced_bytes(&self) -> u64 {
+        self.0.spliced.load(Relaxed)
+    }
+
+    /// Frees the idle buffers and pipes that nobody needed since the last call. Call it every few seconds,
     /// so that memory of a burst goes back to the system.
     pub fn trim(&self) {
-        for shelf in self.0.iter() {
+        for shelf in self.0.shelves.iter() {
             let mut stock = shelf.0.lock();
             let keep = stock.idle.len() - stock.spare.min(stock.idle.len());
             let freed = stock.idle.split_off(keep);
@@ -80,10 +113,20 @@ impl Buffers {
             drop(stock);
             drop(freed);
         }
+        let unneeded = self.0.pipes.lock().trim();
+        drop(unneeded);
+    }
+
+    pub(super) fn pipes(&self) -> &Mutex<Pipes> {
+        &self.0.pipes
+    }
+
+    pub(super) fn note_spliced(&self, bytes: u64) {
+        self.0.spliced.fetch_add(bytes, Relaxed);
     }
 
     fn shelf(&self, level: usize) -> Option<&Shelf> {
-        self.0.get(level)
+        self.0.shelves.get(level)
     }
 
     fn put_back(&self, mut bytes: Vec<u8>) {
@@ -107,6 +150,7 @@ impl fmt::Debug for Buffers {
         f.debug_struct("Buffers")
             .field("taken", &self.taken())
             .field("kept_bytes", &self.kept_bytes())
+            .field("pipes_taken", &self.pipes_taken())
             .finish()
     }
 }

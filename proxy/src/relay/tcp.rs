@@ -146,7 +146,7 @@ impl Endpoint for Socket {
 
 /// A far end that has sent its FIN and then resets what it gets (`EPIPE`) has closed as a whole and
 /// reads no more. Any other reset is told once, here or by a read.
-fn write_fault(error: io::Error) -> Fault {
+pub(super) fn write_fault(error: io::Error) -> Fault {
     if error.kind() == ErrorKind::BrokenPipe {
         Fault::Gone
     } else {
@@ -154,7 +154,7 @@ fn write_fault(error: io::Error) -> Fault {
     }
 }
 
-fn read_fault(error: io::Error) -> Fault {
+pub(super) fn read_fault(error: io::Error) -> Fault {
     let gone = [
         ErrorKind::ConnectionReset,
         ErrorKind::BrokenPipe,

@@ -1,5 +1,7 @@
 //! Two sockets and a pump between them.
 
+mod splice;
+
 use std::{
     io::ErrorKind, sync::atomic::AtomicU64, sync::atomic::Ordering::Relaxed, time::Duration,
 };
