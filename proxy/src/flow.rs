@@ -35,3 +35,4 @@ pub use pod::{Pod, Settings, Shared};
 pub use socks5::{Names, Resolve};
 pub use stop::Stop;
 pub use table::{Carried, Direction, Facts, FlowTable};
+pub(crate) use verdict::PATIENCE;

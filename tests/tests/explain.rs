@@ -17,8 +17,10 @@ use testkit::{
     Cluster, Mesh, Pod, PodSpec, Proxy,
     mesh::{Match, Policy, StringMatch},
     proxy,
+    raw::{Hello, RawClient},
     stage::Pair,
-    traffic::Behaviour,
+    traffic::{self, Behaviour},
+    wait,
 };
 
 /// Runs `culvert explain` beside a proxy; its standard output.
@@ -217,6 +219,84 @@ async fn a_waypoint_on_the_way_is_said_to_be_dialled() {
         told["route"]["dialled"],
         dialled(cluster.proxy(0), mark).await
     );
+}
+
+/// Who is behind the waypoint judges the waypoint, and says so to it.
+#[tokio::test]
+async fn policies_behind_a_waypoint_are_asked_about_the_waypoint() {
+    let stage = Pair::new().unwrap();
+    let way = stage.world.node(1).pod(&PodSpec::plain("way")).unwrap();
+    let mut mesh = Mesh::of(&[&stage.web, &stage.api, &way]);
+    "HBONE".clone_into(&mut mesh.workload(&way).protocol);
+    let reference = format!("{{destination: '/{}', hboneMtlsPort: 15008}}", way.ip4());
+    mesh.workload(&stage.api).set("waypoint", &reference);
+    let service = mesh.service("api", Pair::SERVICE.ip(), &[(80, 8080)], &[&stage.api]);
+    service.set("waypoint", &reference);
+    mesh.policy(Policy::deny("no-way", vec![Match::pod(&way)]));
+    let cluster = stage.start(&mesh, &[]).await.unwrap();
+    let _app = stage.api.serve(8080, Behaviour::Echo).unwrap();
+    let hello = Hello::new(&stage.world.authority().issue(&way.spiffe_id()).unwrap());
+    for allowed in [false, true] {
+        for to in [Pair::SERVICE, stage.api.at(8080)] {
+            let told = explained(&stage, "shop/web", &to.to_string()).await;
+            assert_eq!(told["route"]["via"], "waypoint");
+            let behind = &told["behind"][0];
+            assert_eq!(behind["at"], stage.api.at(8080).to_string());
+            assert_eq!(behind["policy"]["allowed"], allowed, "{told}");
+            assert_eq!(told["outcome"]["allowed"], true, "the waypoint takes it");
+        }
+        let target = stage.api.at(8080).to_string();
+        let client = RawClient::connect(way.netns(), stage.api.at(15008), &hello);
+        let client = client.await.unwrap();
+        // The other proxy may read the file a moment later.
+        let says_so = async || {
+            let status = client.status(&target).await.unwrap();
+            (status == if allowed { 200 } else { 401 }).then_some(())
+        };
+        wait::until(wait::SOON, "the answer that was told", says_so).await;
+        mesh.policies.clear();
+        mesh.write(&cluster.mesh_file).unwrap();
+        let gone = async || {
+            let told = explained(&stage, "shop/web", "api:80").await;
+            let policies = told["behind"][0]["policy"]["policies"].as_array()?.len();
+            (policies == 0).then_some(())
+        };
+        wait::until(wait::SOON, "the policy has gone", gone).await;
+    }
+    let text = explain(&stage, "web", "api:80", "text").await.unwrap();
+    let line = format!(
+        "behind     {} (Kubernetes//Pod/shop/api): no allow policies, allow",
+        stage.api.at(8080)
+    );
+    assert!(text.contains(&line), "{text}");
+}
+
+#[tokio::test]
+async fn a_policy_that_is_waited_for_is_named() {
+    let stage = Pair::new().unwrap();
+    let mut mesh = stage.mesh();
+    mesh.workload(&stage.api).authorization_policies = vec!["shop/late".to_owned()];
+    let cluster = stage.start(&mesh, &[]).await.unwrap();
+    let app = stage.api.serve(8080, Behaviour::Echo).unwrap();
+    let told = explained(&stage, "shop/web", "api:80").await;
+    assert_eq!(told["policy"]["waitsFor"][0], "shop/late");
+    let because = told["outcome"]["because"].as_str().unwrap();
+    assert_eq!(
+        because,
+        "waits for policy shop/late, 5s at most; without it: no allow policies, allow"
+    );
+    let mut call = stage.web.connect(Pair::SERVICE).await.unwrap();
+    let log = cluster.proxy(1).log();
+    log.wait("the flow is held", |line| {
+        line.is_access("connection opened")
+    })
+    .await;
+    assert!(app.peers().is_empty());
+    mesh.policy(Policy::deny("late", vec![Match::port(9)]).selected());
+    mesh.write(&cluster.mesh_file).unwrap();
+    traffic::ping(&mut call, b"waited").await.unwrap();
+    let told = explained(&stage, "shop/web", "api:80").await;
+    assert_eq!(told["policy"].get("waitsFor"), None);
 }
 
 #[tokio::test]

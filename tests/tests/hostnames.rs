@@ -204,3 +204,56 @@ async fn a_waypoint_may_be_known_by_a_host_name_too() {
     echo.spawn(incoming.echo());
     traffic::ping(&mut call, b"by name").await.unwrap();
 }
+
+/// What leads to another network may be known by a host name: it is resolved, and the tunnel inside is as ever.
+#[tokio::test]
+async fn a_gateway_may_be_known_by_a_host_name_too() {
+    let stage = Stage::new();
+    let record = format!("host-record=gateway.cell.example,{}", stage.outside.ip4());
+    let _dns = stage.dnsmasq(&[record]).await;
+    let mut gateway = stage.named("gateway.cell.example");
+    gateway.protocol = "HBONE".to_owned();
+    gateway.set("network", "west");
+    let mut mesh = stage.mesh("unused.example");
+    let behind = mesh.workloads.last_mut().unwrap();
+    behind.uid.push_str("-behind");
+    behind.protocol = "HBONE".to_owned();
+    behind.set("hostname", "''");
+    behind.set("network", "west");
+    behind.set(
+        "networkGateway",
+        "{destination: 'shop/gateway.cell.example', hboneMtlsPort: 15008}",
+    );
+    mesh.workloads.push(gateway);
+    let far_id = "spiffe://cluster.local/ns/shop/sa/far";
+    let service = mesh.services.last_mut().unwrap();
+    service.set("subjectAltNames", &format!("[{far_id}]"));
+    let _cluster = stage.start(&mesh).await;
+
+    let authority = stage.world.authority();
+    let listen = |id: &str, port| {
+        let identity = authority.issue(id).unwrap();
+        RawServer::listen_on(&stage.outside, port, &identity, authority.root()).unwrap()
+    };
+    let (border, far) = (
+        listen(&stage.outside.spiffe_id(), 15008),
+        listen(far_id, 15018),
+    );
+    let to = SocketAddr::new(V4.parse().unwrap(), 80);
+    let mut tasks = tokio::task::JoinSet::new();
+    let pass_on = async {
+        let mut connection = border.accept().await.unwrap();
+        let incoming = connection.next().await.unwrap();
+        assert_eq!(incoming.authority(), "ext.shop.svc.cluster.local:80");
+        let onward = stage.outside.connect(stage.outside.at(15018)).await;
+        tasks.spawn(incoming.join(onward.unwrap()));
+        connection
+    };
+    let (call, _border, inner) = tokio::join!(stage.web.connect(to), pass_on, far.accept());
+    let (mut call, mut inner) = (call.unwrap(), inner.unwrap());
+    assert_eq!(inner.client_id, Some(stage.web.spiffe_id()));
+    let incoming = inner.next().await.unwrap();
+    assert_eq!(incoming.authority(), "ext.shop.svc.cluster.local:80");
+    tasks.spawn(incoming.echo());
+    traffic::ping(&mut call, b"by name").await.unwrap();
+}

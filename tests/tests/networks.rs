@@ -13,6 +13,7 @@ use std::{
     sync::Arc,
 };
 
+use http::StatusCode;
 use parking_lot::Mutex;
 use testkit::{
     Cluster, Line, Mesh, Pod, PodSpec, ProxyOptions, World,
@@ -103,14 +104,20 @@ impl Stage {
     }
 
     async fn start(&self, east: &Mesh, west: &Mesh) -> Cluster<'_> {
+        self.start_with(east, west, &[]).await
+    }
+
+    async fn start_with(&self, east: &Mesh, west: &Mesh, env: &[(&str, &str)]) -> Cluster<'_> {
         east.write(&self.file("east")).unwrap();
         west.write(&self.file("west")).unwrap();
         let options = |node: &testkit::Node| {
             let east = node.name() == self.world.node(0).name();
             let network = if east { "east" } else { "west" };
-            ProxyOptions::new(&self.world, node)
+            let options = ProxyOptions::new(&self.world, node)
                 .env("NETWORK", network)
-                .env("LOCAL_XDS_PATH", &self.file(network).display().to_string())
+                .env("LOCAL_XDS_PATH", &self.file(network).display().to_string());
+            let all = env.iter();
+            all.fold(options, |options, (key, value)| options.env(key, value))
         };
         let pods = [&self.web, &self.near, &self.api];
         Cluster::run(&self.world, options, &pods).await.unwrap()
@@ -388,4 +395,116 @@ async fn a_gateway_that_is_down_is_stood_in_for_by_the_next() {
     let retries = "istio_tcp_connection_retries_total";
     let metrics = cluster.proxy(0).metrics().await.unwrap();
     assert!(metrics.sum(retries, &[]) > 0.0);
+}
+
+#[tokio::test]
+async fn a_gateway_may_be_a_service() {
+    let stage = Stage::new(PodSpec::captured);
+    let mut east = stage.east();
+    let vip = IpAddr::from([10, 96, 0, 9]);
+    let gateways = east.service("east-west", vip, &[(15008, 15008)], &[&stage.gateway]);
+    gateways.vips = vec![format!("west/{vip}")];
+    let behind = east.workloads.iter_mut();
+    for behind in behind.filter(|one| one.name == "west-api") {
+        behind.set(
+            "networkGateway",
+            "{destination: 'shop/east-west.shop.svc.cluster.local', hboneMtlsPort: 15008}",
+        );
+    }
+    let _cluster = stage.start(&east, &stage.west()).await;
+    let gateway = stage.gateway();
+    let _app = stage.api.serve(8080, Behaviour::Echo).unwrap();
+    assert_eq!(stage.call().await.unwrap(), b"hello");
+    assert_eq!(gateway.connections.lock()[0][0].authority, TARGET);
+}
+
+/// The chain of the far end is known to no proxy but that of the source.
+#[tokio::test]
+async fn a_far_end_that_is_revoked_is_cut_and_the_gateway_stays() {
+    let stage = Stage::new(PodSpec::plain);
+    let lists = stage.world.file("ca-crl.pem");
+    let env = [("CRL_PATH", lists.to_str().unwrap())];
+    let cluster = stage
+        .start_with(&stage.east(), &Mesh::default(), &env)
+        .await;
+    let gateway = stage.gateway();
+    let authority = stage.world.authority();
+    let leaf = authority.issue(&stage.api.spiffe_id()).unwrap();
+    let far = RawServer::listen(&stage.api, &leaf, authority.root()).unwrap();
+    let (call, inner) = tokio::join!(stage.web.connect(SocketAddr::from((VIP, 80))), far.accept());
+    let (mut call, mut inner) = (call.unwrap(), inner.unwrap());
+    let mut echo = JoinSet::new();
+    echo.spawn(inner.next().await.unwrap().echo());
+    traffic::ping(&mut call, b"before").await.unwrap();
+
+    let aside = stage.world.file("next.pem");
+    std::fs::write(&aside, authority.crl(&[&leaf.chain[0]]).unwrap()).unwrap();
+    std::fs::rename(&aside, &lists).unwrap();
+    inner.ended(wait::SOON).await.unwrap();
+    assert!(traffic::ping(&mut call, b"after").await.is_err());
+    let error = outbound(&cluster).await.field("error").to_owned();
+    assert_eq!(error, "connection closed: peer certificate revoked by CRL");
+    let (flags, reporter) = (
+        [("response_flags", "CERT_REVOKED")],
+        [("reporter", "source")],
+    );
+    let once = |count: f64| count == 1.0;
+    let proxy = cluster.proxy(0);
+    proxy
+        .metric("istio_tcp_connections_failed_total", &flags, once)
+        .await;
+    proxy
+        .metric("istio_crl_policy_rejections_total", &reporter, once)
+        .await;
+    // The next one is refused while it shakes hands, through the same gateway.
+    let (again, refused) = tokio::join!(stage.call(), far.accept());
+    assert!(!again.is_ok_and(|answer| !answer.is_empty()) && refused.is_err());
+    assert_eq!(gateway.connections.lock().len(), 1);
+}
+
+/// Which workload of its network a gateway leads to is its own choice, so it is asked once more.
+#[tokio::test]
+async fn a_far_end_without_its_application_is_stood_in_for_by_another_behind_the_gateway() {
+    let stage = Stage::new(PodSpec::plain);
+    let cluster = stage.start(&stage.east(), &Mesh::default()).await;
+    let gateway = stage.gateway();
+    let far = stage.server(&stage.api, &stage.api.spiffe_id());
+    let mut echo = JoinSet::new();
+    let served = async {
+        let mut first = far.accept().await.unwrap();
+        let asked = first.next().await.unwrap();
+        asked.refuse(StatusCode::SERVICE_UNAVAILABLE).unwrap();
+        let mut second = far.accept().await.unwrap();
+        echo.spawn(second.next().await.unwrap().echo());
+        (first, second)
+    };
+    let call = async {
+        let mut call = stage
+            .web
+            .connect(SocketAddr::from((VIP, 80)))
+            .await
+            .unwrap();
+        traffic::ping(&mut call, b"hello").await.unwrap();
+        call
+    };
+    let _open = tokio::join!(served, call);
+    let asked = gateway.connections.lock().clone();
+    assert_eq!((asked.len(), asked[0].len()), (1, 2), "{asked:?}");
+    let retries = "istio_tcp_connection_retries_total";
+    cluster.proxy(0).metric(retries, &[], |it| it == 1.0).await;
+}
+
+#[tokio::test]
+async fn far_ends_without_their_application_are_asked_for_a_bounded_number_of_times() {
+    let stage = Stage::new(PodSpec::captured);
+    let cluster = stage.start(&stage.east(), &stage.west()).await;
+    let gateway = stage.gateway();
+    let to = SocketAddr::from((VIP, 80));
+    assert_eq!(
+        stage.web.turned_away(to).await.unwrap(),
+        traffic::End::Reset
+    );
+    assert_eq!(gateway.connections.lock()[0].len(), 3);
+    let retries = "istio_tcp_connection_retries_total";
+    cluster.proxy(0).metric(retries, &[], |it| it == 2.0).await;
 }

@@ -547,3 +547,35 @@ async fn a_change_of_identity_ends_what_the_pod_did_under_the_old_one() {
         .await;
     traffic::ping(&mut intruder, b"goes on").await.unwrap();
 }
+
+/// A layer-7 attribute leaves a rule of which nothing is left to compare: who wrote it believes in a denial that there is not.
+#[tokio::test]
+async fn rules_that_can_never_match_are_warned_of() {
+    let stage = Stage::new();
+    let mut mesh = stage.mesh();
+    mesh.policy(Policy::deny("paths", vec![Match::default()]));
+    let schemed = Match {
+        principals: vec![StringMatch::Exact(stage.intruder.spiffe_id())],
+        ..Match::default()
+    };
+    mesh.policy(Policy::deny("scheme", vec![schemed]));
+    mesh.policy(Policy::deny("good", vec![Match::port(9)]));
+    let cluster = stage.start(&mesh).await;
+    let log = cluster.proxy(1).log();
+    for (policy, why) in [
+        ("shop/paths", "nothing to compare is left of a condition"),
+        ("shop/scheme", "a principal begins with spiffe://"),
+    ] {
+        let line = log
+            .wait(policy, |line| {
+                line.field("policy") == policy && line.level == "warn"
+            })
+            .await;
+        assert_eq!(line.message, "a rule of this policy never matches");
+        assert!(line.raw.contains(why), "{line:?}");
+    }
+    let good = log.since(0, |line| {
+        line.field("policy") == "shop/good" && line.level == "warn"
+    });
+    assert!(good.is_empty(), "{good:?}");
+}

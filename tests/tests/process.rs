@@ -12,7 +12,10 @@ use std::{sync::Arc, time::Duration};
 use nix::sys::signal::Signal;
 use testkit::{
     Mesh, NodeRun, Pod, PodSpec, Proxy, ProxyOptions, World,
-    raw::RawClient,
+    raw::{
+        RawClient,
+        frames::{ACK, Frame, kind},
+    },
     stage::ForeignClient,
     traffic::{self, Behaviour},
     wait,
@@ -280,6 +283,61 @@ async fn a_drain_says_goaway_and_lets_streams_finish() {
     );
     tunnel.finish().unwrap();
     assert!(tunnel.read_to_end().await.unwrap().is_empty());
+    assert!(run.proxy.exit(wait::SOON).await.unwrap().success());
+}
+
+/// The first GOAWAY leaves room for what is on its way, the second one says what was taken; all of that is answered, and lives on
+/// until the deadline.
+#[tokio::test]
+async fn a_drain_says_goaway_twice_and_serves_what_came_between() {
+    let foreign = ForeignClient::new().unwrap();
+    foreign
+        .mesh()
+        .write(&ProxyOptions::mesh_file(&foreign.world))
+        .unwrap();
+    let node = foreign.world.node(0);
+    let options =
+        ProxyOptions::new(&foreign.world, node).env("CONNECTION_TERMINATION_DEADLINE", "4s");
+    let run = NodeRun::start(&foreign.world, node, &options, &[&foreign.api]).await;
+    let mut run = run.unwrap();
+    let _app = foreign.api.serve(8080, Behaviour::Echo).unwrap();
+    let target = foreign.target(8080);
+    let connect = [(":method", "CONNECT"), (":authority", &*target)];
+    let mut wire = foreign.wire().await;
+    wire.headers(1, &connect).await.unwrap();
+    let is_answer = |frame: &Frame| (frame.kind, frame.stream) == (kind::HEADERS, 1);
+    wire.until(is_answer).await.unwrap();
+
+    run.proxy.signal(Signal::SIGTERM).unwrap();
+    let signalled = Instant::now();
+    let (mut limits, mut answered) = (Vec::new(), false);
+    while limits.len() < 2 || !answered {
+        let frame = wire.next().await.unwrap();
+        if frame.kind == kind::GOAWAY {
+            assert_eq!(frame.error_code(), Some(0));
+            limits.push(u32::from_be_bytes(frame.payload[..4].try_into().unwrap()));
+            if limits.len() == 1 {
+                wire.headers(3, &connect).await.unwrap();
+            }
+        } else if frame.kind == kind::PING && frame.flags & ACK == 0 {
+            let same = frame.payload;
+            wire.send(kind::PING, ACK, 0, &same).await.unwrap();
+        } else {
+            answered |= (frame.kind, frame.stream) == (kind::HEADERS, 3);
+        }
+    }
+    assert_eq!(limits, [0x7fff_ffff, 3]);
+    for stream in [1, 3] {
+        wire.send(kind::DATA, 0, stream, b"during").await.unwrap();
+        let echo = |frame: &Frame| (frame.kind, frame.stream) == (kind::DATA, stream);
+        assert_eq!(wire.until(echo).await.unwrap().payload, b"during");
+    }
+    while wire.next().await.is_ok() {}
+    let lasted = signalled.elapsed();
+    assert!(
+        (Duration::from_secs(3)..Duration::from_secs(6)).contains(&lasted),
+        "{lasted:?}"
+    );
     assert!(run.proxy.exit(wait::SOON).await.unwrap().success());
 }
 

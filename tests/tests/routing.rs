@@ -16,6 +16,7 @@ use std::{
 use testkit::{
     Capture, Cluster, Line, Mesh, Pod, PodSpec, World,
     mesh::Ports,
+    raw::{Hello, RawClient},
     stage::ForeignClient,
     traffic::{Behaviour, Server},
     wait,
@@ -483,4 +484,23 @@ async fn an_application_tunnel_may_change_the_port_and_is_never_bypassed() {
     };
     wait::until(wait::SOON, "the application is sent a header", announced).await;
     assert!(asked.peers().is_empty());
+}
+
+/// As a gateway that a proxy serves: what it sends to port 15008 is a tunnel already.
+#[tokio::test]
+async fn an_application_may_make_its_tunnels_by_itself() {
+    let stage = Stage::new();
+    let cluster = stage.start(&stage.mesh()).await;
+    let app = stage.far.serve(8080, Behaviour::Echo).unwrap();
+    let identity = stage.world.authority().issue(&stage.web.spiffe_id());
+    let hello = Hello::new(&identity.unwrap());
+    let client = RawClient::connect(stage.web.netns(), stage.far.at(15008), &hello);
+    let client = client.await.unwrap();
+    assert_eq!(client.server_id, Some(stage.far.spiffe_id()));
+    let target = app.address.to_string();
+    let mut tunnel = client.tunnel(&target).await.unwrap();
+    tunnel.ping(b"hello").await.unwrap();
+    drop((tunnel, client));
+    let line = outbound(&cluster, stage.far.at(15008)).await;
+    assert_eq!(line.field("dst.hbone_addr"), "");
 }

@@ -22,7 +22,7 @@ use super::{
     http1::{self, Body},
 };
 use crate::{
-    mesh::{Health, Workload},
+    mesh::{Health, State, Workload},
     policy::Connection,
     route::{self, Hop, Outbound, OutboundQuery, Via},
     telemetry::Reason,
@@ -61,7 +61,18 @@ pub(super) struct Explanation {
     route: Route,
     #[serde(skip_serializing_if = "Option::is_none")]
     policy: Option<Verdict>,
+    /// Those to whom the waypoint may lead, as far as they are on the network of the source.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    behind: Vec<Behind>,
     outcome: Outcome,
+}
+
+/// What a workload behind the waypoint says to the waypoint.
+#[derive(Debug, Serialize)]
+struct Behind {
+    workload: String,
+    at: SocketAddr,
+    policy: Verdict,
 }
 
 /// Who connects.
@@ -161,6 +172,7 @@ fn explain(console: &Console, from: &str, to: &str) -> Result<Explanation, Uncle
         };
         Verdict::of(&state, target.workload, &connection)
     });
+    let behind = Behind::all(&state, &meaning, &outbound);
     let outcome = outcome(&outbound, policy.as_ref());
     let owner = match (&meaning.service, &meaning.workload) {
         (Some(service), _) => format!("service {}", service.key()),
@@ -177,6 +189,7 @@ fn explain(console: &Console, from: &str, to: &str) -> Result<Explanation, Uncle
         endpoints,
         route,
         policy,
+        behind,
         outcome,
     })
 }
@@ -197,7 +210,20 @@ fn outcome(outbound: &Outbound, policy: Option<&Verdict>) -> Outcome {
         None => Outcome {
             allowed: true,
             reason: None,
-            because: "no policy of the mesh is asked on this hop".to_owned(),
+            because: match outbound {
+                Outbound::Nested { .. } => {
+                    "policies are those of the other network, which are not known here"
+                }
+                Outbound::Hbone(hop) if hop.via == Via::Waypoint => {
+                    "the waypoint decides, and then who is behind it"
+                }
+                Outbound::Passthrough { .. }
+                | Outbound::Direct { .. }
+                | Outbound::Hbone(_)
+                | Outbound::Resolve(_)
+                | Outbound::Refuse(_) => "no policy of the mesh is asked on this hop",
+            }
+            .to_owned(),
         },
     }
 }
@@ -222,8 +248,33 @@ impl Explanation {
                 ..Route::default()
             },
             policy: None,
+            behind: Vec::new(),
             outcome: Outcome::refused(Reason::UnknownLocal, &route::Refusal::UnknownLocal),
         }
+    }
+}
+
+impl Behind {
+    /// Asks everybody behind the waypoint of `outbound`, if there is one, about the waypoint.
+    fn all(state: &State, meaning: &route::Meaning, outbound: &Outbound) -> Vec<Self> {
+        let Outbound::Hbone(hop) = outbound else {
+            return Vec::new();
+        };
+        let asked = meaning.behind.iter().filter(|_| hop.via == Via::Waypoint);
+        asked
+            .map(|(workload, at)| {
+                let connection = Connection {
+                    source: SocketAddr::new(hop.to.ip(), 0),
+                    destination: *at,
+                    identity: hop.workload.identity(),
+                };
+                Self {
+                    workload: workload.uid().to_owned(),
+                    at: *at,
+                    policy: Verdict::of(state, workload, &connection),
+                }
+            })
+            .collect()
     }
 }
 

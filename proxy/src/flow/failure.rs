@@ -48,6 +48,17 @@ pub(super) enum Failure {
     Relay(Box<dyn Error + Send + Sync>),
 }
 
+/// What may help after a failure.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Remedy {
+    /// Nothing.
+    None,
+    /// An endpoint other than the one that was chosen.
+    AnotherEndpoint,
+    /// Any endpoint: what was chosen was a gateway, and what failed is behind it.
+    AnyEndpoint,
+}
+
 impl Failure {
     /// The failure that an ended relay amounts to, if it does.
     pub(super) fn of(outcome: Outcome) -> Option<Self> {
@@ -57,9 +68,10 @@ impl Failure {
         }
     }
 
-    /// Whether it tells of the endpoint that was chosen, so that another one may do better.
-    pub(super) fn is_of_endpoint(&self) -> bool {
-        match self {
+    /// What may be tried in its place, as long as no byte was delivered.
+    pub(super) fn remedy(&self) -> Remedy {
+        let is_of_endpoint = match self {
+            Self::Tunnel(error) if error.is_behind_gateway() => return Remedy::AnyEndpoint,
             Self::Unreachable(error) => error.is_of_destination(),
             Self::Tunnel(error) => error.is_of_destination(),
             Self::Denied(_)
@@ -70,6 +82,11 @@ impl Failure {
             | Self::Abandoned
             | Self::NoIdentity
             | Self::Relay(_) => false,
+        };
+        if is_of_endpoint {
+            Remedy::AnotherEndpoint
+        } else {
+            Remedy::None
         }
     }
 

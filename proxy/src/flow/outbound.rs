@@ -12,7 +12,7 @@ use tokio::{
 
 use super::{
     Direction, Pod,
-    failure::Failure,
+    failure::{Failure, Remedy},
     report::{self, Guarded, Told},
     table::Entry,
 };
@@ -78,13 +78,13 @@ async fn open(pod: &Arc<Pod>, call: Call) -> Option<Opened> {
     let (began, ends) = (Instant::now(), (call.from, Some(call.to)));
     let mut trace = pod.shared().traces.begin(Reporter::Source, None);
     let mut tried = Vec::new();
-    loop {
+    for retries in 0.. {
         let plan = match decide(pod, call, &tried).await {
             Ok(plan) => plan,
             Err(Unplanned { reason, error }) => {
                 trace.reject(ends, reason, &*error);
                 // What was tried in vain is reported; that nothing is left to try is no news.
-                if tried.is_empty() {
+                if retries == 0 {
                     let attempt = Attempt {
                         reporter: Reporter::Source,
                         source: call.from,
@@ -103,30 +103,27 @@ async fn open(pod: &Arc<Pod>, call: Call) -> Option<Opened> {
             trace.reject(ends, Reason::NoHealthyUpstream, &NobodyLeft);
             return None;
         }
-        if !tried.is_empty() {
+        if retries > 0 {
             pod.shared().traffic.retried();
         }
         let out_of_time = began.elapsed() >= pod.settings().sockets.connect_timeout;
-        let last = tried.len() >= MAX_RETRIES || out_of_time;
+        let last = retries >= MAX_RETRIES || out_of_time;
         trace.ended(TracePhase::Resolve);
         match attempt(pod, &plan, call, (!last).then_some(&*tried), &mut trace).await {
             Ok(opened) => return Some(opened),
-            Err(Finality::MayTryAnother) if !last => tried.extend(plan.destination),
-            Err(Finality::MayTryAnother | Finality::Final) => return None,
+            Err(Remedy::None) => return None,
+            Err(_) if last => return None,
+            Err(Remedy::AnotherEndpoint) => tried.extend(plan.destination),
+            Err(Remedy::AnyEndpoint) => {}
         }
     }
+    None
 }
 
 /// Every endpoint was tried, in vain.
 #[derive(Debug, thiserror::Error)]
 #[error("no endpoint is left to try")]
 struct NobodyLeft;
-
-/// Whether a failed attempt was the last one.
-enum Finality {
-    Final,
-    MayTryAnother,
-}
 
 /// One attempt, reported if it fails. `tried` is there if another one may follow: then it gets no more than half of the time
 /// that a connection may take, if there is somebody else to try.
@@ -136,7 +133,7 @@ async fn attempt(
     call: Call,
     tried: Option<&[Arc<Workload>]>,
     trace: &mut Trace,
-) -> Result<Opened, Finality> {
+) -> Result<Opened, Remedy> {
     // Only the far end of a nested tunnel can tell who it is.
     let early = (!plan.is_nested()).then(|| begin(pod, plan, call, None));
     let reaching = reach(pod, plan, call, trace.context());
@@ -173,16 +170,12 @@ async fn attempt(
             })
         }
         Err(failure) => {
-            let finality = if failure.is_of_endpoint() {
-                Finality::MayTryAnother
-            } else {
-                Finality::Final
-            };
-            if tried.is_none() || matches!(finality, Finality::Final) {
+            let remedy = failure.remedy();
+            if tried.is_none() || remedy == Remedy::None {
                 access.traced(std::mem::take(trace));
             }
             report::close(access, Err(failure));
-            Err(finality)
+            Err(remedy)
         }
     }
 }
@@ -213,5 +206,5 @@ fn begin(pod: &Pod, plan: &Plan, call: Call, far_end: Option<&FarEnd>) -> (Acces
     (access, entry)
 }
 
-/// Endpoints that are tried after the first.
+/// Attempts after the first.
 const MAX_RETRIES: usize = 2;

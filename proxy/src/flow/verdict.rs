@@ -72,7 +72,7 @@ pub(super) async fn authorize(
 }
 
 /// How long a policy that has not arrived is waited for. istiod tells of both kinds within one push; this is far more.
-const PATIENCE: Duration = Duration::from_secs(5);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(5);
 
 #[cfg(test)]
 mod tests {

@@ -24,6 +24,42 @@ pub struct Policy {
     pub rules: Box<[Rule]>,
 }
 
+impl Policy {
+    /// Why a rule of it can never match, whoever comes; `None` if each can.
+    #[must_use]
+    pub(super) fn hollow(&self) -> Option<Hollow> {
+        let clauses = || self.rules.iter().flat_map(|rule| &rule.clauses);
+        let is_hollow = |clause: &Clause| {
+            !clause.matches.is_empty() && !clause.matches.iter().any(Match::is_set)
+        };
+        let has_scheme = |clause: &Clause| {
+            let matches = clause.matches.iter();
+            let mut principals = matches.flat_map(|one| &one.principals.any_of);
+            principals.any(StringMatch::has_scheme)
+        };
+        if clauses().any(is_hollow) {
+            Some(Hollow::NothingToCompare)
+        } else if clauses().any(has_scheme) {
+            Some(Hollow::Scheme)
+        } else {
+            None
+        }
+    }
+}
+
+/// Why a rule can never match.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub(super) enum Hollow {
+    /// A clause has matches, and none of them has a condition.
+    #[error(
+        "nothing to compare is left of a condition; layer-7 attributes are for waypoints, and the control plane leaves them out here"
+    )]
+    NothingToCompare,
+    /// A principal is written as a URI.
+    #[error("a principal begins with spiffe://, and is compared without")]
+    Scheme,
+}
+
 /// Which workloads a policy is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
@@ -80,6 +116,28 @@ pub struct Match {
     pub destination_ports: Condition<u16>,
 }
 
+impl Match {
+    /// Whether it has any condition.
+    #[must_use]
+    pub fn is_set(&self) -> bool {
+        let Self {
+            namespaces,
+            principals,
+            service_accounts,
+            source_ips,
+            destination_ips,
+            destination_ports,
+        } = self;
+        let all_unset = namespaces.is_unset()
+            && principals.is_unset()
+            && service_accounts.is_unset()
+            && source_ips.is_unset()
+            && destination_ips.is_unset()
+            && destination_ports.is_unset();
+        !all_unset
+    }
+}
+
 /// `x` and `not_x` of a match.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
@@ -119,6 +177,16 @@ pub enum StringMatch {
     Suffix(Box<str>),
     /// Not empty.
     Presence,
+}
+
+impl StringMatch {
+    /// Whether it asks for a text that begins with the scheme of identities.
+    fn has_scheme(&self) -> bool {
+        match self {
+            Self::Exact(text) | Self::Prefix(text) => text.starts_with("spiffe://"),
+            Self::Suffix(_) | Self::Presence => false,
+        }
+    }
 }
 
 /// A service account of any trust domain.

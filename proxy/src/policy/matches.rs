@@ -56,26 +56,6 @@ pub(super) fn explain(policy: &Policy, connection: &Connection<'_>) -> Matching 
     Matching::None(rules.filter_map(of_rule).flatten().collect())
 }
 
-/// A match without any condition is no match, whatever the connection.
-fn is_set(m: &Match) -> bool {
-    let Match {
-        namespaces,
-        principals,
-        service_accounts,
-        source_ips,
-        destination_ips,
-        destination_ports,
-        ..
-    } = m;
-    let all_unset = namespaces.is_unset()
-        && principals.is_unset()
-        && service_accounts.is_unset()
-        && source_ips.is_unset()
-        && destination_ips.is_unset()
-        && destination_ports.is_unset();
-    !all_unset
-}
-
 /// The first condition that does not hold, the cheap ones first; `None` if all hold. Without an identity there is no
 /// principal and no account to match, and the namespace is the empty text.
 fn mismatch(m: &Match, connection: &Connection<'_>) -> Option<Field> {
@@ -85,7 +65,7 @@ fn mismatch(m: &Match, connection: &Connection<'_>) -> Option<Field> {
         identity,
     } = *connection;
     let namespace = identity.map_or("", SpiffeId::namespace);
-    if !is_set(m) {
+    if !m.is_set() {
         Some(Field::Nothing)
     } else if !condition(&m.destination_ports, |port| *port == destination.port()) {
         Some(Field::DestinationPort)

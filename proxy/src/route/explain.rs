@@ -1,11 +1,11 @@
 //! Which endpoints a connection may lead to, and why not to the others, for people to read. Judges with the same functions
 //! as [`super::outbound`].
 
-use std::{fmt, sync::Arc};
+use std::{fmt, net::SocketAddr, sync::Arc};
 
 use super::{
     OutboundQuery, Owner, owner,
-    upstream::{Purpose, Selection, referenced},
+    upstream::{Place, Purpose, Selection, place, referenced},
 };
 use crate::mesh::{GatewayAddress, LoadBalancingMode, Service, State, Workload};
 
@@ -68,7 +68,13 @@ pub struct Meaning {
     pub waypoints: Vec<GatewayAddress>,
     /// Endpoints of the service, or of the service of its only waypoint.
     pub endpoints: Vec<(Arc<Workload>, Result<Fit, Unfit>)>,
+    /// To whom a waypoint on the way may lead, and at which address, on the network of the source. At most a
+    /// hundred.
+    pub behind: Vec<(Arc<Workload>, SocketAddr)>,
 }
+
+/// Of workloads behind a waypoint, so many are told of.
+const MAX_BEHIND: usize = 100;
 
 /// What `ask.destination` means to its source.
 #[must_use]
@@ -98,6 +104,12 @@ pub fn meaning(state: &State, ask: &OutboundQuery<'_>) -> Meaning {
     } else {
         Purpose::LocalNextHop
     };
+    let behind = match owner {
+        _ if waypoints.is_empty() => Vec::new(),
+        Owner::Service(service) => reachable(&selection(service, to.port(), Purpose::Target), to),
+        Owner::Workload(workload) => vec![(Arc::clone(workload), to)],
+        Owner::Nobody => Vec::new(),
+    };
     let selection = match (waypoints.as_slice(), service) {
         ([], Some(service)) if !passes_through(service) => {
             Some(selection(service, to.port(), Purpose::Target))
@@ -113,7 +125,23 @@ pub fn meaning(state: &State, ask: &OutboundQuery<'_>) -> Meaning {
         workload: workload.cloned(),
         waypoints: waypoints.into_iter().cloned().collect(),
         endpoints: selection.map(|all| judged(&all)).unwrap_or_default(),
+        behind,
     }
+}
+
+/// The endpoints that may be chosen, where they can be dialled.
+fn reachable(selection: &Selection<'_>, to: SocketAddr) -> Vec<(Arc<Workload>, SocketAddr)> {
+    let judged = judged(selection).into_iter();
+    let near = judged.filter(|(workload, _)| workload.network() == selection.source.network());
+    let placed = near.filter_map(|(workload, fit)| {
+        let port = fit.ok()?.port;
+        let at = match place(&workload, Some(selection.service), to.ip()) {
+            Place::At(ip) => SocketAddr::new(ip, port),
+            Place::Named(_) | Place::Nowhere => return None,
+        };
+        Some((workload, at))
+    });
+    placed.take(MAX_BEHIND).collect()
 }
 
 fn passes_through(service: &Service) -> bool {

@@ -8,13 +8,13 @@ use std::{
 use rand::Rng;
 
 use super::{
-    Authority, InnerHop, LoopGuard, Outbound, Owner, Refusal,
+    Authority, HBONE_PORT, InnerHop, LoopGuard, Outbound, Owner, Refusal,
     balance::Choice,
     hop::{Leg, expected, no_way_to},
     owner,
     upstream::{Purpose, Selection, Upstream, Wanted, next_hop, referenced},
 };
-use crate::mesh::{GatewayAddress, LoadBalancingMode, Service, State, Workload};
+use crate::mesh::{GatewayAddress, LoadBalancingMode, Protocol, Service, State, Workload};
 
 /// What is known of an outbound connection.
 #[derive(Debug, Clone, Copy)]
@@ -111,6 +111,14 @@ impl<'a, R: Rng> Decision<'a, R> {
 
     /// O10 to O12: a workload was dialled.
     fn workload(&mut self, workload: &'a Arc<Workload>) -> Result<Outbound, Refusal> {
+        if self.to.port() == HBONE_PORT && workload.protocol() == Protocol::Hbone {
+            // An application, such as a gateway, that makes its tunnels by itself. Within one of ours nobody would take it.
+            return Ok(Outbound::Direct {
+                to: self.to,
+                workload: Arc::clone(workload),
+                service: None,
+            });
+        }
         if let Some(waypoint) = workload.waypoint()
             && !self.source_is(waypoint)
         {

@@ -96,6 +96,15 @@ impl ConnectError {
         }
     }
 
+    /// Whether a gateway led to a workload that has not reached its application. The gateway may lead to another one next time.
+    #[must_use]
+    pub fn is_behind_gateway(&self) -> bool {
+        let Self::Inner(error) = self else {
+            return false;
+        };
+        matches!(**error, Self::Refused(StatusCode::SERVICE_UNAVAILABLE))
+    }
+
     /// What metrics and logs call this failure.
     #[must_use]
     pub fn reason(&self) -> Reason {

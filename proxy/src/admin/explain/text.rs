@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use super::{Explanation, Route, Source};
+use super::{Behind, Explanation, Route, Source, verdict::Verdict};
 
 impl fmt::Display for Explanation {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -31,16 +31,16 @@ impl fmt::Display for Explanation {
         }
         if let Some(verdict) = &self.policy {
             writeln!(f, "policy     {}", verdict.because)?;
-            for judged in &verdict.policies {
-                let mark = if judged.matches { '+' } else { '-' };
-                let action = judged.action.unwrap_or("?");
-                let dry_run = if judged.dry_run { ", dry run" } else { "" };
-                writeln!(
-                    f,
-                    "         {mark} {} ({action}{dry_run}): {}",
-                    judged.key, judged.because
-                )?;
-            }
+            write!(f, "{verdict}")?;
+        }
+        for behind in &self.behind {
+            let Behind {
+                workload,
+                at,
+                policy,
+            } = behind;
+            writeln!(f, "behind     {at} ({workload}): {}", policy.because)?;
+            write!(f, "{policy}")?;
         }
         match (self.outcome.allowed, self.outcome.reason) {
             (true, _) => writeln!(f, "outcome    allowed: {}", self.outcome.because),
@@ -49,6 +49,23 @@ impl fmt::Display for Explanation {
             }
             (false, None) => writeln!(f, "outcome    refused: {}", self.outcome.because),
         }
+    }
+}
+
+/// The policies that were asked, a line each.
+impl fmt::Display for Verdict {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for judged in &self.policies {
+            let mark = if judged.matches { '+' } else { '-' };
+            let action = judged.action.unwrap_or("?");
+            let dry_run = if judged.dry_run { ", dry run" } else { "" };
+            writeln!(
+                f,
+                "         {mark} {} ({action}{dry_run}): {}",
+                judged.key, judged.because
+            )?;
+        }
+        Ok(())
     }
 }
 

@@ -3,6 +3,7 @@
 use serde::Serialize;
 
 use crate::{
+    flow::PATIENCE,
     mesh::{Action, Applicable, Policy, State, Workload},
     policy::{self, Connection, Field, Matching, Mismatch},
     route::Outbound,
@@ -11,10 +12,14 @@ use crate::{
 
 /// The verdict, and every policy that was asked.
 #[derive(Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
 pub(super) struct Verdict {
     pub(super) allowed: bool,
     /// In the words of the authorization log.
     pub(super) because: String,
+    /// Policies that the workload names and that have not arrived: a connection is held for them before it is let in.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    waits_for: Vec<String>,
     pub(super) policies: Vec<Judged>,
 }
 
@@ -44,10 +49,22 @@ impl Verdict {
                 None => decision.event.to_string(),
             },
         };
+        let waits_for: Vec<_> = if verdict.is_allowed() {
+            verdict.missing().map(ToString::to_string).collect()
+        } else {
+            Vec::new()
+        };
+        let because = if waits_for.is_empty() {
+            because
+        } else {
+            let names = waits_for.join(", ");
+            format!("waits for policy {names}, {PATIENCE:?} at most; without it: {because}")
+        };
         let policies = policy::explain(state, workload, connection);
         Self {
             allowed: verdict.is_allowed(),
             because,
+            waits_for,
             policies: policies
                 .map(|(applicable, matching)| Judged::of(applicable, matching, connection))
                 .collect(),

@@ -37,6 +37,13 @@ impl Converter<'_> {
             dry_run: policy.dry_run,
             rules: all(&policy.rules, rule)?,
         };
+        if let Some(why) = policy.hollow() {
+            tracing::warn!(
+                policy = %policy.key,
+                reason = %why,
+                "a rule of this policy never matches"
+            );
+        }
         Ok(Record::Policy(Arc::new(policy)))
     }
 }

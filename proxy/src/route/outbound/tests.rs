@@ -88,6 +88,16 @@ fn a_pod_is_tunnelled_to_by_its_own_protocol() {
 }
 
 #[test]
+fn a_tunnel_that_the_application_makes_by_itself_is_not_put_into_another() {
+    let mut world = World::new([], [pod("web", "10.0.0.2")]);
+    assert_eq!(world.ask("10.0.0.2:15008"), "direct 10.0.0.2:15008");
+    assert_eq!(
+        world.ask("10.0.0.2:15009"),
+        "hbone 10.0.0.2:15008 for 10.0.0.2:15009 expects web"
+    );
+}
+
+#[test]
 fn a_virtual_address_leads_to_an_endpoint_and_its_target_port() {
     let mut world = World::new([web()], [of(pod("web-1", "10.0.0.2"), "web", &[])]);
     assert_eq!(
