@@ -49,6 +49,7 @@ lint: ## Formatting, clippy, documentation, scripts, dependencies; warnings are 
 	@.ci/need $(BUILD) $(SHELLS)
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets --features tests/image -- -D warnings
+	cargo clippy -p culvert --all-targets --features heap-profile -- -D warnings
 	shellcheck .ci/* deploy/*/*.sh benches/kind/*.sh deploy/image/*
 	RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps
 	@cargo deny --version >/dev/null 2>&1 || { set -x; cargo install cargo-deny --version $(CARGO_DENY) --locked --debug; }

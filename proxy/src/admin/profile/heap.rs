@@ -36,7 +36,7 @@ enum HeapError {
     #[error(
         "heap profiling is not prepared: start the process with _RJEM_MALLOC_CONF=prof:true,prof_active:false"
     )]
-    NotPrepared(#[source] io::Error),
+    NotPrepared,
     #[cfg(feature = "heap-profile")]
     #[error(
         "heap profiling is not active: ask for /debug/pprof/heap/profiling?activate=true, and wait a while"

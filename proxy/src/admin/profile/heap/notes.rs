@@ -16,11 +16,17 @@ use super::{HeapError, Image, io};
 use crate::admin::profile::pprof::{Builder, Frame};
 
 pub(super) fn activate(active: bool) -> io::Result<()> {
-    sys::set_active(active).map_err(|error| HeapError::NotPrepared(error).into())
+    if !sys::is_prepared()? {
+        return Err(HeapError::NotPrepared.into());
+    }
+    sys::set_active(active)
 }
 
 pub(super) fn profile(images: &[Image]) -> io::Result<Vec<u8>> {
-    if !sys::is_active().map_err(HeapError::NotPrepared)? {
+    if !sys::is_prepared()? {
+        return Err(HeapError::NotPrepared.into());
+    }
+    if !sys::is_active()? {
         return Err(HeapError::NotActive.into());
     }
     let profile = of_dump(&dump()?, images)?;
@@ -106,7 +112,7 @@ mod tests {
         let profile = Profile::decode(&*of_dump(DUMP, &[]).unwrap()).unwrap();
         let values: Vec<_> = profile.sample.iter().map(|one| &*one.value).collect();
         // A large object is nearly always noted, a small one hardly ever.
-        assert_eq!(values, [[1, 1_212_695], [16_385, 1_048_640]]);
+        assert_eq!(values, [[1, 1_212_696], [16_385, 1_048_640]]);
         let addresses: Vec<_> = profile.location.iter().map(|one| one.address).collect();
         assert_eq!(addresses.len(), 3);
         assert!([0xf, 0x1f, 0x2f].iter().all(|at| addresses.contains(at)));

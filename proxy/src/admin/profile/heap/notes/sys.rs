@@ -9,29 +9,41 @@ use std::{
 
 use tikv_jemalloc_sys::mallctl;
 
+/// Whether the process was started with notes.
+///
+/// # Errors
+/// When the allocator knows no such thing.
+pub(super) fn is_prepared() -> io::Result<bool> {
+    switch(PREPARED)
+}
+
 /// Whether notes are taken.
 ///
 /// # Errors
-/// When the process was not started with them.
+/// As [`is_prepared`].
 pub(super) fn is_active() -> io::Result<bool> {
-    let (mut active, mut length) = (false, size_of::<bool>());
+    switch(ACTIVE)
+}
+
+fn switch(name: &CStr) -> io::Result<bool> {
+    let (mut on, mut length) = (false, size_of::<bool>());
     // SAFETY: the switch is a C `bool`, for which there is room, and the name ends with nought.
     let outcome = unsafe {
         mallctl(
-            ACTIVE.as_ptr(),
-            (&raw mut active).cast(),
+            name.as_ptr(),
+            (&raw mut on).cast(),
             &raw mut length,
             ptr::null_mut(),
             0,
         )
     };
-    done(outcome).map(|()| active)
+    done(outcome).map(|()| on)
 }
 
 /// Begins or ends to take notes.
 ///
 /// # Errors
-/// As [`is_active`].
+/// When the process was not started with them.
 pub(super) fn set_active(mut active: bool) -> io::Result<()> {
     // SAFETY: as above; it is read only.
     let outcome = unsafe {
@@ -73,5 +85,6 @@ fn done(outcome: c_int) -> io::Result<()> {
     Err(io::Error::from_raw_os_error(outcome))
 }
 
+const PREPARED: &CStr = c"opt.prof";
 const ACTIVE: &CStr = c"prof.active";
 const DUMP: &CStr = c"prof.dump";
