@@ -146,6 +146,30 @@ fn the_rules_are_sound_and_their_tests_pass() {
     }
 }
 
+/// Where a family may be absent, an expression returns data whatever it is called: so names are held against the README.
+#[test]
+fn every_family_of_dashboards_and_rules_is_documented() {
+    let readme = fs::read_to_string(deployed("../README.md")).unwrap();
+    let rules = fs::read_to_string(deployed("prometheus/rules.yaml")).unwrap();
+    let mut texts = dashboards();
+    texts.extend(
+        rules
+            .lines()
+            .map(|line| ("a rule".to_owned(), line.to_owned())),
+    );
+    let mut seen = 0;
+    for (place, text) in texts {
+        let words = text.split(|c: char| !c.is_ascii_alphanumeric() && c != '_');
+        let prefixes = ["istio_", "culvert_", "process_", "workload_manager_"];
+        for family in words.filter(|word| prefixes.iter().any(|one| word.starts_with(one))) {
+            let family = family.trim_end_matches("_bucket");
+            assert!(readme.contains(&format!("`{family}")), "{place}: {family}");
+            seen += 1;
+        }
+    }
+    assert!(seen > 80, "{seen}");
+}
+
 /// Two proxies that follow an istiod, and a Prometheus that scrapes them.
 struct Watched<'a> {
     cluster: Cluster<'a>,
