@@ -31,7 +31,7 @@ use crate::{
     logs::Log,
     program,
     proxy::ProxyOptions,
-    sys::Running,
+    sys::{self, Running},
     world::{Pod, World},
 };
 use api::{Endpoint, LIMIT};
@@ -182,6 +182,27 @@ impl OpenBao {
         let key = json!({ "key": self.unseal_key });
         self.call("POST", "sys/unseal", key).await?;
         self.active().await
+    }
+
+    /// Runs a script of an operator, who is root and knows the server by the variables of `bao`; what it prints.
+    ///
+    /// # Errors
+    /// When it fails; its standard error is in the text.
+    pub fn operate(&self, script: &Path, variables: &[(&str, &str)]) -> anyhow::Result<String> {
+        let bao = program::fetched("openbao")?;
+        let directory = bao.parent().context("no directory")?.display();
+        let mut command = Command::new("bash");
+        command.arg(script).envs(variables.iter().copied());
+        command
+            .env("PATH", format!("{directory}:{}", sys::tools()))
+            .env("HOME", &self.directory)
+            .env("BAO_ADDR", format!("https://{}", self.address()))
+            .env("BAO_CACERT", &self.root_file)
+            .env("BAO_TOKEN", &self.root_token);
+        let output = self.endpoint.from.run(|| command.output())?;
+        let said = String::from_utf8_lossy(&output.stderr);
+        ensure!(output.status.success(), "{}: {said}", script.display());
+        Ok(String::from_utf8(output.stdout)?)
     }
 
     /// Where it is reached over TLS.

@@ -67,9 +67,10 @@ fn overlays_are_what_the_chart_renders_with_their_values() {
     let entries = fs::read_dir(deployed("manifests/overlays")).unwrap();
     let overlays: Vec<_> = entries.map(|it| it.unwrap().path()).collect();
     assert_eq!(overlays.len(), 4);
+    let mut all = Vec::new();
     for overlay in overlays {
         let built = kustomize(&overlay).unwrap();
-        validate(&built).unwrap_or_else(|error| panic!("{}: {error}", overlay.display()));
+        all.push(built.clone());
         let mut built = sorted(&built);
         if overlay.ends_with("talos") {
             let namespace = built.remove("\"Namespace\" \"istio-system\"").unwrap();
@@ -78,21 +79,20 @@ fn overlays_are_what_the_chart_renders_with_their_values() {
         }
         assert_eq!(built, sorted(&rendered(&overlay)), "{}", overlay.display());
     }
+    validate(&all.join("\n---\n")).unwrap();
 }
 
 #[test]
 fn manifests_are_valid() {
+    let mut all = Vec::new();
     for directory in ["argocd", "kind", "mesh"] {
-        for (name, text) in files(directory) {
-            let count =
-                validate(&text).unwrap_or_else(|error| panic!("{directory}/{name}: {error}"));
-            assert!(count > 0, "{directory}/{name}");
-        }
+        all.extend(files(directory).into_values());
     }
     for file in ["istio/issuer-openbao.yaml", "prometheus/podmonitor.yaml"] {
-        let text = fs::read_to_string(deployed(file)).unwrap();
-        validate(&text).unwrap_or_else(|error| panic!("{file}: {error}"));
+        all.push(fs::read_to_string(deployed(file)).unwrap());
     }
+    let count = validate(&all.join("\n---\n")).unwrap();
+    assert!(count > all.len(), "{count}");
 }
 
 #[test]

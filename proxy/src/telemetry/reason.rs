@@ -255,4 +255,26 @@ mod tests {
             assert!(!reason.as_str().contains(' '));
         }
     }
+
+    #[test]
+    fn operators_are_told_what_to_do_about_each_reason() {
+        let guide = include_str!("../../../deploy/README.md");
+        let guide = guide.split("## Troubleshooting").nth(1).unwrap();
+        let list = include_str!("../../../README.md");
+        for reason in Reason::ALL {
+            let rows = guide.lines().filter(|line| line.starts_with("| `"));
+            let in_first_cell = |row: &str| {
+                row.split(" | ")
+                    .next()
+                    .unwrap()
+                    .contains(&format!("`{reason}`"))
+            };
+            assert_eq!(
+                rows.filter(|row| in_first_cell(row)).count(),
+                1,
+                "deploy/README.md: {reason}"
+            );
+            assert!(list.contains(&format!("`{reason}`")), "README.md: {reason}");
+        }
+    }
 }

@@ -27,6 +27,12 @@ pub struct ApiServer {
 }
 
 impl ApiServer {
+    /// Its address, if it serves in `home`.
+    #[must_use]
+    pub fn address(home: &Pod) -> String {
+        format!("https://{}", home.at(API_PORT))
+    }
+
     /// Serves in `home` what `api` answers.
     fn start(world: &World, home: &Pod, api: Api) -> anyhow::Result<Self> {
         let at = home.at(API_PORT);
@@ -65,6 +71,53 @@ pub struct WorkloadAccounts {
 }
 
 impl WorkloadAccounts {
+    /// An API server in `home` that makes tokens of accounts in `namespace`. Nobody trusts them yet.
+    ///
+    /// # Errors
+    /// When the port is taken.
+    pub fn start(world: &World, home: &Pod, namespace: &str) -> anyhow::Result<Self> {
+        let key = KeyPair::generate()?;
+        let account = world.file("account");
+        fs::create_dir_all(&account)?;
+        let node = pki::account_token(&key, pki::NODE)?;
+        fs::write(account.join("token"), &node)?;
+        fs::write(account.join("ca.crt"), world.authority().root_pem())?;
+        let api = Api {
+            node,
+            key: KeyPair::try_from(key.serialize_der())?,
+            namespace: namespace.to_owned(),
+        };
+        let directory = world.file("workload-tokens");
+        let at = home.at(API_PORT);
+        let variables = |source: &str, more: Vec<(String, String)>| {
+            let login = [
+                ("OPENBAO_AUTH_METHOD", "jwt".to_owned()),
+                ("OPENBAO_AUTH_ROLE", "workload".to_owned()),
+                ("OPENBAO_JWT_SOURCE", source.to_owned()),
+            ];
+            [pki::variables(login), more].concat()
+        };
+        let path = ("OPENBAO_JWT_PATH", directory.display().to_string());
+        let cluster = [
+            ("KUBERNETES_SERVICE_HOST", at.ip().to_string()),
+            ("KUBERNETES_SERVICE_PORT", at.port().to_string()),
+            ("KUBERNETES_ACCOUNT_PATH", account.display().to_string()),
+        ];
+        Ok(Self {
+            from_directory: variables("directory", pki::variables([path])),
+            from_kubernetes: variables("kubernetes", pki::variables(cluster)),
+            key,
+            directory,
+            _api: ApiServer::start(world, home, api)?,
+        })
+    }
+
+    /// What their tokens are signed with, as the issuer publishes it.
+    #[must_use]
+    pub fn public_key_pem(&self) -> String {
+        self.key.public_key_pem()
+    }
+
     /// Puts a token of the pod's account where [`WorkloadAccounts::from_directory`] looks for it.
     ///
     /// # Errors
@@ -117,19 +170,12 @@ impl OpenBao {
         world: &World,
         home: &Pod,
     ) -> anyhow::Result<(Vec<(String, String)>, ApiServer)> {
-        let key = KeyPair::generate()?;
-        let token = pki::account_token(&key, pki::NODE)?;
-        let api = Api {
-            node: token.clone(),
-            key,
-            namespace: String::new(),
-        };
-        let server = ApiServer::start(world, home, api)?;
-
+        let (token, server) = self.reviewed_account(world, home)?;
+        let token_file = self.file("account", &token)?;
         let method = json!({ "type": "kubernetes" });
         self.call("POST", "sys/auth/kubernetes", method).await?;
         let config = json!({
-            "kubernetes_host": format!("https://{}", home.at(API_PORT)),
+            "kubernetes_host": ApiServer::address(home),
             "kubernetes_ca_cert": world.authority().root_pem(),
             "token_reviewer_jwt": token,
         });
@@ -145,9 +191,28 @@ impl OpenBao {
         self.call("POST", "auth/kubernetes/role/node", role).await?;
         let variables = pki::variables([
             ("OPENBAO_AUTH_ROLE", "node".to_owned()),
-            ("OPENBAO_JWT_PATH", self.file("account", &token)?),
+            ("OPENBAO_JWT_PATH", token_file),
         ]);
         Ok((variables, server))
+    }
+
+    /// The token of a node's account, and an API server in `home` that knows it.
+    ///
+    /// # Errors
+    /// When the port is taken.
+    pub fn reviewed_account(
+        &self,
+        world: &World,
+        home: &Pod,
+    ) -> anyhow::Result<(String, ApiServer)> {
+        let key = KeyPair::generate()?;
+        let token = pki::account_token(&key, pki::NODE)?;
+        let api = Api {
+            node: token.clone(),
+            key,
+            namespace: String::new(),
+        };
+        Ok((token, ApiServer::start(world, home, api)?))
     }
 
     /// Sets up `jwt` for the accounts of workloads, each of which may have its own identity signed and no other, and an
@@ -161,43 +226,10 @@ impl OpenBao {
         home: &Pod,
         namespace: &str,
     ) -> anyhow::Result<WorkloadAccounts> {
-        let key = KeyPair::generate()?;
-        self.trust_workloads(&key).await?;
-        let account = world.file("account");
-        fs::create_dir_all(&account)?;
-        let node = pki::account_token(&key, pki::NODE)?;
-        fs::write(account.join("token"), &node)?;
-        fs::write(account.join("ca.crt"), world.authority().root_pem())?;
-        let api = Api {
-            node,
-            key: KeyPair::try_from(key.serialize_der())?,
-            namespace: namespace.to_owned(),
-        };
-        let directory = world.file("workload-tokens");
-        let at = home.at(API_PORT);
-        let variables = |source: &str, more: Vec<(String, String)>| {
-            let login = [
-                ("OPENBAO_AUTH_METHOD", "jwt".to_owned()),
-                ("OPENBAO_AUTH_ROLE", "workload".to_owned()),
-                ("OPENBAO_JWT_SOURCE", source.to_owned()),
-            ];
-            [pki::variables(login), more].concat()
-        };
-        let path = ("OPENBAO_JWT_PATH", directory.display().to_string());
-        let cluster = [
-            ("KUBERNETES_SERVICE_HOST", at.ip().to_string()),
-            ("KUBERNETES_SERVICE_PORT", at.port().to_string()),
-            ("KUBERNETES_ACCOUNT_PATH", account.display().to_string()),
-        ];
-        Ok(WorkloadAccounts {
-            from_directory: variables("directory", pki::variables([path])),
-            from_kubernetes: variables("kubernetes", pki::variables(cluster)),
-            key,
-            directory,
-            _api: ApiServer::start(world, home, api)?,
-        })
+        let accounts = WorkloadAccounts::start(world, home, namespace)?;
+        self.trust_workloads(&accounts.key).await?;
+        Ok(accounts)
     }
-
     /// Logins with tokens signed by `key`, and a role whose only URI is that of who logged in.
     async fn trust_workloads(&self, key: &KeyPair) -> anyhow::Result<()> {
         self.call("POST", "sys/auth/jwt", json!({ "type": "jwt" }))
