@@ -15,6 +15,8 @@ mod openbao;
 mod parts;
 mod revocation;
 mod served;
+#[cfg(test)]
+mod simulation;
 mod source;
 mod target;
 mod tasks;
@@ -290,11 +292,18 @@ impl<'a> Start<'a> {
         let metrics = Metrics::register(registry);
         shown.client = Some(metrics.clone());
         let follower = Follower {
-            shared: Arc::clone(shared),
+            mesh: shared.mesh.clone(),
+            agent: shared.agent.clone(),
             rejections: shown.rejections.clone(),
             journal,
         };
-        let client = control_plane::client(self.config, address, follower, metrics);
+        let client = control_plane::client(
+            self.config,
+            address,
+            follower,
+            shared.demand.as_ref(),
+            metrics,
+        );
         let known = last_known::enough(&client, &shared.mesh);
         let confirming = last_known::confirm(client.synced(), shared.mesh.clone());
         let stop = self.background.clone();

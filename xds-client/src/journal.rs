@@ -11,7 +11,8 @@
 //! the control plane knew to be denied. Within that, an order is to be minded: workloads and policies are told in
 //! transactions of their own, and the last one may be of workloads that name policies which did not arrive. Whoever recalls
 //! a state must refuse where such a policy is missing, until the control plane has answered; and a journal is used only
-//! if it holds both kinds completely.
+//! if it holds both kinds completely. What remains is what every proxy lives with between the two: a policy that the same
+//! push changes has its old rules for that moment, and where the control plane ended in it, until it returns.
 //!
 //! **What cannot be kept up is removed**: if the disk is full, the mesh too large, or more waits to be written than is good, the
 //! file goes, since an old state could grant what was denied meanwhile. It begins anew with the next answers that tell everything,

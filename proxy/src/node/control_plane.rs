@@ -2,16 +2,16 @@
 
 use std::sync::Arc;
 
+use cert_agent::Agent;
 use xds_client::{
-    Batch, Client, Kind, Metrics, NodeFacts, Rejected, Sink, Versions, journal::Journal,
+    Batch, Client, Demand, Kind, Metrics, NodeFacts, Rejected, Sink, Versions, journal::Journal,
 };
 
 use super::{source, target::target};
 use crate::{
     admin::Rejections,
     config::{Address, Config, Identity},
-    flow::Shared,
-    mesh::Rejection,
+    mesh::{Mesh, Rejection},
 };
 
 /// The client that keeps the mesh as istiod at `address` tells it.
@@ -19,14 +19,14 @@ pub(super) fn client(
     config: &Config,
     address: &Address,
     follower: Follower,
+    demand: Option<&Demand>,
     metrics: Metrics,
 ) -> Client {
-    let shared = Arc::clone(&follower.shared);
     let sink = Arc::new(follower);
     let node = facts(&config.identity).to_node();
     let target = Arc::new(target(config, address));
     let client = Client::new(node, target, sink, metrics);
-    let Some(demand) = &shared.demand else {
+    let Some(demand) = demand else {
         return client;
     };
     if config.identity.node_name.is_none() {
@@ -51,7 +51,8 @@ fn facts(identity: &Identity) -> NodeFacts {
 
 /// Puts what istiod tells into the mesh, and asks for the certificates that come with it.
 pub(super) struct Follower {
-    pub(super) shared: Arc<Shared>,
+    pub(super) mesh: Mesh,
+    pub(super) agent: Agent,
     pub(super) rejections: Rejections,
     /// Where it is kept for the next start, if it is.
     pub(super) journal: Option<Journal>,
@@ -62,12 +63,12 @@ impl Sink for Follower {
         if self.journal.as_ref().is_some_and(Journal::needs_everything) {
             return;
         }
-        self.shared.mesh.versions(kind, versions);
+        self.mesh.versions(kind, versions);
     }
 
     fn apply(&self, batch: Batch) -> Vec<Rejected> {
-        let report = self.shared.mesh.apply(&batch);
-        source::follow_identities(&self.shared, &report);
+        let report = self.mesh.apply(&batch);
+        source::follow_identities(&self.agent, &report);
         self.tell(&batch, &report.rejected);
         tracing::debug!(
             kind = ?batch.kind(),

@@ -1,7 +1,8 @@
 //! The last known good: what istiod told an earlier process of this node, served until istiod answers.
 
-use std::{error::Error, sync::Arc, time::Duration};
+use std::{error::Error, io, sync::Arc, time::Duration};
 
+use cert_agent::Agent;
 use prometheus_client::registry::Registry;
 use tokio::{sync::watch, task::spawn_blocking, time::sleep};
 use xds_client::{
@@ -22,13 +23,8 @@ pub(super) async fn open(
     let settings = settings(config)?;
     let directory = settings.directory.display().to_string();
     let metrics = JournalMetrics::register(registry);
-    let with = Arc::clone(shared);
-    let opened = spawn_blocking(move || {
-        journal::open(settings, metrics, &mut |batch| {
-            let report = with.mesh.apply(&batch);
-            source::follow_identities(&with, &report);
-        })
-    });
+    let (mesh, agent) = (shared.mesh.clone(), shared.agent.clone());
+    let opened = spawn_blocking(move || recall(settings, metrics, &mesh, &agent));
     let (journal, keeper, recalled) = match opened.await {
         Ok(Ok(opened)) => opened,
         Ok(Err(error)) => {
@@ -43,7 +39,6 @@ pub(super) async fn open(
         Err(error) => std::panic::resume_unwind(error.into_panic()),
     };
     if let Some(Recalled { told, bytes, .. }) = recalled {
-        shared.mesh.recall(told);
         let age = told.elapsed().unwrap_or_default();
         tracing::info!(
             ?age,
@@ -53,6 +48,23 @@ pub(super) async fn open(
         );
     }
     Some((journal, keeper))
+}
+
+/// Opens the journal, and puts what it holds in force, with reservation.
+pub(super) fn recall(
+    settings: journal::Settings,
+    metrics: JournalMetrics,
+    mesh: &Mesh,
+    agent: &Agent,
+) -> io::Result<(Journal, Keeper, Option<Recalled>)> {
+    let opened = journal::open(settings, metrics, &mut |batch| {
+        let report = mesh.apply(&batch);
+        source::follow_identities(agent, &report);
+    })?;
+    if let (.., Some(recalled)) = &opened {
+        mesh.recall(recalled.told);
+    }
+    Ok(opened)
 }
 
 fn settings(config: &Config) -> Option<journal::Settings> {

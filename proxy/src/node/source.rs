@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use cert_agent::Agent;
 use tokio_util::sync::CancellationToken;
 use xds_client::local::{self, Document, LocalFile};
 
@@ -90,15 +91,15 @@ fn put_in_force(shared: &Shared, rejections: &Rejections, document: &Document) {
         policies = report.policies,
         "mesh file loaded: changed resources"
     );
-    follow_identities(shared, &report);
+    follow_identities(&shared.agent, &report);
 }
 
 /// Asks for the certificates that this node needs now, and lets go of those that it needs no longer.
-pub(super) fn follow_identities(shared: &Shared, report: &Report) {
+pub(super) fn follow_identities(agent: &Agent, report: &Report) {
     for identity in &report.identities_appeared {
-        shared.agent.prefetch(identity);
+        agent.prefetch(identity);
     }
     for identity in &report.identities_departed {
-        shared.agent.forget(identity);
+        agent.forget(identity);
     }
 }
