@@ -190,7 +190,7 @@ async fn what_follows_a_failure_is_not_looked_at() {
     let nonsense = [22, 3, 1, 0, 1, 0].repeat(1000);
     peer.write_all(&nonsense).await.expect("written");
     let error = accept(far, configs().server).await.expect_err("nonsense");
-    assert_eq!(error.kind(), std::io::ErrorKind::InvalidData);
+    assert_eq!(error.kind(), io::ErrorKind::InvalidData);
     let mut told = Vec::new();
     peer.read_to_end(&mut told).await.expect("told");
     assert_eq!((told.get(..6), told.len()), (Some(&ALERT[..]), 7));
