@@ -4,6 +4,7 @@
 //! the repository draws the house, and a test holds every `crate::` import against it.
 
 pub mod admin;
+pub mod budget;
 pub mod cli;
 pub mod config;
 pub mod dns;

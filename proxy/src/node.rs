@@ -9,6 +9,7 @@ mod control_plane;
 mod error;
 mod last_known;
 mod launch;
+mod memory;
 mod memory_metrics;
 mod mesh_metrics;
 mod openbao;
@@ -114,12 +115,9 @@ async fn serve(
     let Certificates { agent, openbao } = certificates::build(config)?;
     let traces = start.traces(&mut registry);
     let shared = Arc::new(parts::shared(config, agent, traces, &mut registry));
-    memory_metrics::register(
-        &shared.buffers,
-        &shared.traffic,
-        log.backlog(),
-        &mut registry,
-    );
+    let budget = config.limits.memory_budget;
+    memory_metrics::register(&shared, log.backlog(), budget, &mut registry);
+    start.budget(&shared, budget);
     start.certificates(&shared, openbao);
     start.trust(&shared, &mut registry);
     start.revocations(&shared, &mut registry);
@@ -190,6 +188,17 @@ impl<'a> Start<'a> {
         };
         self.here(TRACES, exporting);
         traces
+    }
+
+    /// Watches over the memory, if it has a budget.
+    fn budget(&mut self, shared: &Arc<Shared>, budget: Option<u64>) {
+        if let Some(bytes) = budget {
+            let (shared, stop) = (Arc::clone(shared), self.background.clone());
+            self.here(BUDGET, async move {
+                let watching = memory::watch(bytes, shared);
+                stop.run_until_cancelled(watching).await;
+            });
+        }
     }
 
     /// Gives buffers that a burst left behind back to the allocator, and so to the system.
@@ -471,6 +480,7 @@ impl Signals {
     }
 }
 
+const BUDGET: &str = "memory budget";
 const CERTIFICATES: &str = "certificates";
 const CONTROL_PLANE: &str = "control plane";
 const EVICTION: &str = "idle series";
@@ -482,7 +492,8 @@ const TRACES: &str = "spans";
 const TRIMMING: &str = "buffers";
 const TRUST: &str = "trust anchors";
 /// What flows need until the last of them has ended.
-const BACKGROUND: [&str; 10] = [
+const BACKGROUND: [&str; 11] = [
+    BUDGET,
     CERTIFICATES,
     CONTROL_PLANE,
     EVICTION,

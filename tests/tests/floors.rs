@@ -25,7 +25,7 @@ const FLOORS: &[(u8, &[&str])] = &[
     (4, &["tunnel", "relay", "listen", "resolve"]),
     (3, &["route", "policy"]),
     (2, &["mesh"]),
-    (1, &["telemetry", "config"]),
+    (1, &["telemetry", "config", "budget"]),
 ];
 
 /// Pairs of one floor of which the first may import the second.

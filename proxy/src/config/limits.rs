@@ -7,6 +7,9 @@ use serde::Serialize;
 #[derive(Debug, Clone, Serialize)]
 #[non_exhaustive]
 pub struct Limits {
+    /// `MEMORY_BUDGET`, bytes, at least 32 MiB: what may be resident; four fifths of the limit of the control group unless
+    /// set. `None` without either.
+    pub memory_budget: Option<u64>,
     /// `DESCRIPTOR_RESERVE`: descriptors that are kept for control work; a sixteenth of what the process may have, at least
     /// 16 and at most 1024, unless set.
     pub descriptor_reserve: Option<u16>,
@@ -22,6 +25,7 @@ pub struct Limits {
 impl Default for Limits {
     fn default() -> Self {
         Self {
+            memory_budget: None,
             descriptor_reserve: None,
             flows_per_pod: 250_000,
             handshakes_per_pod: 512,

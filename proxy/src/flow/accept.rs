@@ -21,8 +21,10 @@ use tokio::{
 
 use super::{Pod, Stop};
 use crate::{
+    budget::{Held, Owner, Pressure, Relief, pressure},
     listen,
-    telemetry::{Limit, Reporter, SocketGuard},
+    relay::Socket,
+    telemetry::{Attempt, Limit, Reason, Reporter, SocketGuard},
 };
 
 /// Accepts until `stop` asks it not to, runs `handle` for each connection in a task of its own,
@@ -46,10 +48,15 @@ pub(super) async fn serve<H, F>(
             () = ended.some.notified() => reap(&mut flows),
             accepted = next(&pod, &listener, flows.len()) => {
                 let Some((socket, peer)) = accepted else { continue };
+                if pod.is_to_blame() {
+                    refuse(&pod, reporter, socket, peer);
+                    continue;
+                }
                 let counted = pod.shared().traffic.socket(reporter);
+                let held = pod.share().hold(Owner::Flow);
                 let flow = handle(Arc::clone(&pod), socket, peer);
                 let end = End(Arc::clone(&ended));
-                flows.spawn(Counted { flow, _counted: counted, _end: end });
+                flows.spawn(Counted { flow, _counted: counted, _held: held, _end: end });
             }
         }
     }
@@ -68,12 +75,38 @@ pub(super) async fn serve<H, F>(
     flows.shutdown().await;
 }
 
+/// Why a pod gets nothing new.
+#[derive(Debug, thiserror::Error)]
+#[error("memory is short, and this pod holds most of it")]
+pub(super) struct Greedy;
+
+/// Resets a connection, and tells of it.
+fn refuse(pod: &Pod, reporter: Reporter, socket: TcpStream, peer: SocketAddr) {
+    let attempt = Attempt {
+        reporter,
+        source: peer,
+        destination: None,
+    };
+    let traffic = &pod.shared().traffic;
+    traffic.reject(attempt, Reason::Overloaded, &Greedy);
+    drop(Socket::new(socket));
+}
+
 /// The next connection. `None` if nothing is to be accepted for now beside so many that are open: what comes waits in the
 /// listener's queue.
 ///
 /// # Cancel safety
 /// Nothing is lost when the future is dropped.
 async fn next(pod: &Pod, listener: &TcpListener, open: usize) -> Option<(TcpStream, SocketAddr)> {
+    let pause = match pressure() {
+        Pressure::Calm => Duration::ZERO,
+        Pressure::Tight => SLOW,
+        Pressure::Critical => SLOWER,
+    };
+    if !pause.is_zero() {
+        Relief::AcceptSlowed.count(1);
+        sleep(pause).await;
+    }
     let descriptors = &pod.shared().descriptors;
     if descriptors.is_short() {
         pod.hits(Limit::Descriptors);
@@ -102,6 +135,9 @@ async fn run_dry(listener: &TcpListener, mut take: impl FnMut(TcpStream, SocketA
     }
 }
 
+/// Pause before each connection of a listener while memory is short: five hundred in a second, then fifty.
+const SLOW: Duration = Duration::from_millis(2);
+const SLOWER: Duration = Duration::from_millis(20);
 /// How long nothing is accepted once there is no room.
 const PAUSE: Duration = Duration::from_millis(100);
 /// A queue into which nothing comes for this long is dry: handshakes under way are done by then.
@@ -163,6 +199,7 @@ pin_project! {
         #[pin]
         flow: F,
         _counted: SocketGuard,
+        _held: Held,
         _end: End,
     }
 }

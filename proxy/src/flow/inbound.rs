@@ -28,6 +28,7 @@ use super::{
     verdict::authorize,
 };
 use crate::{
+    budget::Owner,
     listen,
     mesh::Workload,
     policy::{Connection, Permit},
@@ -77,6 +78,7 @@ async fn connection(
         Ok(shaken) => shaken,
         Err(refused) => return reject(&pod, (peer, here), refused.reason(), &refused),
     };
+    let _held = pod.share().hold(Owner::Tunnel);
     let (caller, settings) = (Arc::new(caller), Arc::clone(&pod.settings().tunnel));
     let cut = {
         let caller = Arc::clone(&caller);
@@ -213,6 +215,7 @@ async fn shake(
 
 /// Carries one CONNECT to the application.
 async fn stream(pod: Arc<Pod>, caller: Arc<Caller>, incoming: Incoming) {
+    let _held = pod.share().hold(Owner::Flow);
     // Boxed, so that the space of the set-up is given back before bytes move.
     let Some(opened) = Box::pin(open(&pod, &caller, incoming)).await else {
         return;
@@ -337,12 +340,14 @@ enum Early {
     Route(#[from] InboundRefusal),
     #[error("the pod has too many open flows")]
     Crowded,
+    #[error(transparent)]
+    Greedy(#[from] accept::Greedy),
 }
 
 impl Early {
     fn reason(&self) -> Reason {
         match self {
-            Self::Crowded => Reason::Overloaded,
+            Self::Crowded | Self::Greedy(_) => Reason::Overloaded,
             Self::Authority(_) => Reason::BadRequest,
             Self::Route(refusal) => refusal.reason(),
         }
@@ -350,7 +355,7 @@ impl Early {
 
     fn status(&self) -> StatusCode {
         match self {
-            Self::Crowded => StatusCode::SERVICE_UNAVAILABLE,
+            Self::Crowded | Self::Greedy(_) => StatusCode::SERVICE_UNAVAILABLE,
             Self::Authority(_) => StatusCode::BAD_REQUEST,
             Self::Route(refusal) => refusal.status(),
         }
@@ -360,6 +365,9 @@ impl Early {
 async fn decide(pod: &Pod, caller: &Caller, connect: &tunnel::Connect) -> Result<Decision, Early> {
     if !pod.has_room(pod.flows().len()) {
         return Err(Early::Crowded);
+    }
+    if pod.is_to_blame() {
+        return Err(accept::Greedy.into());
     }
     let authority: Authority = connect.authority().parse()?;
     let local = pod.workload().await.ok_or(InboundRefusal::UnknownLocal)?;

@@ -20,6 +20,7 @@ use super::{
     verdict::Awaited,
 };
 use crate::{
+    budget::{Pressure, Relief, Share, Shares, pressure},
     config::{self, WorkloadRef},
     listen::{self, Descriptors, LocalAddress, Netns, PodListeners, SourcePorts},
     mesh::{Mesh, Workload},
@@ -62,6 +63,8 @@ pub struct Shared {
     pub neighbours: Neighbours,
     /// What was too much.
     pub limits: Limits,
+    /// What pods hold of the memory.
+    pub shares: Shares,
     /// Descriptors that are left for traffic.
     pub descriptors: Descriptors,
     /// Settings.
@@ -136,6 +139,7 @@ pub struct Pod {
     flows: Arc<FlowTable>,
     awaited: Awaited,
     pool: tunnel::Pool<Dialer>,
+    share: Arc<Share>,
 }
 
 impl Pod {
@@ -158,6 +162,7 @@ impl Pod {
         )
         .counted(shared.pools.clone());
         Arc::new(Self {
+            share: shared.shares.pod(),
             shared,
             who,
             netns,
@@ -250,6 +255,18 @@ impl Pod {
 
     pub(super) fn source_ports(&self) -> &SourcePorts {
         &self.source_ports
+    }
+
+    /// What it holds of the memory.
+    pub(super) fn share(&self) -> &Arc<Share> {
+        &self.share
+    }
+
+    /// Whether it gets nothing new, because memory is very short and it holds much of it; counts it if so.
+    pub(super) fn is_to_blame(&self) -> bool {
+        let is_to_blame = pressure() == Pressure::Critical && !self.share.is_modest();
+        Relief::FlowRefused.count(is_to_blame.into());
+        is_to_blame
     }
 
     /// Whether another one is let in beside so many connections or flows; counts it if not.

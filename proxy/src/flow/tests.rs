@@ -46,6 +46,7 @@ pub(super) fn pod_with(demand: Option<Demand>) -> Arc<Pod> {
         resolutions: OnDemandDns::register(&mut Registry::default(), config::Metrics::default()),
         neighbours: Neighbours::default(),
         limits: Limits::default(),
+        shares: Default::default(),
         descriptors: Descriptors::default(),
         settings: Settings {
             limits: config::Limits::default(),

@@ -8,6 +8,7 @@ use xds_client::Demand;
 
 use super::launch::Names;
 use crate::{
+    budget::Shares,
     config::{Config, DnsCapture, ProxyMode},
     dns::{self, Upstreams},
     flow::{Neighbours, Settings, Shared},
@@ -48,6 +49,7 @@ pub(super) fn shared(
         neighbours: Neighbours::default(),
         resolutions: OnDemandDns::register(registry, config.metrics),
         limits,
+        shares: Shares::default(),
         descriptors: Descriptors::new(config.limits.descriptor_reserve),
         settings: Settings {
             limits: config.limits.clone(),

@@ -15,6 +15,7 @@ use parking_lot::Mutex;
 use tokio::io::AsyncRead;
 
 use super::pipe::Pipes;
+use crate::budget::{Pressure, pressure};
 
 /// Sizes of buffers, smallest first, in bytes.
 const SIZES: [usize; 4] = [4 << 10, 16 << 10, 64 << 10, 256 << 10];
@@ -53,10 +54,10 @@ impl Buffers {
         Self::default()
     }
 
-    /// A buffer of the size that `appetite` asks for.
+    /// A buffer of the size that `appetite` asks for, or a smaller one while memory is short.
     #[must_use]
     pub fn take(&self, appetite: Appetite) -> Buffer {
-        let level = usize::from(appetite.level).min(SIZES.len() - 1);
+        let level = usize::from(appetite.level).min(largest(pressure()));
         let bytes = self.shelf(level).and_then(|shelf| {
             let mut stock = shelf.0.lock();
             stock.taken += 1;
@@ -78,6 +79,15 @@ impl Buffers {
             .shelves
             .iter()
             .map(|shelf| shelf.0.lock().taken)
+            .sum()
+    }
+
+    /// Bytes of the buffers now in use.
+    #[must_use]
+    pub fn taken_bytes(&self) -> usize {
+        let shelves = self.0.shelves.iter().zip(SIZES);
+        shelves
+            .map(|(shelf, size)| shelf.0.lock().taken * size)
             .sum()
     }
 
@@ -139,7 +149,7 @@ impl Buffers {
         bytes.clear();
         let mut stock = shelf.0.lock();
         stock.taken = stock.taken.saturating_sub(1);
-        if stock.idle.len() < *keep {
+        if stock.idle.len() < *keep && pressure() == Pressure::Calm {
             stock.idle.push(bytes);
         }
     }
@@ -152,6 +162,15 @@ impl fmt::Debug for Buffers {
             .field("kept_bytes", &self.kept_bytes())
             .field("pipes_taken", &self.pipes_taken())
             .finish()
+    }
+}
+
+/// The level of the largest buffers that are given out.
+const fn largest(pressure: Pressure) -> usize {
+    match pressure {
+        Pressure::Calm => SIZES.len() - 1,
+        Pressure::Tight => 2,
+        Pressure::Critical => 1,
     }
 }
 

@@ -156,17 +156,19 @@ struct Consumption {
 
 impl Collector for Consumption {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
+        if let Some(bytes) = resident_bytes() {
+            let name = "process_resident_memory_bytes";
+            let gauge = MetricType::Gauge;
+            encoder
+                .encode_descriptor(name, "Resident memory.", None, gauge)?
+                .encode_gauge(&bytes)?;
+        }
         let mut gauge = |name, help, value: Option<f64>| match value {
             Some(value) => encoder
                 .encode_descriptor(name, help, None, MetricType::Gauge)?
                 .encode_gauge(&value),
             None => Ok(()),
         };
-        gauge(
-            "process_resident_memory_bytes",
-            "Resident memory.",
-            resident_bytes(),
-        )?;
         gauge(
             "culvert_memory_limit_bytes",
             "Memory that the container may use; absent without a limit.",
@@ -191,15 +193,16 @@ impl Collector for Consumption {
     }
 }
 
-fn resident_bytes() -> Option<f64> {
-    let pages: u32 = number(
+/// Resident memory of the process, in bytes.
+pub fn resident_bytes() -> Option<u64> {
+    let pages: u64 = number(
         fs::read_to_string("/proc/self/statm")
             .ok()?
             .split(' ')
             .nth(1)?,
     )?;
-    let page = u32::try_from(sysconf(SysconfVar::PAGE_SIZE).ok()??).ok()?;
-    Some(f64::from(pages) * f64::from(page))
+    let page = u64::try_from(sysconf(SysconfVar::PAGE_SIZE).ok()??).ok()?;
+    Some(pages * page)
 }
 
 /// The limit of the own control group, version 2.

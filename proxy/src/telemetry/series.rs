@@ -160,16 +160,31 @@ impl<S: Counted> Table<S> {
         }
     }
 
+    /// Evicts at once what is not in use and, unless `all`, was not since the last sweep. Tells how much.
+    pub(super) fn shed(&self, all: bool) -> u64 {
+        let before = self.evicted();
+        for shard in self.shards() {
+            self.retain(shard, |entry| {
+                entry.series.in_use() || !all && entry.unused.load(Relaxed) == 0
+            });
+        }
+        self.evicted() - before
+    }
+
     fn sweep(&self, shard: &Shard<S>) {
-        let mut table = shard.write();
-        let before = table.len();
-        table.retain(|entry| {
+        self.retain(shard, |entry| {
             if entry.series.in_use() {
                 entry.unused.store(0, Relaxed);
                 return true;
             }
             entry.unused.fetch_add(1, Relaxed) < SWEEPS
         });
+    }
+
+    fn retain(&self, shard: &Shard<S>, keep: impl Fn(&Entry<S>) -> bool) {
+        let mut table = shard.write();
+        let before = table.len();
+        table.retain(|entry| keep(entry));
         let gone = before - table.len();
         if table.capacity() > 4 * table.len() {
             let len = table.len();

@@ -163,6 +163,13 @@ impl Traffic {
         self.series_count() * SERIES_BYTES
     }
 
+    /// Evicts at once label sets without open flows: all of them, or those that none used lately. Tells how many.
+    pub fn shed(&self, all: bool) -> u64 {
+        let evicted = self.0.table.shed(all);
+        self.0.names.sweep();
+        evicted
+    }
+
     /// Evicts label sets without open flows that no flow used for the configured time, and up to an eighth of that longer.
     /// Never ends.
     ///

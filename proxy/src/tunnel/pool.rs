@@ -50,6 +50,7 @@ use super::{
     tls,
 };
 use crate::{
+    budget::{Pressure, Relief, pressure},
     config,
     relay::Buffers,
     telemetry::{Reporter, Step},
@@ -61,6 +62,9 @@ const TRIES: usize = 4;
 /// How long a connection is kept idle beside another one of its key that has room: what a burst
 /// opened goes soon after it.
 const SPARE_RELEASE: Duration = Duration::from_secs(10);
+
+/// How long a connection is kept idle while memory is very short.
+const SHORT_RELEASE: Duration = Duration::from_secs(1);
 
 /// What makes two requests share a connection: all of it.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -365,10 +369,19 @@ impl<D: Dial> Task<D> {
 
     /// Ready when the connection was retired because nobody used it.
     async fn idle(&self) {
-        let release = self.config.pool_idle_release;
-        let look = release.min(SPARE_RELEASE);
+        let configured = self.config.pool_idle_release;
+        let look = configured.min(SPARE_RELEASE);
         loop {
-            if self.shelf.retire(&self.key, &self.load, release, look) {
+            let release = match pressure() {
+                Pressure::Calm => configured,
+                Pressure::Tight => configured.min(SPARE_RELEASE),
+                Pressure::Critical => configured.min(SHORT_RELEASE),
+            };
+            let idle = self.load.idle_since().elapsed();
+            let spare = release.min(look);
+            if self.shelf.retire(&self.key, &self.load, release, spare) {
+                let early = release < configured && idle < configured;
+                Relief::TunnelClosed.count(early.into());
                 return;
             }
             let due = self.load.idle_since() + release;

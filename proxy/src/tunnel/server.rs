@@ -31,13 +31,19 @@ use super::{
     turn::{Turn, Turnwise, turnwise},
     window::Window,
 };
-use crate::config;
+use crate::{
+    budget::{Pressure, pressure},
+    config,
+};
 
 /// What a client says before its first frame (RFC 9113 §3.4).
 const PREFACE_BYTES: usize = 24;
 
 /// Streams of a connection whose reset is remembered for a second: what a peer sends on them meanwhile is no offence.
 pub(super) const KEPT_RESETS: usize = 200;
+
+/// How often the streams of a dead connection look whether memory is short.
+const LOOK: Duration = Duration::from_secs(1);
 
 /// How long a dying connection may take to say so.
 const FAREWELL: Duration = Duration::from_secs(1);
@@ -210,13 +216,23 @@ where
             Err(ServeError::Cut)
         }
     };
-    let mut streams = serving.streams;
+    let streams = serving.streams;
     drop((serving.connection, serving.turn));
-    // Streams of a dead connection end by themselves, after what they received is delivered.
-    while let Some(ended) = streams.join_next().await {
-        report(ended);
-    }
+    finish(streams).await;
     end
+}
+
+/// Streams of a dead connection end by themselves, after what they received is delivered: unless memory gets short, because
+/// that may take an application for ever.
+async fn finish(mut streams: JoinSet<()>) {
+    loop {
+        match timeout(LOOK, streams.join_next()).await {
+            Ok(Some(ended)) => report(ended),
+            Ok(None) => return,
+            Err(_) if pressure() > Pressure::Calm => return streams.shutdown().await,
+            Err(_) => {}
+        }
+    }
 }
 
 /// Polls `run` to its end, or gives `None` when `stop` fires first.

@@ -3,14 +3,18 @@
 //!
 //! A stream whose reader stalls holds up to a stream window of memory and of the connection's window. Announced is the
 //! configured size, as peers expect; it is then cut down to [`START`] and grows again, up to what was configured, as far as
-//! measurements ask for it: an answered PING tells how many bytes come in a round trip. Many streams get less each.
+//! measurements ask for it: an answered PING tells how many bytes come in a round trip. Many streams get less each, and all get
+//! less while memory is short.
 
 use std::time::Duration;
 
 use tokio::time::Instant;
 
 use super::keepalive::Keepalive;
-use crate::config;
+use crate::{
+    budget::{Pressure, pressure},
+    config,
+};
 
 /// A stream's window before anything was measured: four reads of the sender. One alone, though more than fast links within a
 /// cluster hold (10 Gbit/s for 200 µs), makes it wait for us after each: a fifth of the throughput within a node.
@@ -64,6 +68,7 @@ pub(super) struct Window {
     configured: u32,
     connection: u32,
     path: Path,
+    pressure: Pressure,
 }
 
 impl Window {
@@ -73,6 +78,7 @@ impl Window {
             configured: config.stream_window,
             connection: config.connection_window,
             path: Path::new(config.stream_window),
+            pressure: Pressure::Calm,
         }
     }
 
@@ -86,6 +92,7 @@ impl Window {
         if self.path.follow(received, keepalive.is_waiting()) {
             keepalive.ask();
         }
+        self.pressure = pressure();
         let streams = u32::try_from(streams).unwrap_or(u32::MAX);
         let size = self.wanted(streams);
         if size != self.stream && connection.set_stream_window(size) {
@@ -107,8 +114,16 @@ impl Window {
 
     /// A power of two unless it is the configured one, so that changes stay rare.
     fn fitting(&self, streams: u32) -> u32 {
-        let share = (SHARED / streams.max(1)).max(SMALLEST);
-        let size = self.path.window.min(share).max(1);
+        // A quarter for each step: 256 KiB of one stream, 4 MiB of all, then the smallest.
+        let cut = |size: u32| size >> (2 * self.pressure.steps());
+        let share = (cut(SHARED) / streams.max(1)).max(SMALLEST);
+        let size = match self.pressure {
+            Pressure::Calm => self.path.window.min(share).max(1),
+            Pressure::Tight | Pressure::Critical => {
+                let own = cut(self.path.window.min(START)).max(SMALLEST);
+                own.min(share).min(self.configured)
+            }
+        };
         if size < self.configured {
             1 << size.ilog2()
         } else {
@@ -120,7 +135,8 @@ impl Window {
     /// updates stay rare; never shrinks, because credit once given cannot be taken back.
     fn grow(&mut self, streams: u32) -> Option<u32> {
         let needed = streams.saturating_add(1).saturating_mul(self.configured);
-        if needed <= self.connection || self.connection >= LARGEST {
+        let enough = needed <= self.connection || self.connection >= LARGEST;
+        if enough || self.pressure > Pressure::Calm {
             return None;
         }
         self.connection = needed.max(self.connection.saturating_mul(2)).min(LARGEST);
@@ -229,6 +245,26 @@ mod tests {
             assert_eq!(self::window(small).wanted(1), small);
             assert_eq!(self::window(small).wanted(200), small);
         }
+    }
+
+    #[test]
+    fn windows_shrink_while_memory_is_short_and_come_back() {
+        let mut window = window(4 << 20);
+        window.path.window = 4 << 20;
+        for (pressure, sizes) in [
+            (Pressure::Tight, [256, 256, 128, 64]),
+            (Pressure::Critical, [64, 64, 64, 64]),
+            (Pressure::Tight, [256, 256, 128, 64]),
+            (Pressure::Calm, [4096, 1024, 512, 128]),
+        ] {
+            window.pressure = pressure;
+            for (streams, size) in [1, 16, 32, 100].into_iter().zip(sizes) {
+                window.stream = window.wanted(streams);
+                assert_eq!(window.stream, size << 10, "{pressure:?}, {streams} streams");
+            }
+            assert_eq!(window.grow(100).is_some(), pressure == Pressure::Calm);
+        }
+        assert_eq!(self::window(1000).wanted(1), 1000);
     }
 
     #[test]

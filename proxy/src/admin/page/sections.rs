@@ -12,6 +12,7 @@ use crate::{
         flows::{Flow, Shown},
         when,
     },
+    budget::{self, Pressure},
     flow::FlowTable,
 };
 
@@ -61,12 +62,23 @@ fn tiles(console: &Console, pods: &[ShownPod], identities: &[IdentityStatus]) ->
             (control_plane(console))
             (tile(&format!("{up} of {}", pods.len()), "pods served", if up == pods.len() { "" } else { "warn" }))
             (tile(&open.to_string(), "open flows", ""))
+            (memory())
             (tile(&format!("{held} of {}", identities.len()), "certificates held", if held == identities.len() { "good" } else { "warn" }))
             (tile(&failing.to_string(), "identities that fail", if failing == 0 { "" } else { "bad" }))
             (tile(&counts.workloads.to_string(), "workloads known", ""))
             (tile(&format!("{} / {}", counts.services, counts.policies), "services / policies", ""))
         }
     }
+}
+
+fn memory() -> Markup {
+    let pressure = budget::pressure();
+    let class = match pressure {
+        Pressure::Calm => "",
+        Pressure::Tight => "warn",
+        Pressure::Critical => "bad",
+    };
+    tile(pressure.as_str(), "memory", class)
 }
 
 fn control_plane(console: &Console) -> Markup {

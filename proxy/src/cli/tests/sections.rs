@@ -109,6 +109,36 @@ fn limits() {
 }
 
 #[test]
+fn memory_budget() {
+    let budget = |text| given(&[("MEMORY_BUDGET", text)]);
+    for (text, bytes) in [
+        ("0", None),
+        ("33554432", Some(32 << 20)),
+        ("40000Ki", Some(40_000 << 10)),
+        ("512Mi", Some(512 << 20)),
+        ("2Gi", Some(2 << 30)),
+    ] {
+        assert_eq!(budget(text).config().limits.memory_budget, bytes, "{text}");
+    }
+    for refused in ["", "-1", "1Mi", "512M", "0.5Gi", "Mi", "99999999999Gi"] {
+        assert!(budget(refused).read().is_err(), "{refused}");
+    }
+    let of_group = |path: &str, text: &str| {
+        let environment = given(&[]).file(path, text);
+        environment.config().limits.memory_budget
+    };
+    let (second, first) = (
+        "/sys/fs/cgroup/memory.max",
+        "/sys/fs/cgroup/memory/memory.limit_in_bytes",
+    );
+    assert_eq!(given(&[]).config().limits.memory_budget, None);
+    assert_eq!(of_group(second, "max\n"), None);
+    assert_eq!(of_group(second, "1000000000\n"), Some(800_000_000));
+    assert_eq!(of_group(first, "1000000000\n"), Some(800_000_000));
+    assert_eq!(of_group(first, "9223372036854771712\n"), None);
+}
+
+#[test]
 fn last_known_state() {
     let kept = |variables: &[_]| given(variables).config().control.last_known;
     assert_eq!(kept(&[]), None);

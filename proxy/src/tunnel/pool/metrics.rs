@@ -53,6 +53,12 @@ impl PoolMetrics {
         &self.0.limits
     }
 
+    /// Connections held, those being opened included.
+    #[must_use]
+    pub fn connections(&self) -> usize {
+        self.0.connections.get().try_into().unwrap_or(0)
+    }
+
     /// Counts a connection until dropped.
     pub(super) fn connection(&self) -> Counted {
         Counted::new(&self.0.connections)
