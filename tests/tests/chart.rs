@@ -7,7 +7,7 @@
     reason = "test code: a panic is a failed test"
 )]
 
-use std::{collections::BTreeMap, fs};
+use std::{collections::BTreeMap, fs, process::Command};
 
 use serde_json::{Value, json};
 use testkit::kubetools::{deployed, documents, helm, validate};
@@ -427,6 +427,38 @@ fn scopes_part_what_is_rendered() {
     assert_eq!(kinds("cluster"), ["ClusterRole", "ClusterRoleBinding"]);
     assert_eq!(kinds("namespace"), ["ServiceAccount", "DaemonSet"]);
     assert_eq!(kinds("all").len(), 4);
+}
+
+/// With one fault of ours, the proxy lists all that it finds, and ends.
+#[test]
+fn the_proxy_accepts_what_the_chart_sets() {
+    let from_the_cluster = |value: &str| match value {
+        "status.podIP" => "10.0.0.7".to_owned(),
+        "limits.cpu" => "4".to_owned(),
+        value => value.to_owned(),
+    };
+    for arguments in [&["--set=profile=ambient"], &["--set=profile=n100"], ALL] {
+        let output = Command::new(testkit::proxy::binary().unwrap())
+            .arg("proxy")
+            .env_clear()
+            .envs(
+                env(&daemon_set(arguments))
+                    .iter()
+                    .map(|(name, value)| (name, from_the_cluster(value))),
+            )
+            .env("KUBERNETES_SERVICE_HOST", "10.96.0.1")
+            .env("KUBERNETES_SERVICE_PORT", "443")
+            .env("KEEPALIVE_ENABLED", "1")
+            .output()
+            .unwrap();
+        let said = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(1), "{said}");
+        let faults: Vec<&str> = said.lines().filter(|line| line.starts_with("  ")).collect();
+        assert!(
+            matches!(*faults, [one] if one.contains("KEEPALIVE_ENABLED")),
+            "{said}"
+        );
+    }
 }
 
 #[test]
