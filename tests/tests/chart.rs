@@ -477,7 +477,7 @@ fn every_value_is_documented_and_every_variable_known() {
     }
     let readme = include_str!("../../README.md");
     for name in env(&daemon_set(ALL)).keys() {
-        let unread = ["INPOD_ENABLED", "RUST_BACKTRACE", "MEMORY_BUDGET"].contains(&name.as_str());
+        let unread = ["INPOD_ENABLED", "RUST_BACKTRACE"].contains(&name.as_str());
         let known =
             unread || name.starts_with("ISTIO_META_") || readme.contains(&format!("`{name}`"));
         assert!(known, "the proxy does not know {name}");
