@@ -265,6 +265,84 @@ async fn a_pod_goes_before_an_entry_of_the_same_address() {
     assert!(stage.echoes(app.address).await, "the entry's record counts");
 }
 
+/// Case 28.
+#[tokio::test]
+async fn workloads_of_the_host_network_are_found_by_their_service_alone() {
+    let stage = Steered::new().unwrap();
+    let host = stage.world.node(0).pod(&PodSpec::plain("host")).unwrap();
+    let apps = [7000, 7001].map(|port| host.serve(port, Behaviour::Echo).unwrap());
+    let mut mesh = stage.mesh();
+    let key = "shop/hosted.shop.svc.cluster.local";
+    for (name, port) in [("one", 7000), ("two", 7001)] {
+        let mut record = Workload::of(&host);
+        record.uid = format!("Kubernetes//Pod/shop/{name}");
+        record.name = name.to_owned();
+        record.set("networkMode", "HostNetwork");
+        record.services.insert(key.to_owned(), [(80, port)].into());
+        mesh.workloads.push(record);
+    }
+    mesh.service("hosted", vip(3), &[(80, 0)], &[]);
+    stage.istiod.set(&mesh);
+    let scene = Scene::start(&stage).await;
+    let log = scene.run.proxy.log();
+    assert!(stage.echoes(apps[0].address).await);
+    let ended = |line: &testkit::Line| {
+        line.is_access("connection complete") && line.field("direction") == "outbound"
+    };
+    let line = log.wait("the first flow", ended).await;
+    assert_eq!(line.field("dst.workload"), "", "found by its address");
+    for _ in 0..40 {
+        assert!(stage.echoes(web_port(3)).await);
+    }
+    assert!(apps.iter().all(|app| app.peers().len() > 5));
+}
+
+/// Case 29.
+#[tokio::test]
+async fn an_address_means_another_workload_on_another_network() {
+    let stage = Steered::new().unwrap();
+    let plain = stage.world.node(0).pod(&PodSpec::plain("plain")).unwrap();
+    let app = plain.serve(7000, Behaviour::Echo).unwrap();
+    let mut mesh = stage.mesh();
+    let near = mesh.pod(&plain).clone();
+    let mut far = near.clone();
+    far.uid.push_str("-far");
+    // It takes no tunnels: a record that says so makes calls fail.
+    far.protocol = "HBONE".to_owned();
+    far.set("network", "n2");
+    mesh.workloads.push(far);
+    stage.istiod.set(&mesh);
+    let scene = Scene::start(&stage).await;
+    assert!(stage.echoes(app.address).await, "on the network of `web`");
+    mesh.workload(&stage.web).set("network", "n2");
+    scene.set(&mesh).await;
+    assert!(!stage.echoes(app.address).await, "and now on the other one");
+}
+
+/// Case 30.
+#[tokio::test]
+async fn an_identity_that_is_not_told_is_that_of_the_default_account() {
+    let stage = Steered::new().unwrap();
+    let bare = PodSpec::captured("bare").service_account("default");
+    let bare = stage.world.node(0).pod(&bare).unwrap();
+    let mut mesh = stage.mesh();
+    let record = mesh.pod(&bare);
+    record.service_account.clear();
+    record.trust_domain.clear();
+    stage.istiod.set(&mesh);
+    let scene = Scene::start(&stage).await;
+    scene.run.session.add(&bare).await.unwrap().unwrap();
+    assert_eq!(bare.ask(web_port(1), b"hello").await.unwrap(), b"hello");
+    let log = scene.run.proxy.log();
+    let line = log
+        .wait("the flow", |line| line.is_access("connection complete"))
+        .await;
+    assert_eq!(
+        line.field("src.identity"),
+        "spiffe://cluster.local/ns/shop/sa/default"
+    );
+}
+
 /// Case 31.
 #[tokio::test]
 async fn a_service_of_one_namespace_is_unknown_in_others() {

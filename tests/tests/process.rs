@@ -134,6 +134,41 @@ async fn bad_records_are_named_and_the_rest_is_used() {
     assert_eq!(web.ask(app.address, b"works").await.unwrap(), b"works");
 }
 
+/// The control-plane chapter's example, without a control plane; a slip of the pen in it is found before anybody relies on it.
+#[tokio::test]
+async fn a_mesh_file_with_a_key_that_nobody_knows_is_refused_at_the_start() {
+    let world = World::new(1).unwrap();
+    let web = world.node(0).pod(&PodSpec::captured("web")).unwrap();
+    let file = ProxyOptions::mesh_file(&world);
+    let mut mesh = Mesh::of(&[&web]);
+    mesh.workload(&web).set("protcol", "TCP");
+    mesh.write(&file).unwrap();
+    let (code, text) = outcome(&ProxyOptions::new(&world, world.node(0)), &world).await;
+    assert_eq!(code, Some(1), "{text}");
+    assert!(
+        text.contains("Kubernetes//Pod/shop/web") && text.contains("unknown field `protcol`"),
+        "{text}"
+    );
+
+    // Later on, the others are used: nothing that works ends because of a file.
+    Mesh::of(&[&web]).write(&file).unwrap();
+    let mut proxy = ProxyOptions::new(&world, world.node(0))
+        .start(world.node(0))
+        .unwrap();
+    let log = proxy.log();
+    log.wait("the file is loaded", |line| {
+        line.message.starts_with("mesh file loaded")
+    })
+    .await;
+    mesh.write(&file).unwrap();
+    log.wait("the record is named", |line| {
+        line.message == "a record of the mesh file is not usable"
+    })
+    .await;
+    proxy.signal(Signal::SIGTERM).unwrap();
+    assert!(proxy.exit(wait::SOON).await.unwrap().success());
+}
+
 /// One node with a captured pod and a pod outside.
 struct Stage {
     world: World,

@@ -1,6 +1,6 @@
 //! The section [`Identity`]: who this proxy is.
 
-use std::{collections::BTreeMap, sync::Arc};
+use std::{collections::BTreeMap, path::Path, sync::Arc};
 
 use super::{
     fault::Given,
@@ -23,11 +23,26 @@ pub(super) fn parse(reader: &mut Reader<'_>, proxy: &ProxyConfig) -> Identity {
         instance_ip: or(reader.name("INSTANCE_IP"), "1.1.1.1"),
         network: or(reader.name("NETWORK"), ""),
         cluster_id: or(cluster_id, "Kubernetes"),
-        cluster_domain: or(reader.name("CLUSTER_DOMAIN"), DEFAULT_DOMAIN),
+        cluster_domain: cluster_domain(reader),
         istio_version: or(reader.name("ISTIO_META_ISTIO_VERSION"), "unknown"),
         metadata: metadata(reader, proxy),
         json_metadata: json_metadata(reader),
     }
+}
+
+/// Charts do not tell of a cluster's own domain; the search list that Kubernetes gives to the proxy's pod does.
+fn cluster_domain(reader: &Reader<'_>) -> Arc<str> {
+    let searched = || {
+        let text = reader.environment().files().read(Path::new(RESOLV_CONF));
+        let (config, _faults) = resolv_conf::Config::parse_with_errors(text.ok()?.as_bytes());
+        let search = config.get_search()?;
+        let mut domains = search.iter().filter_map(|one| one.strip_prefix("svc."));
+        let domain = domains.find(|domain| search.iter().any(|one| one == domain))?;
+        Some(domain.into())
+    };
+    let told = reader.name("CLUSTER_DOMAIN");
+    told.or_else(searched)
+        .unwrap_or_else(|| DEFAULT_DOMAIN.into())
 }
 
 /// The identity of the proxy's own pod, if all its parts are known.
@@ -84,4 +99,5 @@ fn json_metadata(reader: &Reader<'_>) -> BTreeMap<String, serde_json::Value> {
         .collect()
 }
 
+const RESOLV_CONF: &str = "/etc/resolv.conf";
 const DEFAULT_DOMAIN: &str = "cluster.local";

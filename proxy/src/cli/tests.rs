@@ -2,6 +2,7 @@
 
 mod acceptance;
 mod faults;
+mod identity;
 mod openbao;
 mod sections;
 mod traces;

@@ -23,7 +23,7 @@ pub struct Identity {
     pub network: Arc<str>,
     /// `ISTIO_META_CLUSTER_ID`, else `CLUSTER_ID`, else `Kubernetes`.
     pub cluster_id: Arc<str>,
-    /// `CLUSTER_DOMAIN`, default `cluster.local`.
+    /// `CLUSTER_DOMAIN`; default: that of the proxy's own search list (`svc.X` besides `X`), else `cluster.local`.
     pub cluster_domain: Arc<str>,
     /// `ISTIO_META_ISTIO_VERSION`, default `unknown`: the `tag` of `istio_build`.
     pub istio_version: Arc<str>,

@@ -1,9 +1,9 @@
 //! Why the proxy does not start, or ends.
 
-use std::{io, path::PathBuf};
+use std::{fmt, io, path::PathBuf};
 
 use cert_agent::InProcessCaError;
-use xds_client::local::LocalError;
+use xds_client::{Rejected, local::LocalError};
 
 use crate::listen::{BindError, Shortage};
 
@@ -50,6 +50,9 @@ pub enum StartError {
     /// The address or a path of OpenBao is not usable.
     #[error("cannot use OpenBao as the certificate authority")]
     OpenBao(#[source] cert_agent::openbao::SettingsError),
+    /// Records of the local mesh description cannot be read.
+    #[error("the mesh description has records that are not usable: {}", Listed(.0))]
+    MeshRecords(Vec<Rejected>),
     /// The local mesh description is not usable at all.
     #[error("cannot load the mesh from LOCAL_XDS_PATH or LOCAL_XDS")]
     Mesh(#[source] LocalError),
@@ -57,3 +60,21 @@ pub enum StartError {
     #[error("the task {0:?} ended by itself; see the log")]
     Ended(&'static str),
 }
+
+/// Records and what is wrong with them; of many, the first.
+struct Listed<'a>(&'a [Rejected]);
+
+impl fmt::Display for Listed<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (index, rejected) in self.0.iter().take(MAX_LISTED).enumerate() {
+            let between = if index == 0 { "" } else { "; " };
+            write!(f, "{between}{rejected}")?;
+        }
+        match self.0.len().saturating_sub(MAX_LISTED) {
+            0 => Ok(()),
+            more => write!(f, "; and {more} more"),
+        }
+    }
+}
+
+const MAX_LISTED: usize = 10;

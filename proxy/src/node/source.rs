@@ -17,7 +17,8 @@ pub(super) struct MeshFile {
 }
 
 impl MeshFile {
-    /// Loads the description and puts it in force.
+    /// Loads the description and puts it in force. One with a record that cannot be read is refused now, when somebody looks;
+    /// later the other records are used.
     pub(super) async fn load(
         source: &MeshSource,
         shared: &Arc<Shared>,
@@ -31,6 +32,9 @@ impl MeshFile {
                 (Some(file), document)
             }
         };
+        if !document.rejected.is_empty() {
+            return Err(StartError::MeshRecords(document.rejected));
+        }
         put_in_force(shared, &rejections, &document);
         Ok(Self {
             file,
