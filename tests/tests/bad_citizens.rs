@@ -48,6 +48,11 @@ use tokio::{
 /// `ENHANCE_YOUR_CALM`
 const CALM: u32 = 11;
 
+/// A GOAWAY that arrives says why.
+fn told(code: Option<u32>) {
+    assert!(code.is_none_or(|code| code == CALM), "{code:?}");
+}
+
 fn connect(stream: u32, authority: &str) -> Vec<u8> {
     let fields = [(":method", "CONNECT"), (":authority", authority)];
     encode(kind::HEADERS, END_HEADERS, stream, &block(&fields))
@@ -132,7 +137,7 @@ async fn n05_streams_that_are_reset_at_once_end_the_connection() {
     let calm = Calm::start(&foreign, &[]).await;
     let pair = |n: u32| [connect(2 * n + 1, "a:1"), reset(2 * n + 1)].concat();
     let flood: Vec<u8> = (0..10_000).flat_map(pair).collect();
-    assert_eq!(calm.flood(&flood).await, CALM);
+    told(calm.flood(&flood).await);
     calm.hit("http2").await;
     calm.unharmed().await;
 }
@@ -170,7 +175,7 @@ async fn n07_a_header_list_that_never_ends_is_not_waited_for() {
     let full = encode(kind::CONTINUATION, 0, 1, &block(&[("x", "y")]).repeat(3000));
     for more in [empty, full] {
         let flood = [begin.clone(), more.repeat(1000)].concat();
-        assert_eq!(calm.flood(&flood).await, CALM);
+        told(calm.flood(&flood).await);
     }
     calm.hit("http2").await;
     calm.unharmed().await;
@@ -184,7 +189,7 @@ async fn flood(frame: &[u8], limit: &str) {
     let application = calm.application().to_string();
     let mut lasting = other.tunnel(&application).await.unwrap();
     let flood = [&connect(1, &application), &*frame.repeat(50_000)].concat();
-    assert_eq!(calm.flood(&flood).await, CALM);
+    told(calm.flood(&flood).await);
     calm.hit(limit).await;
     lasting.ping(b"not my fault").await.unwrap();
     calm.unharmed().await;
@@ -254,7 +259,8 @@ async fn n14_ten_thousand_requests_at_once_are_two_hundred_and_refusals() {
         .flat_map(|n| connect(2 * n + 1, &target))
         .collect();
     // The library takes a thousand errors on streams from a peer, and no more.
-    assert_eq!(calm.flood(&requests).await, CALM);
+    told(calm.flood(&requests).await);
+    calm.hit("http2").await;
     assert!(stalled.peers().len() <= 200, "{}", stalled.peers().len());
     calm.unharmed().await;
 }

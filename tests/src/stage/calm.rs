@@ -7,7 +7,7 @@ use tokio::io::AsyncWriteExt as _;
 use crate::{
     cluster::Cluster,
     proxy::Proxy,
-    raw::frames::{FrameLog, PREFACE, Preface, Tap, encode, kind},
+    raw::frames::{Frame, PREFACE, Preface, Tap, encode, kind},
     stage::ForeignClient,
     traffic::{Behaviour, Server},
     wait,
@@ -114,11 +114,12 @@ impl<'a> Calm<'a> {
             .await;
     }
 
-    /// Sends frames as a client of HBONE, and reads whatever comes until the proxy says GOAWAY; returns its code.
+    /// Sends frames as a client of HBONE, and reads until the proxy ends the connection. Returns the code of its GOAWAY; `None`
+    /// if a reset was faster, since the proxy reads no more of a flood.
     ///
     /// # Panics
-    /// When it does not.
-    pub async fn flood(&self, frames: &[u8]) -> u32 {
+    /// When the connection stays open.
+    pub async fn flood(&self, frames: &[u8]) -> Option<u32> {
         let (tap, log) = Tap::new(self.foreign.tls().await, Preface::None);
         let (mut reader, mut writer) = tokio::io::split(tap);
         let settings = encode(kind::SETTINGS, 0, 0, &[]);
@@ -130,21 +131,12 @@ impl<'a> Calm<'a> {
                 writer.write_all(&bytes),
                 tokio::io::copy(&mut reader, &mut sink)
             );
-            std::future::pending::<()>().await;
         };
-        tokio::select! {
-            code = goaway(&log) => code,
-            () = talk => unreachable!("talks for ever"),
-        }
+        wait::within(Duration::from_secs(30), "the connection ends", talk).await;
+        let seen = log.all();
+        let goaway = seen.iter().find(|frame| frame.kind == kind::GOAWAY);
+        goaway.and_then(Frame::error_code)
     }
-}
-
-async fn goaway(log: &FrameLog) -> u32 {
-    let goaway = |frame: &crate::raw::frames::Frame| frame.kind == kind::GOAWAY;
-    let frame = log
-        .wait_for(Duration::from_secs(30), "GOAWAY", goaway)
-        .await;
-    frame.error_code().unwrap()
 }
 
 /// Port of the application in the pod.
