@@ -18,6 +18,10 @@ impl PrivateKey {
         Self(Zeroizing::new(der))
     }
 
+    pub(crate) fn as_pkcs8_der(&self) -> &[u8] {
+        &self.0
+    }
+
     /// The form that rustls takes; it wipes its copy.
     pub(crate) fn to_rustls(&self) -> PrivateKeyDer<'static> {
         PrivatePkcs8KeyDer::from(self.0.to_vec()).into()

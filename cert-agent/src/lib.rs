@@ -48,6 +48,7 @@ pub mod fuzzing;
 mod id;
 mod in_process;
 pub mod istio;
+mod kept;
 mod key;
 pub mod openbao;
 mod source;
@@ -68,6 +69,7 @@ pub use clock::Clock;
 pub use crl::{CrlError, RevocationStatus, Revocations, SideCounts, Standing, Tracked, Tracker};
 pub use id::{SpiffeId, SpiffeIdError};
 pub use in_process::{InProcessCa, InProcessCaError, RootPair};
+pub use kept::KeptSource;
 pub use key::{CsrError, PrivateKey};
 pub use source::{
     BoxFuture, CsrSource, KeyedChain, ObtainError, Retry, SignedChain, Signer, SigningRequest,

@@ -216,6 +216,46 @@ async fn what_is_damaged_or_of_another_node_is_set_aside() {
     behaves_as_before(&stage).await;
 }
 
+/// Istiod signs as well, and both are away at the restart.
+#[tokio::test]
+async fn with_keys_in_memory_nobody_else_is_needed_for_a_restart() {
+    let stage = Steered::new().unwrap();
+    stage.istiod.set(&guarded(&stage));
+    let memory = tempfile::tempdir_in("/dev/shm").unwrap();
+    let options = options(&stage).certified_by(&stage.istiod).env(
+        "STATE_KEYS",
+        &memory.path().join("keys").display().to_string(),
+    );
+    let run = stage.start_with(&options).await.unwrap();
+    let _app = stage.api.serve(8080, Behaviour::Echo).unwrap();
+    kept(&run.proxy).await;
+    behaves_as_before(&stage).await;
+    killed(run).await;
+    stage.istiod.stop().await;
+    let _run = stage.start_with(&options).await.unwrap();
+    behaves_as_before(&stage).await;
+    for file in fs::read_dir(memory.path().join("keys")).unwrap() {
+        let mode = file.unwrap().metadata().unwrap().permissions().mode();
+        assert_eq!(mode & 0o777, 0o600);
+    }
+}
+
+#[tokio::test]
+async fn keys_are_never_kept_on_a_disk() {
+    let stage = Steered::new().unwrap();
+    let disk = "/var/tmp/culvert-test-keys";
+    let options = stage.options().env("STATE_KEYS", disk);
+    let mut proxy = options.start(stage.world.node(0)).unwrap();
+    let status = proxy.exit(wait::SOON).await.unwrap();
+    assert_eq!(status.code(), Some(1));
+    assert!(
+        proxy.log().tail(5).contains("not in memory"),
+        "{}",
+        proxy.log().tail(5)
+    );
+    fs::remove_dir(disk).unwrap();
+}
+
 /// A directory that is a file system of its own, seen by the proxy alone.
 fn mounted(stage: &Steered, mount_options: &str) -> ProxyOptions {
     const MOUNT: &str = r#"mount -t tmpfs -o "$0" tmpfs "$1" && shift && exec "$@""#;

@@ -17,6 +17,7 @@ use crate::config::{
 };
 
 pub(super) fn parse(reader: &mut Reader<'_>, proxy: &ProxyConfig) -> ControlPlane {
+    let last_known = last_known(reader);
     ControlPlane {
         xds: xds(reader, proxy),
         local: local(reader),
@@ -26,7 +27,8 @@ pub(super) fn parse(reader: &mut Reader<'_>, proxy: &ProxyConfig) -> ControlPlan
         token: token(reader),
         preferred_service_namespace: reader.name("PREFERED_SERVICE_NAMESPACE"),
         crl_path: reader.path("CRL_PATH"),
-        last_known: last_known(reader),
+        kept_keys: kept_keys(reader, last_known.as_ref()),
+        last_known,
     }
 }
 
@@ -290,6 +292,20 @@ fn last_known(reader: &mut Reader<'_>) -> Option<LastKnown> {
     let given = Given::Value(directory.display().to_string());
     reader.fault("STATE_DIR", given, reject);
     None
+}
+
+fn kept_keys(reader: &mut Reader<'_>, last_known: Option<&LastKnown>) -> Option<PathBuf> {
+    let text = reader.text("STATE_KEYS")?;
+    let below = last_known.map(|kept| kept.directory.join("keys"));
+    let outcome = match (text, below) {
+        ("tmpfs", Some(below)) => Ok(below),
+        ("tmpfs", None) => Err("STATE_DIR is not set"),
+        (path, _) if path.starts_with('/') => Ok(path.into()),
+        _ => Err("neither tmpfs nor an absolute path"),
+    };
+    let accepted = "tmpfs beside STATE_DIR, or a directory in memory such as /run/culvert";
+    let outcome = outcome.map_err(|reason| Reject::new(reason, accepted));
+    reader.keep("STATE_KEYS", Given::Value(text.to_owned()), outcome)
 }
 
 fn local(reader: &mut Reader<'_>) -> Option<MeshSource> {

@@ -71,6 +71,8 @@ pub struct ControlPlane {
     pub crl_path: Option<PathBuf>,
     /// `STATE_DIR`; `None` keeps nothing on disk.
     pub last_known: Option<LastKnown>,
+    /// `STATE_KEYS`: a directory in memory for certificates and their keys; `tmpfs` is `keys` below `STATE_DIR`. `None` keeps none.
+    pub kept_keys: Option<PathBuf>,
 }
 
 /// Where what the control plane told is kept for a start without it.

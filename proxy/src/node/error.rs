@@ -44,6 +44,15 @@ pub enum StartError {
         #[source]
         source: io::Error,
     },
+    /// Certificates and keys cannot be kept where they are to be.
+    #[error("cannot keep keys in {path} (STATE_KEYS)", path = .path.display())]
+    Keys {
+        /// The directory.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
     /// The in-process CA has no usable root.
     #[error("the in-process CA (FAKE_CA) cannot be set up")]
     Ca(#[source] InProcessCaError),

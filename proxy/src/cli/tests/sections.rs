@@ -148,7 +148,20 @@ fn last_known_state() {
     assert_eq!(default.max_bytes, 256 << 20);
     let small = kept(&[directory, ("STATE_MAX_BYTES", "65536")]);
     assert_eq!(small.unwrap().max_bytes, 65_536);
-    for refused in [("STATE_DIR", "state"), ("STATE_MAX_BYTES", "65535")] {
+    let keys = |variables: &[_]| given(variables).config().control.kept_keys;
+    assert_eq!(keys(&[directory]), None);
+    let below = keys(&[directory, ("STATE_KEYS", "tmpfs")]);
+    assert_eq!(below, Some("/var/lib/culvert/keys".into()));
+    assert_eq!(
+        keys(&[("STATE_KEYS", "/run/keys")]),
+        Some("/run/keys".into())
+    );
+    for refused in [
+        ("STATE_DIR", "state"),
+        ("STATE_MAX_BYTES", "65535"),
+        ("STATE_KEYS", "tmpfs"),
+        ("STATE_KEYS", "disk"),
+    ] {
         assert_eq!(given(&[refused]).faulty(), [refused.0.to_owned()].into());
     }
 }
