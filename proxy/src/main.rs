@@ -1,6 +1,11 @@
 //! The `culvert` binary. Errors end here: on stderr, with all their causes, and exit code 1.
 
-use std::{ffi::OsString, io::Write as _, process::ExitCode};
+use std::{
+    ffi::OsString,
+    io::Write as _,
+    os::unix::process::CommandExt as _,
+    process::{self, ExitCode},
+};
 
 use anyhow::Context as _;
 use culvert::{
@@ -25,15 +30,21 @@ fn main() -> ExitCode {
     }
 }
 
-/// Logging comes first, so that a bad `RUST_LOG` fails every command and everything after it can
-/// be logged.
+/// Privileges go first, since the log writer is a thread. Then comes logging, so that a bad `RUST_LOG` fails every command and
+/// everything after it can be logged.
 fn run() -> anyhow::Result<ExitCode> {
     let environment = cli::Environment::of_process();
-    // Held to the end: dropping it writes out what is queued.
-    let logs = logging::init(&cli::logging(&environment))?;
     let arguments: Vec<OsString> = std::env::args_os().skip(1).collect();
     let shown = arguments.join(" ".as_ref());
-    match cli::command(arguments)? {
+    let command = cli::command(arguments.iter().cloned());
+    if let Ok(Command::Proxy { .. }) = command
+        && node::give_up_privileges().context("cannot give up privileges")?
+    {
+        return Err(start_again(&arguments)).context("cannot start again with fewer privileges");
+    }
+    // Held to the end: dropping it writes out what is queued.
+    let logs = logging::init(&cli::logging(&environment))?;
+    match command? {
         Command::Proxy { .. } => proxy(&environment, &shown.to_string_lossy(), &logs),
         Command::Version { .. } => say(&cli::build_info(&environment).to_string()),
         Command::Help { .. } => say(cli::command_list().trim_end()),
@@ -59,10 +70,23 @@ fn proxy(
     if let Err(error) = raise_open_files() {
         warn!("the limit of open files stays as it is: {error}");
     }
+    if config.runtime.core_dumps {
+        warn!("CORE_DUMPS is on: a core dump of this process holds private keys and tokens");
+    } else {
+        node::hide_memory().context("cannot hide the memory of this process")?;
+    }
     let yaml = serde_yaml_ng::to_string(&config).context("cannot print the configuration")?;
     info!(target: DOCUMENT_SCOPE, "running with the configuration:\n{yaml}");
     node::run(&config, build, logs)?;
     Ok(())
+}
+
+/// Replaces the program by itself; returns only with the reason why it cannot.
+fn start_again(arguments: &[OsString]) -> std::io::Error {
+    match std::env::current_exe() {
+        Ok(program) => process::Command::new(program).args(arguments).exec(),
+        Err(error) => error,
+    }
 }
 
 /// Each connection takes descriptors, so the process takes all that it may have.

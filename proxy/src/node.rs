@@ -4,6 +4,7 @@
 //! data workers; mesh state, certificates, the CNI agent and metrics on one control thread.
 
 mod certificates;
+mod confine;
 mod console;
 mod control_plane;
 mod error;
@@ -50,6 +51,7 @@ use crate::{
     },
 };
 use certificates::Certificates;
+pub use confine::{give_up_privileges, hide_memory};
 use console::Shown;
 use control_plane::Follower;
 pub use error::StartError;

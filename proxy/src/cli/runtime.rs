@@ -43,6 +43,7 @@ pub(super) fn threads(reader: &mut Reader<'_>, proxy: &ProxyConfig, arguments: &
     Runtime {
         worker_threads: worker_threads.max(1),
         arguments: arguments.to_owned(),
+        core_dumps: reader.boolean("CORE_DUMPS", false),
     }
 }
 

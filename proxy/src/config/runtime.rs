@@ -34,6 +34,8 @@ pub struct Runtime {
     pub worker_threads: usize,
     /// All arguments after the program name, joined by spaces.
     pub arguments: String,
+    /// `CORE_DUMPS`: whether the memory of the process, with its secrets, may be dumped and traced; false.
+    pub core_dumps: bool,
 }
 
 /// How long open connections may go on after a stop was asked for.
