@@ -203,14 +203,16 @@ impl<'a> Start<'a> {
         }
     }
 
-    /// Gives buffers that a burst left behind back to the allocator, and so to the system.
+    /// Gives buffers that a burst left behind back to the allocator, and so to the system. On the data runtime: while a timer is
+    /// due there before those of a new connection, none of these wakes the worker that waits for the next one.
     fn trimming(&mut self, shared: &Shared) {
         let (buffers, stop) = (shared.buffers.clone(), self.background.clone());
-        self.here(TRIMMING, async move {
+        let trimming = async move {
             while timeout(TRIM_INTERVAL, stop.cancelled()).await.is_err() {
                 buffers.trim();
             }
-        });
+        };
+        self.tasks.start(TRIMMING, self.data, trimming);
     }
 
     /// Forgets label sets under which nothing happens, and tells of flows that last.
@@ -508,6 +510,6 @@ const BACKGROUND: [&str; 11] = [
     TRUST,
 ];
 /// How often unused buffers are let go.
-const TRIM_INTERVAL: Duration = Duration::from_secs(5);
+const TRIM_INTERVAL: Duration = Duration::from_secs(4);
 /// What may still run when everything was told to end.
 const LAST_WORK: Duration = Duration::from_secs(1);

@@ -75,7 +75,7 @@ impl Shared {
     /// Connects to `to` from inside `netns`, unless that would take one of the last descriptors.
     async fn connect(
         &self,
-        netns: &Netns,
+        (netns, sockets): (&Netns, &config::Sockets),
         to: SocketAddr,
         from: LocalAddress<'_>,
     ) -> Result<listen::Upstream, listen::ConnectError> {
@@ -83,7 +83,7 @@ impl Shared {
             self.limits.hit(Limit::Descriptors, &to);
             return Err(listen::ConnectError::NoDescriptors { to });
         }
-        let upstream = listen::connect(netns, &self.settings.sockets, to, from).await?;
+        let upstream = listen::connect(netns, sockets, to, from).await?;
         self.descriptors.note(&upstream.stream);
         Ok(upstream)
     }
@@ -317,7 +317,8 @@ impl Pod {
         &self,
         to: SocketAddr,
     ) -> Result<listen::Upstream, listen::ConnectError> {
-        let connecting = self.shared.connect(&self.netns, to, LocalAddress::Any);
+        let place = (&*self.netns, &self.settings().sockets);
+        let connecting = self.shared.connect(place, to, LocalAddress::Any);
         self.shared
             .timed((Step::Connect, Reporter::Source), connecting)
             .await
@@ -338,7 +339,8 @@ impl Pod {
         } else {
             LocalAddress::Any
         };
-        let connecting = self.shared.connect(&self.netns, to, from);
+        let sockets = self.settings().sockets.within_a_pod();
+        let connecting = self.shared.connect((&self.netns, &sockets), to, from);
         self.shared
             .timed((Step::Connect, Reporter::Destination), connecting)
             .await
@@ -357,7 +359,8 @@ impl tunnel::Dial for Dialer {
 
     fn dial(&self, to: SocketAddr) -> BoxFuture<'_, io::Result<TcpStream>> {
         Box::pin(async move {
-            let connecting = self.shared.connect(&self.netns, to, LocalAddress::Any);
+            let place = (&*self.netns, &self.shared.settings.sockets);
+            let connecting = self.shared.connect(place, to, LocalAddress::Any);
             match self
                 .shared
                 .timed((Step::Connect, Reporter::Source), connecting)
