@@ -89,8 +89,8 @@ impl Queue {
         batch.records > 0
     }
 
-    /// Writes all of `batch`. What the output refuses for good is counted as dropped.
-    fn write(&self, out: &mut impl Write, batch: &Batch) {
+    /// Writes all of `batch`, and tells whether the output took it. What it refuses for good is counted as dropped.
+    fn write(&self, out: &mut impl Write, batch: &Batch) -> bool {
         let mut rest = batch.bytes.as_slice();
         while !rest.is_empty() {
             match out.write(rest) {
@@ -109,23 +109,22 @@ impl Queue {
         self.0
             .dropped
             .inc_by(u64::try_from(lost).unwrap_or(u64::MAX));
+        rest.is_empty()
     }
 
-    /// The life of the writer thread.
-    fn run(&self, mut out: impl Write) {
+    /// The life of the writer thread. How many records were dropped is told once the output takes some again: to an output that
+    /// is gone, each telling would be a record that is dropped, of which there is to tell.
+    fn run(&self, mut out: impl Write, tell: impl Fn(u64)) {
         let mut batch = Batch::default();
         let mut told = 0;
         while self.take(&mut batch) {
-            self.write(&mut out, &batch);
+            let is_taken = self.write(&mut out, &batch);
             batch.records = 0;
             batch.bytes.clear();
             batch.bytes.shrink_to(KEPT_BYTES);
             let dropped = self.0.dropped.get();
-            if dropped > told {
-                tracing::warn!(
-                    records = dropped - told,
-                    "log records were dropped because standard output did not take them"
-                );
+            if is_taken && dropped > told {
+                tell(dropped - told);
                 told = dropped;
             }
         }
@@ -139,7 +138,14 @@ impl Writer {
         let end = EndOnDrop(queue.clone());
         thread::Builder::new()
             .name("log-writer".to_owned())
-            .spawn(move || end.0.run(out))?;
+            .spawn(move || {
+                end.0.run(out, |records| {
+                    tracing::warn!(
+                        records,
+                        "log records were dropped because standard output did not take them"
+                    );
+                });
+            })?;
         Ok(Self(queue))
     }
 

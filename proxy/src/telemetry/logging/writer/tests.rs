@@ -131,3 +131,49 @@ fn a_non_blocking_output_is_tried_again() {
     let all: Vec<Vec<u8>> = written.try_iter().collect();
     assert_eq!(all.concat(), b"in small bits\n");
 }
+
+#[test]
+fn what_was_dropped_is_told_once_the_output_is_back() {
+    /// Refuses the first write, while another record comes in.
+    struct Away(Queue, Vec<u8>);
+    impl Write for &mut Away {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            if bytes == b"lost\n" {
+                self.0.push(b"later\n");
+                return Err(ErrorKind::BrokenPipe.into());
+            }
+            self.1.extend_from_slice(bytes);
+            Ok(bytes.len())
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+    let queue = Queue::default();
+    let mut away = Away(queue.clone(), Vec::new());
+    queue.push(b"lost\n");
+    queue.0.state.lock().stop = true;
+    let tell = |records| queue.push(format!("{records} dropped\n").as_bytes());
+    queue.run(&mut away, tell);
+    assert_eq!(String::from_utf8(away.1).unwrap(), "later\n1 dropped\n");
+}
+
+#[test]
+fn an_output_that_is_gone_is_left_alone() {
+    struct Gone;
+    impl Write for Gone {
+        fn write(&mut self, _: &[u8]) -> io::Result<usize> {
+            Err(ErrorKind::BrokenPipe.into())
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+    let queue = Queue::default();
+    queue.push(b"lost\n");
+    queue.0.state.lock().stop = true;
+    queue.run(Gone, |_| panic!("nobody is there to be told"));
+    assert_eq!(queue.dropped().get(), 1);
+}
