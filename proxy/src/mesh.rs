@@ -179,7 +179,7 @@ impl Mesh {
             for policy in &document.policies {
                 intake.policy(policy);
             }
-            for unreadable in &document.rejected {
+            for unreadable in document.unusable() {
                 intake.unreadable(unreadable);
             }
             intake.remove_unnamed(&Kind::ALL, Source::File);

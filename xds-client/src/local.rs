@@ -2,8 +2,8 @@
 //!
 //! [`parse`] turns a text into the same protobuf messages that istiod would send, so whoever judges
 //! and stores resources has one way to do it. Two kinds of fault are kept apart: a text that is not YAML, or not of
-//! the outer shape, is an error with its position; a record with an unknown key or a value that cannot be read is named
-//! in [`Document::rejected`], and the others are used. [`LocalFile`] follows a file as it changes.
+//! the outer shape, is an error with its position; a record with an unknown key or a value that makes no sense is named
+//! in the [`Document`], and the others are used. [`LocalFile`] follows a file as it changes.
 //!
 //! Two things that the control plane fills in are filled in here: a workload without `uid` gets one, and the `endpoints`
 //! that a service lists become links of the workloads. The status of an endpoint is not used: that of its workload counts.
@@ -14,7 +14,7 @@ mod record;
 
 pub use file::LocalFile;
 
-use std::{collections::HashMap, path::PathBuf};
+use std::{collections::HashMap, fmt, path::PathBuf};
 
 use serde::de::DeserializeOwned;
 use serde_yaml_ng::Value;
@@ -32,8 +32,18 @@ pub struct Document {
     pub addresses: Vec<workload::Address>,
     /// Policies.
     pub policies: Vec<NamedPolicy>,
-    /// Records that could not be used; the others are.
+    /// Records that are not of the shape of their list: an unknown key, a missing one, a text where a number belongs. Whoever
+    /// wrote them meant something else.
+    pub misshapen: Vec<Rejected>,
+    /// Records of the right shape with values that make no sense.
     pub rejected: Vec<Rejected>,
+}
+
+impl Document {
+    /// The records that could not be used; the others are.
+    pub fn unusable(&self) -> impl Iterator<Item = &Rejected> {
+        self.misshapen.iter().chain(&self.rejected)
+    }
 }
 
 /// A policy under its resource name.
@@ -68,16 +78,11 @@ pub enum LocalError {
 /// If the text is not YAML, or anything but the lists `workloads`, `services` and `policies`.
 pub fn parse(text: &str) -> Result<Document, LocalError> {
     let root = serde_yaml_ng::from_str::<Option<Root>>(text)?.unwrap_or_default();
-    let mut rejected = Vec::new();
-    let mut workloads: Vec<workload::Workload> = records(
-        "workloads",
-        root.workloads,
-        &mut rejected,
-        convert::workload,
-    );
-    let services = records("services", root.services, &mut rejected, convert::service);
-    let policies = records("policies", root.policies, &mut rejected, convert::policy);
-    let mut addresses = Vec::with_capacity(workloads.len() + services.len());
+    let mut document = Document::default();
+    let mut workloads: Vec<workload::Workload> =
+        document.records("workloads", root.workloads, convert::workload);
+    let services = document.records("services", root.services, convert::service);
+    document.policies = document.records("policies", root.policies, convert::policy);
     let mut by_uid: HashMap<String, usize> = HashMap::new();
     for (position, workload) in workloads.iter().enumerate() {
         by_uid.insert(workload.uid.clone(), position);
@@ -87,7 +92,7 @@ pub fn parse(text: &str) -> Result<Document, LocalError> {
             let position = by_uid.get(&endpoint.workload);
             match position.and_then(|position| workloads.get_mut(*position)) {
                 Some(workload) => convert::link(workload, service, endpoint),
-                None => rejected.push(Rejected {
+                None => document.rejected.push(Rejected {
                     name: endpoint.workload.clone(),
                     reason: format!(
                         "endpoints of {}/{}: there is no such workload",
@@ -97,36 +102,41 @@ pub fn parse(text: &str) -> Result<Document, LocalError> {
             }
         }
     }
-    addresses.extend(workloads.into_iter().map(Into::into));
-    addresses.extend(services.into_iter().map(|(service, _)| service.into()));
-    Ok(Document {
-        addresses,
-        policies,
-        rejected,
-    })
+    let services = services.into_iter().map(|(service, _)| service.into());
+    document.addresses = workloads
+        .into_iter()
+        .map(Into::into)
+        .chain(services)
+        .collect();
+    Ok(document)
 }
 
-/// Converts each record of a list for itself.
-fn records<R: DeserializeOwned, T>(
-    list: &str,
-    values: Vec<Value>,
-    rejected: &mut Vec<Rejected>,
-    convert: impl Fn(R) -> Result<T, String>,
-) -> Vec<T> {
-    let mut records = Vec::with_capacity(values.len());
-    for (index, value) in values.into_iter().enumerate() {
-        let place = format!("{list}[{index}]");
-        let name = record::name(list, &value).unwrap_or_else(|| place.clone());
-        let record = serde_yaml_ng::from_value(value).map_err(|error| error.to_string());
-        match record.and_then(&convert) {
-            Ok(record) => records.push(record),
-            Err(error) => rejected.push(Rejected {
+impl Document {
+    /// Converts each record of a list for itself, and names those that cannot be.
+    fn records<R: DeserializeOwned, T>(
+        &mut self,
+        list: &str,
+        values: Vec<Value>,
+        convert: impl Fn(R) -> Result<T, String>,
+    ) -> Vec<T> {
+        let mut records = Vec::with_capacity(values.len());
+        for (index, value) in values.into_iter().enumerate() {
+            let place = format!("{list}[{index}]");
+            let name = record::name(list, &value).unwrap_or_else(|| place.clone());
+            let refused = |error: &dyn fmt::Display| Rejected {
                 name,
                 reason: format!("{place}: {error}"),
-            }),
+            };
+            match serde_yaml_ng::from_value(value) {
+                Err(error) => self.misshapen.push(refused(&error)),
+                Ok(record) => match convert(record) {
+                    Err(error) => self.rejected.push(refused(&error)),
+                    Ok(record) => records.push(record),
+                },
+            }
         }
+        records
     }
-    records
 }
 
 #[cfg(test)]

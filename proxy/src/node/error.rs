@@ -59,7 +59,7 @@ pub enum StartError {
     /// The address or a path of OpenBao is not usable.
     #[error("cannot use OpenBao as the certificate authority")]
     OpenBao(#[source] cert_agent::openbao::SettingsError),
-    /// Records of the local mesh description cannot be read.
+    /// Records of the local mesh description are misshapen: nobody knows what was meant.
     #[error("the mesh description has records that are not usable: {}", Listed(.0))]
     MeshRecords(Vec<Rejected>),
     /// The local mesh description is not usable at all.

@@ -17,8 +17,8 @@ pub(super) struct MeshFile {
 }
 
 impl MeshFile {
-    /// Loads the description and puts it in force. One with a record that cannot be read is refused now, when somebody looks;
-    /// later the other records are used.
+    /// Loads the description and puts it in force. One with a misshapen record is refused now, when somebody looks;
+    /// later, and with one whose values make no sense, the other records are used.
     pub(super) async fn load(
         source: &MeshSource,
         shared: &Arc<Shared>,
@@ -32,8 +32,8 @@ impl MeshFile {
                 (Some(file), document)
             }
         };
-        if !document.rejected.is_empty() {
-            return Err(StartError::MeshRecords(document.rejected));
+        if !document.misshapen.is_empty() {
+            return Err(StartError::MeshRecords(document.misshapen));
         }
         put_in_force(shared, &rejections, &document);
         Ok(Self {
@@ -77,14 +77,14 @@ impl MeshFile {
 
 /// Makes the mesh what `document` says, and asks for the certificates it needs.
 fn put_in_force(shared: &Shared, rejections: &Rejections, document: &Document) {
-    for rejected in &document.rejected {
+    for rejected in document.unusable() {
         tracing::warn!(name = %rejected.name, reason = %rejected.reason, "a record of the mesh file is not usable");
     }
     let report = shared.mesh.load(document);
     for rejection in &report.rejected {
         tracing::warn!(name = %rejection.name, reason = %rejection.reason, "a resource of the mesh file is refused");
     }
-    let unreadable = document.rejected.iter();
+    let unreadable = document.unusable();
     let unreadable = unreadable.map(|one| (one.name.clone(), one.reason.clone()));
     let unusable = report.rejected.iter();
     let unusable = unusable.map(|one| (one.name.clone(), one.reason.to_string()));

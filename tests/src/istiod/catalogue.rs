@@ -184,9 +184,8 @@ impl Catalogue {
     /// Adds and replaces; with `complete`, removes all else. What is equal keeps its bytes and its version.
     pub(super) fn apply(&mut self, document: Document, complete: bool) -> u64 {
         assert!(
-            document.rejected.is_empty(),
-            "a mesh that cannot be served: {:?}",
-            document.rejected
+            document.unusable().next().is_none(),
+            "a mesh that cannot be served: {document:?}"
         );
         self.generation += 1;
         let salt = self.salt;

@@ -43,7 +43,7 @@ fn services(document: &Document) -> Vec<&Service> {
 
 fn only_workload(text: &str) -> Workload {
     let document = parse(&format!("workloads: [{text}]")).unwrap();
-    assert_eq!(document.rejected, []);
+    assert_eq!(document.unusable().count(), 0);
     workloads(&document)[0].clone()
 }
 
@@ -51,7 +51,7 @@ fn only_workload(text: &str) -> Workload {
 fn reads_the_sample() {
     use security::string_match::MatchType;
     let document = parse(SAMPLE).unwrap();
-    assert_eq!(document.rejected, []);
+    assert_eq!(document.unusable().count(), 0);
     let cart = workloads(&document)[0];
     assert_eq!(
         (&*cart.uid, &*cart.service_account, &*cart.node),
@@ -124,8 +124,9 @@ fn expect_rejection(list: &str, record: &str, name: &str, reason: &str) {
         text += &format!("{good_list}: [{bad}{separator}{good}]\n");
     }
     let document = parse(&text).unwrap();
-    let [rejected] = document.rejected.as_slice() else {
-        panic!("{record}: {:?}", document.rejected);
+    let unusable: Vec<_> = document.unusable().collect();
+    let [rejected] = unusable.as_slice() else {
+        panic!("{record}: {unusable:?}");
     };
     assert_eq!(rejected.name, name, "{record}");
     let told = &rejected.reason;
@@ -255,7 +256,7 @@ fn string_matches_may_be_tags_or_maps() {
              rules: [[[{{notNamespaces: [{form}]}}]]]}}]"
         );
         let document = parse(&text).unwrap();
-        assert_eq!(document.rejected, [], "{form}");
+        assert_eq!(document.unusable().count(), 0, "{form}");
         let found = &document.policies[0].policy.rules[0].clauses[0].matches[0].not_namespaces[0];
         assert_eq!(found.match_type, Some(expected), "{form}");
     }
@@ -324,6 +325,7 @@ services:
         0,
         "the status of the workload counts"
     );
+    assert_eq!(document.misshapen, []);
     assert_eq!(document.rejected.len(), 1);
     assert_eq!(document.rejected[0].name, "c");
 }
@@ -388,7 +390,7 @@ fn every_key_of_a_service_has_its_field() {
          healthPolicy: AllowAll}}]",
     )
     .unwrap();
-    assert_eq!(document.rejected, []);
+    assert_eq!(document.unusable().count(), 0);
     let service = services(&document)[0];
     let balancing = service.load_balancing.as_ref().unwrap();
     assert_eq!(balancing.routing_preference, [6, 1, 2, 3, 4, 5]);
