@@ -19,6 +19,7 @@ mod memory;
 mod mesh;
 mod options;
 mod pair;
+mod pods;
 mod proxy;
 mod report;
 mod scrapes;
@@ -72,6 +73,7 @@ async fn bench(options: &Options) -> anyhow::Result<bool> {
         let measured = match part {
             Part::OneNode | Part::TwoNodes => traffic::measure(options, part, &mut report).await,
             Part::Held => memory::held(options, &mut report).await,
+            Part::Pods => pods::measure(options, &mut report).await,
             Part::Mesh => mesh::measure(options, &mut report).await,
             Part::Dns => dns::measure(options, &mut report).await,
             Part::Scrapes => scrapes::measure(options, &mut report).await,

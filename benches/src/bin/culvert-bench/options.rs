@@ -43,6 +43,8 @@ pub(crate) enum Part {
     TwoNodes,
     /// Memory with connections held open, and after they closed.
     Held,
+    /// What a node full of pods costs that do nothing.
+    Pods,
     /// What the mesh costs: memory, processor time, and latency while it changes.
     Mesh,
     /// Names: services of a large mesh, and those of others.
@@ -111,6 +113,7 @@ impl fmt::Display for Part {
             Self::OneNode => "one node",
             Self::TwoNodes => "two nodes",
             Self::Held => "held connections",
+            Self::Pods => "pods",
             Self::Mesh => "mesh",
             Self::Dns => "names",
             Self::Scrapes => "scrapes",
@@ -132,7 +135,7 @@ mod tests {
     fn quick_is_one_short_round_of_all_parts() {
         let options = Options::parse_from(["culvert-bench", "--rounds", "7", "--quick"]);
         assert_eq!((options.rounds(), options.seconds()), (1, 1));
-        assert_eq!(options.parts().len(), 6);
+        assert_eq!(options.parts().len(), 7);
     }
 
     #[test]

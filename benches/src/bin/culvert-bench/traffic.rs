@@ -101,7 +101,9 @@ pub(crate) async fn measure(
         // The targets are about one node.
         let (ratio, cpu) = match part {
             Part::OneNode => (target.ratio, target.cpu),
-            Part::TwoNodes | Part::Held | Part::Mesh | Part::Dns | Part::Scrapes => ("", ""),
+            Part::TwoNodes | Part::Held | Part::Pods | Part::Mesh | Part::Dns | Part::Scrapes => {
+                ("", "")
+            }
         };
         let load = target.load;
         let name = format!("{part}: {load}");
