@@ -30,14 +30,18 @@ use std::{
     path::PathBuf,
     sync::{
         Arc,
-        atomic::{AtomicBool, AtomicUsize, Ordering},
+        atomic::{AtomicUsize, Ordering},
         mpsc::{SyncSender, sync_channel},
     },
     time::{Duration, SystemTime},
 };
 
 use parking_lot::Mutex;
-use tokio::{sync::mpsc, task::spawn_blocking, time::Instant};
+use tokio::{
+    sync::{Notify, mpsc},
+    task::spawn_blocking,
+    time::Instant,
+};
 use tokio_util::sync::CancellationToken;
 
 use crate::{Batch, Rejected};
@@ -88,8 +92,8 @@ struct Inner {
     work_tx: mpsc::Sender<Work>,
     /// Bytes that wait to be written.
     waiting: AtomicUsize,
-    /// Something was not kept: the journal must end.
-    lost: AtomicBool,
+    /// Told when something was not kept: the journal must end.
+    lost: Notify,
     /// Since when nothing is kept, if everything should be told again for that reason.
     broken: Mutex<Option<Instant>>,
     metrics: JournalMetrics,
@@ -133,7 +137,7 @@ pub fn open(
     let inner = Arc::new(Inner {
         work_tx,
         waiting: AtomicUsize::new(0),
-        lost: AtomicBool::new(false),
+        lost: Notify::new(),
         broken: Mutex::new(None),
         metrics,
     });
@@ -159,7 +163,7 @@ impl Journal {
         let is_too_much = before > 0 && before.saturating_add(bytes) > MAX_WAITING_BYTES;
         if is_too_much || inner.work_tx.try_send(work).is_err() {
             inner.waiting.fetch_sub(bytes, Ordering::Relaxed);
-            inner.lost.store(true, Ordering::Relaxed);
+            inner.lost.notify_one();
             return;
         }
         // While the disk is behind, nobody waits for it twice.
@@ -187,16 +191,30 @@ impl Keeper {
     pub async fn run(mut self, stop: CancellationToken) {
         loop {
             let work = tokio::select! {
+                // A loss goes first, and waits for nothing: what is on disk may grant what was denied since.
                 biased;
-                work = self.work.recv() => work,
+                () = self.inner.lost.notified() => None,
+                work = self.work.recv() => match work {
+                    Some(work) => Some(work),
+                    None => break,
+                },
                 () = stop.cancelled() => break,
             };
-            let Some(work) = work else { break };
-            self = match spawn_blocking(move || self.keep(work)).await {
+            let step = move || match work {
+                Some(work) => self.keep(work),
+                None => self.give_up(),
+            };
+            self = match spawn_blocking(step).await {
                 Ok(keeper) => keeper,
                 Err(error) => std::panic::resume_unwind(error.into_panic()),
             };
         }
+    }
+
+    fn give_up(mut self) -> Self {
+        self.store.give_up();
+        self.ended("more waits to be written than is good", true);
+        self
     }
 
     fn keep(mut self, work: Work) -> Self {
@@ -206,10 +224,6 @@ impl Keeper {
             refused,
             done_tx,
         } = work;
-        if inner.lost.swap(false, Ordering::Relaxed) {
-            self.store.give_up();
-            self.ended("more waits to be written than is good", true);
-        }
         match self.store.append(&batch, &refused) {
             Ok(Kept::Published) => *inner.broken.lock() = None,
             Ok(Kept::Begun | Kept::Baseless | Kept::Succeeded) => {}

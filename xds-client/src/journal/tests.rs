@@ -457,28 +457,38 @@ async fn what_is_kept_is_on_disk_when_the_call_returns() {
     tokio::join!(running, using);
 }
 
+/// A journal that recalled a state, and then could not keep what was told.
+fn lost(directory: &Path) -> (Journal, Keeper) {
+    let opened = open(settings(directory), JournalMetrics::default(), &mut |_| {});
+    let (journal, keeper, recalled) = opened.unwrap();
+    assert!(recalled.is_some());
+    let waiting = &journal.inner.waiting;
+    waiting.store(usize::MAX / 2, Ordering::Relaxed);
+    journal.keep(everything(Kind::Address, &["lost"]), &[]);
+    waiting.store(0, Ordering::Relaxed);
+    (journal, keeper)
+}
+
+#[tokio::test]
+async fn what_is_lost_ends_the_journal_though_nothing_else_is_told() {
+    let directory = kept();
+    let (_journal, keeper) = lost(directory.path());
+    let stop = CancellationToken::new();
+    stop.cancel();
+    keeper.run(stop).await;
+    assert!(!file(directory.path()).exists());
+}
+
 #[tokio::test(start_paused = true)]
 async fn what_is_lost_ends_the_journal_and_it_begins_anew() {
     let directory = kept();
-    let opened = open(
-        settings(directory.path()),
-        JournalMetrics::default(),
-        &mut |_| {},
-    );
-    let (journal, mut keeper, recalled) = opened.unwrap();
-    assert!(recalled.is_some());
-    journal
-        .inner
-        .waiting
-        .store(usize::MAX / 2, Ordering::Relaxed);
-    journal.keep(everything(Kind::Address, &["lost"]), &[]);
-    journal.inner.waiting.store(0, Ordering::Relaxed);
+    let (journal, mut keeper) = lost(directory.path());
     let work = |batch| Work {
         batch,
         refused: Vec::new(),
         done_tx: sync_channel(1).0,
     };
-    keeper = keeper.keep(work(batch_of_nothing(Kind::Address)));
+    keeper = keeper.give_up();
     assert!(!file(directory.path()).exists());
     assert!(!journal.needs_everything(), "not at once");
     tokio::time::advance(BEGIN_ANEW_AFTER).await;
