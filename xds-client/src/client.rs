@@ -21,6 +21,8 @@ use crate::{
     proto::discovery::{DeltaDiscoveryRequest, DeltaDiscoveryResponse, Node},
 };
 use backoff::Backoff;
+#[cfg(any(test, fuzzing))]
+pub(crate) use grpc::responses;
 use metrics::Ended;
 pub use metrics::Metrics;
 

@@ -32,6 +32,9 @@
 
 mod client;
 mod demand;
+#[cfg(any(test, fuzzing))]
+#[doc(hidden)]
+pub mod fuzzing;
 pub mod journal;
 pub mod local;
 mod node;

@@ -201,6 +201,16 @@ where
     }
 }
 
+/// The responses of a body of which so many bytes come at a time, as far as it is one.
+#[cfg(any(test, fuzzing))]
+pub(crate) fn responses(body: &[u8], at_once: usize) -> Vec<DeltaDiscoveryResponse> {
+    let frame = |part: &[u8]| Ok::<_, Status>(Frame::data(Bytes::copy_from_slice(part)));
+    let parts: Vec<_> = body.chunks(at_once).map(frame).collect();
+    let mut messages = Messages::new(StreamBody::new(stream::iter(parts)));
+    let next = || messages.next().now_or_never()?.ok()?;
+    std::iter::from_fn(next).collect()
+}
+
 const PATH: &str =
     "/envoy.service.discovery.v3.AggregatedDiscoveryService/DeltaAggregatedResources";
 const HEAD_BYTES: usize = 5;
