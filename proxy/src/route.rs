@@ -56,7 +56,7 @@ pub use authority::{Authority, AuthorityError, MAX_HOST_BYTES};
 pub use explain::{Fit, Meaning, Unfit, meaning};
 pub use hop::{Hop, InnerHop, Lookup, Outbound, Via};
 pub use inbound::{
-    ClientAddress, InboundQuery, InboundRoute, PlaintextQuery, guess_service, inbound,
+    ClientAddress, InboundQuery, InboundRoute, PlaintextQuery, ProxyTarget, guess_service, inbound,
     inbound_plaintext,
 };
 pub use outbound::{OutboundQuery, outbound};

@@ -26,6 +26,9 @@ use tokio::{
 /// Where the application takes connections with a header.
 const PORT: u16 = 15088;
 
+/// A service behind the application.
+const SERVED: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::new(10, 96, 0, 8)), 80);
+
 /// A mesh in which `api` asks for headers.
 fn mesh(foreign: &ForeignClient) -> Mesh {
     let mut mesh = foreign.mesh();
@@ -69,7 +72,12 @@ async fn expect(stream: &mut TcpStream, expected: &[u8]) {
 }
 
 /// What the protocol says for these facts, written by hand.
-fn header(source: SocketAddr, target: SocketAddr, identity: &str) -> Vec<u8> {
+fn header(
+    source: SocketAddr,
+    target: SocketAddr,
+    identity: &str,
+    service: Option<&str>,
+) -> Vec<u8> {
     let (family, addresses) = match (source.ip(), target.ip()) {
         (IpAddr::V4(from), IpAddr::V4(to)) => (0x11, [from.octets(), to.octets()].concat()),
         (IpAddr::V6(from), IpAddr::V6(to)) => (0x21, [from.octets(), to.octets()].concat()),
@@ -80,9 +88,15 @@ fn header(source: SocketAddr, target: SocketAddr, identity: &str) -> Vec<u8> {
         rest.extend(source.port().to_be_bytes());
         rest.extend(target.port().to_be_bytes());
     }
-    rest.push(0xd0);
-    rest.extend(u16::try_from(identity.len()).unwrap().to_be_bytes());
-    rest.extend(identity.as_bytes());
+    let mut field = |kind: u8, text: &str| {
+        rest.push(kind);
+        rest.extend(u16::try_from(text.len()).unwrap().to_be_bytes());
+        rest.extend(text.as_bytes());
+    };
+    field(0xd0, identity);
+    if let Some(service) = service {
+        field(0xd1, service);
+    }
     let length = u16::try_from(rest.len()).unwrap().to_be_bytes();
     let signature = *b"\x0d\x0a\x0d\x0a\x00\x0d\x0a\x51\x55\x49\x54\x0a";
     [&signature[..], &[0x21, family], &length, &rest].concat()
@@ -100,13 +114,16 @@ async fn complete(cluster: &Cluster<'_>, mark: usize) -> Line {
 #[tokio::test]
 async fn the_application_learns_who_calls_before_the_first_byte() {
     let foreign = ForeignClient::new().unwrap();
-    let cluster = start(&foreign, &mesh(&foreign)).await;
+    let mut mesh = mesh(&foreign);
+    mesh.service("served", SERVED.ip(), &[(80, 8080)], &[]);
+    let cluster = start(&foreign, &mesh).await;
     let app = listen(&foreign, PORT);
     let (v4, v6) = (foreign.hbone(), foreign.api.at6(15008));
     let cases = [
         (v4, foreign.api.at(80)),
         (v6, foreign.api.at6(80)),
-        // A service that the application serves, and one of the other family.
+        // A service that the application serves, and addresses that nobody told of, one of the other family.
+        (v4, SERVED),
         (v4, "10.96.0.7:443".parse().unwrap()),
         (v4, "[fd00:96::7]:443".parse().unwrap()),
     ];
@@ -130,7 +147,8 @@ async fn the_application_learns_who_calls_before_the_first_byte() {
             (loopback, SocketAddr::new(loopback, PORT)),
             "{target}"
         );
-        let expected = header(client.local, target, &foreign.peer.spiffe_id());
+        let service = (target == SERVED).then_some("served.shop.svc.cluster.local");
+        let expected = header(client.local, target, &foreign.peer.spiffe_id(), service);
         expect(&mut served, &expected).await;
 
         // Behind it, the bytes of the flow: both directions, each with an end of its own.
@@ -153,7 +171,7 @@ async fn the_application_learns_who_calls_before_the_first_byte() {
     let metrics = cluster.proxy(0).metrics().await.unwrap();
     for (name, bytes) in [("received", 7.0), ("sent", 10.0)] {
         let name = format!("istio_tcp_{name}_bytes_total");
-        assert_eq!(metrics.sum(&name, &[]), 4.0 * bytes, "{name}");
+        assert_eq!(metrics.sum(&name, &[]), 5.0 * bytes, "{name}");
     }
 }
 
@@ -200,8 +218,8 @@ async fn a_host_name_is_told_as_an_address_of_its_service() {
             continue;
         };
         assert_eq!(tunnel.status.as_u16(), 200, "{name}");
-        let target = target.parse().unwrap();
-        let expected = header(client.local, target, &foreign.peer.spiffe_id());
+        let (target, host) = (target.parse().unwrap(), authority.strip_suffix(":443"));
+        let expected = header(client.local, target, &foreign.peer.spiffe_id(), host);
         expect(&mut accept(&app).await, &expected).await;
     }
 }
@@ -222,7 +240,7 @@ async fn without_loopback_the_client_address_is_kept_as_well() {
     let _tunnel = client.tunnel(&target.to_string()).await.unwrap();
     let mut served = accept(&app).await;
     assert_eq!(ends(&served), (foreign.peer.ip4(), target));
-    let expected = header(client.local, target, &foreign.peer.spiffe_id());
+    let expected = header(client.local, target, &foreign.peer.spiffe_id(), None);
     expect(&mut served, &expected).await;
 }
 
@@ -274,7 +292,7 @@ async fn an_application_that_leaves_at_once_ends_its_stream_alone() {
         let mut served = accept(&app).await;
         if read {
             let target = foreign.api.at(80);
-            let expected = header(client.local, target, &foreign.peer.spiffe_id());
+            let expected = header(client.local, target, &foreign.peer.spiffe_id(), None);
             expect(&mut served, &expected).await;
         }
         if reset {

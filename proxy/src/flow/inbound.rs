@@ -491,12 +491,8 @@ async fn establish(
     upstream: &mut TcpStream,
 ) -> Result<Stream, Failure> {
     let downstream = accept_stream(pod, &decision.local, responder).map_err(Failure::Answer)?;
-    if let Some(target) = decision.route.proxy_target {
-        let header = ProxyHeader {
-            source: caller.peer,
-            target,
-            identity: &caller.identity,
-        };
+    if let Some(target) = &decision.route.proxy_target {
+        let header = ProxyHeader::new((caller.peer, &caller.identity), target);
         let limit = pod.settings().sockets.connect_timeout;
         header
             .send(upstream, limit)

@@ -13,12 +13,12 @@ use tokio::{
     time::timeout,
 };
 
-use crate::listen;
+use crate::{listen, route::ProxyTarget};
 
 /// What a header tells.
 ///
 /// Its addresses are of one family, or the header carries none: the protocol has no form for a
-/// mixed pair. The identity is a field of type [`IDENTITY`], which follows the addresses.
+/// mixed pair. Fields of types [`IDENTITY`] and [`SERVICE`] follow the addresses.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct ProxyHeader<'a> {
     /// The client, as the tunnel's connection shows it.
@@ -27,6 +27,8 @@ pub(super) struct ProxyHeader<'a> {
     pub(super) target: SocketAddr,
     /// Whom the client's certificate names.
     pub(super) identity: &'a SpiffeId,
+    /// Host name of the service that the client asked for, if it asked for one.
+    pub(super) service: Option<&'a str>,
 }
 
 /// Why an application did not get its header.
@@ -40,7 +42,20 @@ pub(super) enum HeaderError {
     Write(#[from] io::Error),
 }
 
-impl ProxyHeader<'_> {
+impl<'a> ProxyHeader<'a> {
+    /// What to tell of this client, which asked for `target`.
+    pub(super) fn new(
+        (source, identity): (SocketAddr, &'a SpiffeId),
+        target: &'a ProxyTarget,
+    ) -> Self {
+        Self {
+            source,
+            target: target.address,
+            identity,
+            service: target.service.as_deref(),
+        }
+    }
+
     /// Writes the header to a connection that has carried no byte yet, waiting at most `limit`.
     ///
     /// # Errors
@@ -62,20 +77,28 @@ impl ProxyHeader<'_> {
             .map_err(HeaderError::Write)
     }
 
-    /// The wire form. Fails only for what does not fit into 64 KiB, which no [`SpiffeId`] reaches.
+    /// The wire form. Fails only for what does not fit into 64 KiB, which no [`SpiffeId`] and no host name reaches.
     fn to_bytes(self) -> io::Result<Vec<u8>> {
         let addresses = (
             listen::canonical(self.source),
             listen::canonical(self.target),
         );
-        Builder::with_addresses(Version::Two | Command::Proxy, Protocol::Stream, addresses)
-            .write_tlv(IDENTITY, self.identity.as_str().as_bytes())?
-            .build()
+        let header =
+            Builder::with_addresses(Version::Two | Command::Proxy, Protocol::Stream, addresses)
+                .write_tlv(IDENTITY, self.identity.as_str().as_bytes())?;
+        let header = match self.service {
+            Some(host) => header.write_tlv(SERVICE, host.as_bytes())?,
+            None => header,
+        };
+        header.build()
     }
 }
 
 /// The field with the client's SPIFFE URI, in ASCII.
 const IDENTITY: u8 = 0xd0;
+
+/// The field with the host name of the service that the client asked for.
+const SERVICE: u8 = 0xd1;
 
 #[cfg(test)]
 mod tests;

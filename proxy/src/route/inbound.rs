@@ -46,10 +46,20 @@ pub struct InboundRoute {
     pub to: SocketAddr,
     /// From which address.
     pub from: ClientAddress,
-    /// The target that a PROXY header in front of the bytes must name.
-    pub proxy_target: Option<SocketAddr>,
+    /// What a PROXY header in front of the bytes must name.
+    pub proxy_target: Option<ProxyTarget>,
     /// The service this connection was probably meant for.
     pub service: Option<Arc<Service>>,
+}
+
+/// What a peer asked for, as a PROXY header names it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct ProxyTarget {
+    /// Its address.
+    pub address: SocketAddr,
+    /// Host name of its service, if it belongs to one.
+    pub service: Option<Arc<str>>,
 }
 
 /// The source address of the connection to the application.
@@ -294,17 +304,28 @@ fn proxy_target(
     state: &State,
     local: &Workload,
     authority: &Authority,
-) -> Result<SocketAddr, InboundRefusal> {
-    let (host, port) = match authority {
-        Authority::Address(address) => return Ok(*address),
-        Authority::Host { name, port } => (name, *port),
+) -> Result<ProxyTarget, InboundRefusal> {
+    let (address, service) = match authority {
+        Authority::Address(address) => {
+            let service = match owner(state, local.network(), address.ip(), None) {
+                Owner::Service(service) => Some(service),
+                Owner::Workload(_) | Owner::Nobody => None,
+            };
+            (*address, service)
+        }
+        Authority::Host { name, port } => {
+            let service = visible_service(state, local, name)?;
+            let vips = service.vips().iter();
+            let vip = vips
+                .max_by_key(|vip| (vip.network == *local.network(), vip.ip.is_ipv4()))
+                .ok_or_else(|| InboundRefusal::NoVirtualAddress(Arc::clone(name)))?;
+            (SocketAddr::new(vip.ip, *port), Some(service))
+        }
     };
-    visible_service(state, local, host)?
-        .vips()
-        .iter()
-        .max_by_key(|vip| (vip.network == *local.network(), vip.ip.is_ipv4()))
-        .map(|vip| SocketAddr::new(vip.ip, port))
-        .ok_or_else(|| InboundRefusal::NoVirtualAddress(Arc::clone(host)))
+    Ok(ProxyTarget {
+        address,
+        service: service.map(|service| Arc::clone(service.hostname())),
+    })
 }
 
 fn loopback_like(ip: IpAddr) -> IpAddr {

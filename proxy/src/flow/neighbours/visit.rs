@@ -212,12 +212,8 @@ async fn dial(
     };
     let dialled = host.dial_application(permit, route.to, from).await;
     let mut upstream = dialled.map_err(Failure::Unreachable)?;
-    if let Some(target) = route.proxy_target {
-        let header = ProxyHeader {
-            source: client,
-            target,
-            identity,
-        };
+    if let Some(target) = &route.proxy_target {
+        let header = ProxyHeader::new((client, identity), target);
         let limit = host.settings().sockets.connect_timeout;
         let sent = header.send(&mut upstream.stream, limit).await;
         sent.map_err(Failure::Header)?;

@@ -14,6 +14,7 @@ fn header(source: &str, target: &str) -> Vec<u8> {
         source,
         target: target.expect("target"),
         identity: &id(),
+        service: None,
     }
     .to_bytes()
     .expect("fits")
@@ -24,6 +25,7 @@ fn sample(identity: &SpiffeId) -> ProxyHeader<'_> {
         source: ([10, 0, 0, 1], 40_000).into(),
         target: ([10, 10, 0, 1], 80).into(),
         identity,
+        service: None,
     }
 }
 
@@ -129,9 +131,10 @@ proptest! {
         source: SocketAddr,
         target: SocketAddr,
         account in "[a-z0-9][a-z0-9-]{0,60}",
+        service in proptest::option::of("[a-z0-9.-]{1,253}"),
     ) {
         let identity = SpiffeId::new("cluster.local", "shop", &account).expect("valid");
-        let header = ProxyHeader { source, target, identity: &identity };
+        let header = ProxyHeader { source, target, identity: &identity, service: service.as_deref() };
         let bytes = header.to_bytes().expect("fits");
         let read = Header::try_from(&bytes[..]).expect("a header");
         prop_assert_eq!((read.version, read.command), (Version::Two, Command::Proxy));
@@ -158,8 +161,9 @@ proptest! {
             Addresses::Unix(_) => return Err(TestCaseError::fail("no such family")),
         };
         let fields: Vec<_> = TypeLengthValues::from(fields).collect::<Result<_, _>>().expect("fields");
-        prop_assert_eq!(fields.len(), 1);
-        prop_assert_eq!(fields[0].kind, IDENTITY);
-        prop_assert_eq!(&fields[0].value[..], identity.as_str().as_bytes());
+        let fields: Vec<_> = fields.iter().map(|field| (field.kind, &field.value[..])).collect();
+        let mut expected = vec![(IDENTITY, identity.as_str().as_bytes())];
+        expected.extend(service.iter().map(|host| (SERVICE, host.as_bytes())));
+        prop_assert_eq!(fields, expected);
     }
 }

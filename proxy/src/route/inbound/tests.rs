@@ -5,7 +5,7 @@ use xds_client::proto::workload as wire;
 
 use crate::route::{
     Authority, ClientAddress, InboundQuery, InboundRefusal, InboundRoute, LoopGuard,
-    PlaintextQuery, guess_service, inbound, inbound_plaintext,
+    PlaintextQuery, ProxyTarget, guess_service, inbound, inbound_plaintext,
     testing::{World, at, by_ip, by_name, host, of, pod, service, with},
 };
 
@@ -214,6 +214,13 @@ fn sandwiched(protocol: wire::application_tunnel::Protocol, port: u32) -> wire::
     })
 }
 
+fn target(address: &str, service: Option<&str>) -> ProxyTarget {
+    ProxyTarget {
+        address: addr(address),
+        service: service.map(|name| host(name).into()),
+    }
+}
+
 #[test]
 fn an_application_tunnel_takes_any_address_and_may_change_the_port() {
     use wire::application_tunnel::Protocol;
@@ -235,7 +242,7 @@ fn an_application_tunnel_takes_any_address_and_may_change_the_port() {
         (addr("127.0.0.1:80"), addr("10.0.0.9:80"))
     );
     assert_eq!(route.from, ClientAddress::Loopback);
-    assert_eq!(route.proxy_target, Some(addr("10.96.0.7:80")));
+    assert_eq!(route.proxy_target, Some(target("10.96.0.7:80", None)));
     let route = ask(&proxied, ("way", "fd00::9"), "10.96.0.7:80").unwrap();
     assert_eq!(route.to, addr("[::1]:80"));
     let route = ask_with(&proxied, WAY, "10.96.0.7:80", false).unwrap();
@@ -269,16 +276,23 @@ fn a_proxy_header_names_a_virtual_address_of_the_own_network_and_ipv4_first() {
         ),
         (&[], None),
     ];
-    for (vips, target) in cases {
+    for (vips, expected) in cases {
         let service = with(web(None), |service| {
             service.addresses = vips.iter().map(|(network, ip)| at(network, ip)).collect();
         });
         let tunnel = wire::application_tunnel::Protocol::Proxy;
         let world = World::new([service], [sandwiched(tunnel, 15088)]);
-        match (ask(&world, WAY, &format!("{}:80", host("web"))), target) {
-            (Ok(route), Some(target)) => assert_eq!(route.proxy_target, Some(addr(target))),
+        match (ask(&world, WAY, &format!("{}:80", host("web"))), expected) {
+            (Ok(route), Some(address)) => {
+                let named = target(address, Some("web"));
+                assert_eq!(route.proxy_target, Some(named), "by host name");
+                let route = ask(&world, WAY, address).unwrap();
+                let here = !address.starts_with("10.1.");
+                let named = target(address, here.then_some("web"));
+                assert_eq!(route.proxy_target, Some(named), "by address");
+            }
             (Err(refusal), None) => assert_eq!(refusal.status(), StatusCode::SERVICE_UNAVAILABLE),
-            (answer, target) => panic!("{answer:?} instead of {target:?}"),
+            (answer, expected) => panic!("{answer:?} instead of {expected:?}"),
         }
     }
 }
