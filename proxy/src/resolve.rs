@@ -7,6 +7,7 @@
 mod tests;
 
 use std::{
+    borrow::Cow,
     net::IpAddr,
     path::{Path, PathBuf},
     sync::Arc,
@@ -133,7 +134,7 @@ impl Resolver {
             path: self.path.clone(),
             source,
         })?;
-        let name = Arc::clone(host);
+        let name = full_name(host).into_owned();
         let question: Running = Box::pin(async move {
             let found = resolver.lookup_ip(&*name).await?;
             Ok(found.iter().collect())
@@ -194,13 +195,24 @@ fn modified(path: &Path) -> Option<SystemTime> {
         .ok()
 }
 
+/// The mesh tells full names, and these are asked for as they are: what the search list of the proxy makes of a name is another
+/// name. One of a single label, and only that, is looked for in the list.
+fn full_name(host: &str) -> Cow<'_, str> {
+    let is_name = host.contains('.') && host.parse::<IpAddr>().is_err();
+    if is_name && !host.ends_with('.') {
+        format!("{host}.").into()
+    } else {
+        host.into()
+    }
+}
+
 /// Makes the library work by what the file at `path` says.
 fn make(path: &Path, ipv6: bool) -> Result<TokioResolver, NetError> {
     let (servers, options) = parse_resolv_conf(std::fs::read(path)?)?;
     let mut builder = TokioResolver::builder_with_config(servers, TokioRuntimeProvider::default())
         .with_options(options);
     let options = builder.options_mut();
-    // Names in the mesh are full names: the search list is for those that are not found.
+    // With more, the library takes an address for a name.
     options.ndots = options.ndots.min(1);
     options.cache_size = MAX_CACHED;
     options.ip_strategy = if ipv6 {

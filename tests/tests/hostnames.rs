@@ -147,6 +147,25 @@ async fn a_name_without_an_address_ends_the_connection_and_says_why() {
     );
 }
 
+/// Whoever has the names below the search list of the proxy has no say about other names.
+#[tokio::test]
+async fn a_full_name_is_not_looked_for_in_the_search_list() {
+    let stage = Stage::new();
+    let ip4 = stage.outside.ip4();
+    let record = format!("host-record=api.corp.example.cell.example,{ip4}");
+    let _dns = stage.dnsmasq(&[record]).await;
+    let mut mesh = stage.mesh("api.corp.example");
+    let cluster = stage.start(&mesh).await;
+    let _app = stage.outside.serve(8080, Behaviour::Whoami).unwrap();
+    let to = SocketAddr::new(V4.parse().unwrap(), 80);
+    stage.web.turned_away(to).await.unwrap();
+    let full = "api.corp.example.cell.example";
+    mesh.workloads.last_mut().unwrap().set("hostname", full);
+    mesh.write(&cluster.mesh_file).unwrap();
+    let serves = async || stage.seen_at(V4).await;
+    wait::until(wait::SOON, "the name that there is", serves).await;
+}
+
 #[tokio::test]
 async fn connections_that_ask_at_once_share_an_answer_and_later_ones_its_memory() {
     let stage = Stage::new();
