@@ -21,6 +21,7 @@ use std::{fmt, net::SocketAddr, sync::Arc};
 use cert_agent::SpiffeId;
 
 pub use explain::{Field, Matching, Mismatch, explain};
+use matches::Subject;
 
 use crate::mesh::{Action, Applicable, Policy, State, Workload};
 
@@ -159,9 +160,10 @@ impl fmt::Display for Event {
 /// decision, or to build a denial.
 pub fn authorize(state: &State, workload: &Workload, connection: &Connection<'_>) -> Verdict {
     let mut judgement = Judgement::default();
+    let subject = Subject::new(workload, connection);
     for applicable in state.policies_for(workload) {
         match applicable {
-            Applicable::Policy(policy) => judgement.weigh(policy, connection),
+            Applicable::Policy(policy) => judgement.weigh(policy, &subject),
             Applicable::Missing(key) if is_static_strict(key) => {
                 judgement.weigh_static_strict(key, connection);
             }
@@ -191,8 +193,8 @@ struct Judgement<'a> {
 
 impl<'a> Judgement<'a> {
     /// Looks only as far as the verdict needs: the first match of a kind decides.
-    fn weigh(&mut self, policy: &'a Policy, connection: &Connection<'_>) {
-        let is_match = || matches::policy(policy, connection);
+    fn weigh(&mut self, policy: &'a Policy, subject: &Subject<'_>) {
+        let is_match = || matches::policy(policy, subject);
         match (policy.action, policy.dry_run) {
             (Action::Deny, false) => {
                 if self.denied_by.is_none() && is_match() {

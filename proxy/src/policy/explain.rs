@@ -2,7 +2,10 @@
 
 use std::fmt;
 
-use super::{Connection, matches};
+use super::{
+    Connection,
+    matches::{self, Subject},
+};
 use crate::mesh::{Applicable, State, Workload};
 
 /// Whether one policy matches, and what decided.
@@ -68,9 +71,10 @@ pub fn explain<'a>(
     workload: &'a Workload,
     connection: &'a Connection<'a>,
 ) -> impl Iterator<Item = (Applicable<'a>, Option<Matching>)> {
+    let subject = Subject::new(workload, connection);
     let policies = state.policies_for(workload);
-    policies.map(|applicable| match applicable {
-        Applicable::Policy(policy) => (applicable, Some(matches::explain(policy, connection))),
+    policies.map(move |applicable| match applicable {
+        Applicable::Policy(policy) => (applicable, Some(matches::explain(policy, &subject))),
         Applicable::Missing(_) => (applicable, None),
     })
 }

@@ -16,24 +16,46 @@ use cert_agent::SpiffeId;
 use ipnet::IpNet;
 
 use super::{Connection, Field, Matching, Mismatch};
-use crate::mesh::{Clause, Condition, Match, Policy, Rule, ServiceAccount, StringMatch};
+use crate::mesh::{Clause, Condition, Match, Policy, Rule, ServiceAccount, StringMatch, Workload};
 
-pub(super) fn policy(policy: &Policy, connection: &Connection<'_>) -> bool {
-    policy.rules.iter().any(|part| rule(part, connection))
+/// A connection as the policies of one workload see it.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Subject<'a> {
+    pub(super) connection: &'a Connection<'a>,
+    /// What follows the trust domain in the peer's identity, if that is the workload's own trust domain.
+    compatriot: Option<&'a str>,
 }
 
-fn rule(rule: &Rule, connection: &Connection<'_>) -> bool {
-    rule.clauses.iter().all(|part| clause(part, connection))
+impl<'a> Subject<'a> {
+    pub(super) fn new(workload: &Workload, connection: &'a Connection<'a>) -> Self {
+        let home = workload.identity().map(SpiffeId::trust_domain);
+        let peer = connection.identity;
+        let is_compatriot = peer.is_some_and(|peer| Some(peer.trust_domain()) == home);
+        Self {
+            connection,
+            compatriot: peer
+                .filter(|_| is_compatriot)
+                .and_then(|peer| path(peer).strip_prefix(peer.trust_domain())),
+        }
+    }
 }
 
-fn clause(clause: &Clause, connection: &Connection<'_>) -> bool {
+pub(super) fn policy(policy: &Policy, subject: &Subject<'_>) -> bool {
+    policy.rules.iter().any(|part| rule(part, subject))
+}
+
+fn rule(rule: &Rule, subject: &Subject<'_>) -> bool {
+    rule.clauses.iter().all(|part| clause(part, subject))
+}
+
+fn clause(clause: &Clause, subject: &Subject<'_>) -> bool {
     let mut matches = clause.matches.iter();
-    clause.matches.is_empty() || matches.any(|part| mismatch(part, connection).is_none())
+    clause.matches.is_empty() || matches.any(|part| mismatch(part, subject).is_none())
 }
 
 /// What a policy amounts to for a connection, part by part.
-pub(super) fn explain(policy: &Policy, connection: &Connection<'_>) -> Matching {
-    let matching = policy.rules.iter().position(|part| rule(part, connection));
+pub(super) fn explain(policy: &Policy, subject: &Subject<'_>) -> Matching {
+    let matching = policy.rules.iter().position(|part| rule(part, subject));
     if let Some(rule) = matching {
         return Matching::Rule(rule);
     }
@@ -42,10 +64,10 @@ pub(super) fn explain(policy: &Policy, connection: &Connection<'_>) -> Matching 
         let number = part
             .clauses
             .iter()
-            .position(|part| !clause(part, connection))?;
+            .position(|part| !clause(part, subject))?;
         let failing = part.clauses.get(number)?;
         let matches = failing.matches.iter();
-        let fields = matches.filter_map(|part| mismatch(part, connection));
+        let fields = matches.filter_map(|part| mismatch(part, subject));
         let made = |field| Mismatch {
             rule,
             clause: number,
@@ -58,12 +80,12 @@ pub(super) fn explain(policy: &Policy, connection: &Connection<'_>) -> Matching 
 
 /// The first condition that does not hold, the cheap ones first; `None` if all hold. Without an identity there is no
 /// principal and no account to match, and the namespace is the empty text.
-fn mismatch(m: &Match, connection: &Connection<'_>) -> Option<Field> {
+fn mismatch(m: &Match, subject: &Subject<'_>) -> Option<Field> {
     let Connection {
         source,
         destination,
         identity,
-    } = *connection;
+    } = *subject.connection;
     let namespace = identity.map_or("", SpiffeId::namespace);
     if !m.is_set() {
         Some(Field::Nothing)
@@ -79,6 +101,7 @@ fn mismatch(m: &Match, connection: &Connection<'_>) -> Option<Field> {
         Some(Field::Namespace)
     } else if !condition(&m.principals, |value| {
         identity.is_some_and(|id| text(value, path(id)))
+            || subject.compatriot.is_some_and(|rest| at_home(value, rest))
     }) {
         Some(Field::Principal)
     } else if !condition(&m.service_accounts, |account| {
@@ -109,6 +132,23 @@ fn path(identity: &SpiffeId) -> &str {
     let uri = identity.as_str();
     uri.strip_prefix("spiffe://").unwrap_or(uri)
 }
+
+/// As [`text`], of a peer of the workload's own trust domain, whom policies may also call by [`POINTER`]. `rest` follows the
+/// trust domain.
+fn at_home(value: &StringMatch, rest: &str) -> bool {
+    match value {
+        StringMatch::Exact(expected) => expected.strip_prefix(POINTER) == Some(rest),
+        StringMatch::Prefix(prefix) => match prefix.strip_prefix(POINTER) {
+            Some(prefix) => rest.starts_with(prefix),
+            None => POINTER.starts_with(&**prefix),
+        },
+        // These say nothing about trust domains.
+        StringMatch::Suffix(_) | StringMatch::Presence => false,
+    }
+}
+
+/// The trust domain that stands for whichever is the mesh's own, as Istio documents it.
+const POINTER: &str = "cluster.local";
 
 fn is_account(account: &ServiceAccount, identity: &SpiffeId) -> bool {
     &*account.namespace == identity.namespace() && &*account.name == identity.service_account()

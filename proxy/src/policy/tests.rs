@@ -18,6 +18,15 @@ struct World {
 
 impl World {
     fn new(policies: impl IntoIterator<Item = wire::Authorization>, named: &[&str]) -> Self {
+        Self::in_domain("", policies, named)
+    }
+
+    /// The workload has this trust domain.
+    fn in_domain(
+        trust_domain: &str,
+        policies: impl IntoIterator<Item = wire::Authorization>,
+        named: &[&str],
+    ) -> Self {
         let mesh = Mesh::new(View {
             node_name: None,
             network: "".into(),
@@ -27,6 +36,7 @@ impl World {
             uid: "web".into(),
             name: "web".into(),
             namespace: "default".into(),
+            trust_domain: trust_domain.into(),
             addresses: vec![vec![10, 0, 0, 2]],
             authorization_policies: named.iter().map(ToString::to_string).collect(),
             ..Default::default()
@@ -235,6 +245,32 @@ fn principals_are_matched_without_their_scheme() {
         assert_eq!(world.allows(WEB, 80), allowed, "{pattern}");
         assert!(!world.allows(PLAINTEXT, 80), "{pattern}");
     }
+}
+
+#[test]
+fn cluster_local_stands_for_the_own_trust_domain() {
+    const PEERS: [&str; 3] = ["td/ns/a/sa/web", "other/ns/a/sa/web", PLAINTEXT];
+    let cases = [
+        ("cluster.local/ns/a/sa/web", true),
+        ("cluster.local/ns/a/*", true),
+        ("cluster.local/*", true),
+        ("cluster*", true),
+        ("cluster.local/ns/b/*", false),
+        ("cluster.local/ns/a/sa/we", false),
+        ("cluster.localx/ns/a/sa/web", false),
+    ];
+    for (pattern, is) in cases {
+        let world = World::in_domain("td", [allow(vec![rule([principal(pattern)])])], &[]);
+        let allowed = PEERS.map(|peer| world.allows(peer, 80));
+        assert_eq!(allowed, [is, false, false], "{pattern}");
+        let but = one(|m| m.not_principals = vec![text(pattern)]);
+        let world = World::in_domain("td", [deny(vec![rule([but])])], &[]);
+        let allowed = PEERS.map(|peer| world.allows(peer, 80));
+        assert_eq!(allowed, [is, false, false], "all but {pattern}");
+    }
+    // The workload is of another trust domain than its peer.
+    let world = World::new([allow(vec![rule([principal("cluster.local/*")])])], &[]);
+    assert!(!world.allows(WEB, 80));
 }
 
 #[test]

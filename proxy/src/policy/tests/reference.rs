@@ -108,7 +108,11 @@ fn holds(m: &wire::Match, facts: &Facts) -> bool {
     let [domain, namespace, account] = facts.identity.unwrap_or_default();
     let path = format!("{domain}/ns/{namespace}/sa/{account}");
     let known = facts.identity.is_some();
-    let principal = |value: &wire::StringMatch| known && fits(value, &path);
+    let pointer = format!("cluster.local/ns/{namespace}/sa/{account}");
+    let at_home = domain == DOMAINS[0];
+    let principal = |value: &wire::StringMatch| {
+        known && (fits(value, &path) || (at_home && fits(value, &pointer)))
+    };
     let in_namespace = |value: &wire::StringMatch| fits(value, namespace);
     let is = |value: &wire::ServiceAccountMatch| {
         known && value.namespace == namespace && value.service_account == account
@@ -313,13 +317,14 @@ proptest! {
         connections in vec(any_facts(), 8),
     ) {
         let names: Vec<&str> = named.iter().map(String::as_str).collect();
-        let world = World::new(policies.clone(), &names);
+        let world = World::in_domain(DOMAINS[0], policies.clone(), &names);
         for facts in connections {
             compare(&world, &facts, &expect(&policies, &named, &facts))?;
         }
     }
 }
 
+/// Trust domains; the workload is of the first.
 const DOMAINS: &[&str] = &["td", "other"];
 const NAMESPACES: &[&str] = &["a", "b", "ab"];
 const ACCOUNTS: &[&str] = &["x", "y"];
@@ -330,6 +335,9 @@ const PRINCIPAL_PATTERNS: &[&str] = &[
     "td/ns/a/sa/x",
     "*/sa/y",
     "td/ns/b/*",
+    "cluster.local/ns/a/sa/x",
+    "cluster.local/ns/b/*",
+    "cluster*",
     "*",
     "spiffe://td/ns/a/sa/x",
     "spiffe://*",
