@@ -13,7 +13,7 @@ use testkit::{
     Cluster, Mesh, Pod,
     dns::{Dnsmasq, Dug, Library},
     mesh::{Service, workload_uid},
-    stage::{Named, RESOLVER, RESOLVER6},
+    stage::{Named, RESOLVER, RESOLVER6, UPSTREAM},
     traffic, wait,
 };
 
@@ -116,6 +116,37 @@ async fn every_form_of_a_services_name_gives_its_address() {
         ["A", "success", "1", "web", "shop"]
     );
     assert_eq!((&*line.level, &*line.message), ("debug", ""));
+}
+
+/// A cluster whose domain is told by nothing but the search list of the proxy's own pod.
+#[tokio::test]
+async fn names_of_a_cluster_with_a_domain_of_its_own_are_known_by_every_form() {
+    let stage = Named::new().unwrap();
+    let search = "istio-system.svc.corp.example svc.corp.example corp.example";
+    let text = format!("search {search}\nnameserver {UPSTREAM}\noptions ndots:5\n");
+    stage.upstreams(&text).unwrap();
+    let _upstream = upstream(&stage).await;
+    let mut mesh = stage.mesh();
+    let vip = &["/10.96.7.1"];
+    host(&mut mesh, "shop", "cart.shop.svc.corp.example", vip);
+    host(&mut mesh, "shop", "peers.shop.svc.corp.example", &[]);
+    let key = "shop/peers.shop.svc.corp.example";
+    endpoints(&mut mesh, key, &[&stage.web]);
+    let _cluster = stage.start(&mesh).await.unwrap();
+    let web = stage.web.ip4().to_string();
+    for (name, address) in [
+        ("cart", "10.96.7.1"),
+        ("cart.shop.svc", "10.96.7.1"),
+        ("cart.shop.svc.corp.example", "10.96.7.1"),
+        ("cart.shop.shop.svc.corp.example", "10.96.7.1"),
+        ("peers.shop", &web),
+    ] {
+        let dug = a(&stage.web, name).await;
+        assert_local(&dug);
+        assert_eq!(dug.data("A"), [address], "{name}");
+    }
+    let elsewhere = a(&stage.web, "cart.shop.svc.cluster.local").await;
+    assert!(!elsewhere.has("aa"), "{elsewhere:?}");
 }
 
 #[tokio::test]

@@ -88,6 +88,29 @@ async fn answers_are_cut_to_what_the_client_takes() {
 }
 
 #[tokio::test]
+async fn answers_that_the_kernel_does_not_take_are_counted() {
+    let stage = Named::new().unwrap();
+    let _upstream = stage.scripted().unwrap();
+    let mut mesh = stage.mesh();
+    mesh.service("cart", [10, 96, 7, 1].into(), &[(80, 80)], &[]);
+    let cluster = stage.start(&mesh).await.unwrap();
+    let mute = "table inet mute { chain out { type filter hook output priority 0; udp sport 15053 drop; }; }";
+    let netns = stage.web.netns();
+    netns.command("nft", &["-f", "-"], mute).unwrap();
+    let socket = stage.web.udp(([0, 0, 0, 0], 0).into()).unwrap();
+    // One that the mesh answers at once, and one that somebody else does.
+    for (count, name) in [(1.0, "cart."), (2.0, "one.up.example.")] {
+        socket.send_to(&a(name), RESOLVER).await.unwrap();
+        let unsent = [("reason", "unsent")];
+        let counted = |now| now == count;
+        let proxy = cluster.proxy(0);
+        proxy
+            .metric("istio_dns_unanswered_total", &unsent, counted)
+            .await;
+    }
+}
+
+#[tokio::test]
 async fn queries_of_one_connection_do_not_wait_for_each_other() {
     let stage = Named::new().unwrap();
     let _upstream = stage.scripted().unwrap();

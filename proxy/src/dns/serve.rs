@@ -149,7 +149,10 @@ impl Names {
         let query = match self.begin(bytes, Transport::Udp) {
             Begun::Answered(answer) => {
                 // A full socket buffer loses the answer, as the network would; the client asks again.
-                let _sent = answer.map(|answer| socket.try_send_to(&answer, client));
+                let sent = answer.map(|answer| socket.try_send_to(&answer, client));
+                if let Some(Err(_)) = sent {
+                    self.shared.metrics.unanswered(UNSENT);
+                }
                 return;
             }
             Begun::Waits(query) => query,
@@ -160,8 +163,10 @@ impl Names {
         };
         let (names, socket) = (Arc::clone(self), Arc::clone(socket));
         waiting.spawn(async move {
-            if let Some(answer) = names.finish(*query, slot).await {
-                let _sent = socket.send_to(&answer, client).await;
+            if let Some(answer) = names.finish(*query, slot).await
+                && socket.send_to(&answer, client).await.is_err()
+            {
+                names.shared.metrics.unanswered(UNSENT);
             }
         });
     }
@@ -454,6 +459,8 @@ const TYPES: [(RecordType, &str); 13] = [
     (RecordType::SVCB, "svcb"),
     (RecordType::TXT, "txt"),
 ];
+/// The reason for an answer that the kernel did not take.
+const UNSENT: &str = "unsent";
 /// Queries of one pod that may wait at the same time.
 const MAX_WAITING: usize = 256;
 /// Connections of one pod; further ones wait to be accepted.
