@@ -23,6 +23,7 @@ mod plaintext;
 mod pod;
 mod proxy_header;
 mod report;
+mod silent;
 mod socks5;
 mod stop;
 mod table;

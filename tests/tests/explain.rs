@@ -212,6 +212,17 @@ async fn a_waypoint_on_the_way_is_said_to_be_dialled() {
         told["waypoints"][0],
         "shop/way.shop.svc.cluster.local:15008"
     );
+    assert_eq!(told.get("around"), None);
+    // By its own address the pod is reached without.
+    let pod = stage.api.at(8080).to_string();
+    let told = explained(&stage, "shop/web", &pod).await;
+    assert_eq!(told["around"][0], "shop/api.shop.svc.cluster.local");
+    assert_eq!(told["route"]["via"], "workload");
+    let text = explain(&stage, "shop/web", &pod, "text").await.unwrap();
+    let line = "around     the waypoint of shop/api.shop.svc.cluster.local: a pod is dialled\n";
+    assert!(text.contains(line), "{text}");
+    let told = explained(&stage, "shop/web", "api:80").await;
+
     let mark = cluster.proxy(0).log().mark();
     // Nobody serves at the waypoint; where the proxy goes is what counts.
     assert!(!admitted(&stage.web, Pair::SERVICE).await);

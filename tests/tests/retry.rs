@@ -7,13 +7,14 @@
     reason = "test code: a panic is a failed test"
 )]
 
-use std::{net::SocketAddr, sync::Arc};
+use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use testkit::{
     Cluster, Mesh, Pod, PodSpec, World,
+    mesh::workload_uid,
     traffic::{Behaviour, End},
 };
-use tokio::task::JoinSet;
+use tokio::{task::JoinSet, time::Instant};
 use tokio_util::sync::CancellationToken;
 
 /// `web` calls a service of the other three pods: one on its node, two on the other.
@@ -113,6 +114,15 @@ fn restarts() -> usize {
     set.map_or(1, |set| set.parse().expect("CULVERT_TEST_RESTARTS"))
 }
 
+/// Nothing that comes for the proxy arrives.
+const SILENCE: &str = "table inet silence {
+  chain input {
+    type filter hook input priority 0; policy accept;
+    tcp dport 15008 drop
+  }
+}
+";
+
 /// New connections to the application are refused.
 const REFUSE: &str = "table inet leaving {
   chain input {
@@ -121,6 +131,60 @@ const REFUSE: &str = "table inet leaving {
   }
 }
 ";
+
+/// One call finds out, and those that follow do not wait for an endpoint that does not answer.
+#[tokio::test]
+async fn a_silent_endpoint_is_waited_for_once() {
+    let stage = Stage::new();
+    let cluster = stage.start().await;
+    let serve = |app: &Arc<Pod>| app.serve(8080, Behaviour::Echo).unwrap();
+    let _servers: Vec<_> = stage.apps.iter().map(serve).collect();
+    let [.., mute] = &stage.apps;
+    mute.netns().command("nft", &["-f", "-"], SILENCE).unwrap();
+    let waited = async || {
+        let began = Instant::now();
+        assert_eq!(stage.call().await.unwrap(), b"hello");
+        began.elapsed() > Duration::from_secs(3)
+    };
+    let mut calls = 1;
+    while !waited().await {
+        calls += 1;
+        assert!(calls < 60, "it was never dialled");
+    }
+    for _ in 0..30 {
+        assert!(!waited().await, "another one waited");
+    }
+    let proxy = cluster.proxy(0);
+    let metrics = proxy.metrics().await.unwrap();
+    let retries = metrics.sum("istio_tcp_connection_retries_total", &[]);
+    assert_eq!(retries, 1.0);
+    let question = "/debug/explain?from=shop/web&to=app:80";
+    let told = proxy.document(question).await.unwrap();
+    let endpoints = told["endpoints"].as_array().unwrap();
+    let of = |pod: &Pod| {
+        let mut endpoints = endpoints.iter();
+        let endpoint = endpoints.find(|one| one["workload"] == workload_uid(pod));
+        endpoint.unwrap()["because"].as_str().unwrap()
+    };
+    assert_eq!(of(mute), "tried in vain lately");
+    assert_eq!(of(&stage.apps[0]), "port 8080");
+}
+
+/// What was delivered once may not be delivered to somebody else.
+#[tokio::test]
+async fn who_has_got_a_byte_has_no_stand_in() {
+    let stage = Stage::new();
+    let cluster = stage.start().await;
+    let serve = |app: &Arc<Pod>| app.serve(8080, Behaviour::Reset).unwrap();
+    let servers: Vec<_> = stage.apps.iter().map(serve).collect();
+    for calls in 1..=12 {
+        assert!(!stage.call().await.is_ok_and(|answer| !answer.is_empty()));
+        let reached = servers.iter().map(|server| server.peers().len());
+        assert_eq!(reached.sum::<usize>(), calls, "one application for each");
+    }
+    let metrics = cluster.proxy(0).metrics().await.unwrap();
+    assert_eq!(metrics.sum("istio_tcp_connection_retries_total", &[]), 0.0);
+}
 
 #[tokio::test]
 async fn where_nobody_can_be_reached_the_connection_ends() {

@@ -56,6 +56,9 @@ pub(super) struct Explanation {
     owner: String,
     #[serde(skip_serializing_if = "Vec::is_empty")]
     waypoints: Vec<String>,
+    /// Services whose waypoint this connection does not pass, since it is their pod that is dialled.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    around: Vec<String>,
     #[serde(skip_serializing_if = "Vec::is_empty")]
     endpoints: Vec<Endpoint>,
     route: Route,
@@ -154,14 +157,21 @@ fn explain(console: &Console, from: &str, to: &str) -> Result<Explanation, Uncle
     };
     let shared = &console.shared;
     let state = shared.mesh.read();
-    let ask = OutboundQuery {
+    let silent = place::silent(console, &state, &source);
+    let mut ask = OutboundQuery {
         source: &source,
         source_ip: from_ip,
         destination: to,
-        avoid: &[],
+        avoid: &silent,
     };
+    let decide = |ask: &_| route::outbound(&state, &shared.settings.guard, ask, &mut rand::rng());
+    let mut outbound = decide(&ask);
+    if matches!(outbound, Outbound::Refuse(_)) && !silent.is_empty() {
+        // Where there is nobody else, those have their turn.
+        ask.avoid = &[];
+        outbound = decide(&ask);
+    }
     let meaning = route::meaning(&state, &ask);
-    let outbound = route::outbound(&state, &shared.settings.guard, &ask, &mut rand::rng());
     let (route, target) = Route::of(&outbound);
     let policy = target.map(|target| {
         let identity = target.proven.then(|| source.identity()).flatten();
@@ -180,12 +190,14 @@ fn explain(console: &Console, from: &str, to: &str) -> Result<Explanation, Uncle
         (None, None) => "nobody in the mesh".to_owned(),
     };
     let endpoints = meaning.endpoints.iter().map(Endpoint::of).collect();
+    let around = meaning.around.iter();
     drop(state);
     Ok(Explanation {
         from: Source::of(console, &source),
         to,
         owner,
         waypoints: meaning.waypoints.iter().map(ToString::to_string).collect(),
+        around: around.map(|service| service.key().to_string()).collect(),
         endpoints,
         route,
         policy,
@@ -242,6 +254,7 @@ impl Explanation {
             to,
             owner: "not looked at".to_owned(),
             waypoints: Vec::new(),
+            around: Vec::new(),
             endpoints: Vec::new(),
             route: Route {
                 kind: "refuse",

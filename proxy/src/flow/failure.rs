@@ -90,6 +90,17 @@ impl Failure {
         }
     }
 
+    /// Whether the destination has not answered, in whatever way.
+    pub(super) fn is_silence(&self) -> bool {
+        matches!(
+            self.reason(),
+            Reason::ConnectTimeout
+                | Reason::HboneTimeout
+                | Reason::TlsTimeout
+                | Reason::AnswerTimeout
+        )
+    }
+
     /// What metrics and logs call it.
     pub(super) fn reason(&self) -> Reason {
         match self {

@@ -79,7 +79,7 @@ async fn open(pod: &Arc<Pod>, call: Call) -> Option<Opened> {
     let mut trace = pod.shared().traces.begin(Reporter::Source, None);
     let mut tried = Vec::new();
     for retries in 0.. {
-        let plan = match decide(pod, call, &tried).await {
+        let plan = match decide_again_if_silent(pod, call, &tried).await {
             Ok(plan) => plan,
             Err(Unplanned { reason, error }) => {
                 trace.reject(ends, reason, &*error);
@@ -118,6 +118,27 @@ async fn open(pod: &Arc<Pod>, call: Call) -> Option<Opened> {
         }
     }
     None
+}
+
+/// Decides, and once more if that leads to an endpoint that did not answer lately while there is another one.
+async fn decide_again_if_silent(
+    pod: &Pod,
+    call: Call,
+    tried: &[Arc<Workload>],
+) -> Result<Plan, Unplanned> {
+    let plan = decide(pod, call, tried).await?;
+    let Some(endpoint) = &plan.destination else {
+        return Ok(plan);
+    };
+    let mut avoid = pod.flows().silent().instead_of(endpoint);
+    if avoid.is_empty() {
+        return Ok(plan);
+    }
+    avoid.extend_from_slice(tried);
+    if !plan.has_alternative(pod, call, Some(&avoid)) {
+        return Ok(plan);
+    }
+    decide(pod, call, &avoid).await
 }
 
 /// Every endpoint was tried, in vain.
@@ -163,6 +184,9 @@ async fn attempt(
     }
     match reached {
         Ok(Reached { upstream, .. }) => {
+            if let Some(endpoint) = &plan.destination {
+                pod.flows().silent().forget(endpoint);
+            }
             access.traced(std::mem::take(trace));
             Ok(Opened {
                 told: Told::new(access, entry, [None, None]),
@@ -171,6 +195,11 @@ async fn attempt(
         }
         Err(failure) => {
             let remedy = failure.remedy();
+            if failure.is_silence()
+                && let Some(endpoint) = &plan.destination
+            {
+                pod.flows().silent().note(endpoint);
+            }
             if tried.is_none() || remedy == Remedy::None {
                 access.traced(std::mem::take(trace));
             }

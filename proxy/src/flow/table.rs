@@ -1,4 +1,4 @@
-//! The flows of one pod, each with what decided it.
+//! The flows of one pod, each with what decided it, and what they found out for those to come.
 //!
 //! A flow is entered before it is judged, so that no policy change falls between the verdict and
 //! the entry; `judge` walks the table on every change of the mesh and ends what may no longer be.
@@ -16,7 +16,9 @@ use futures_util::task::AtomicWaker;
 use parking_lot::Mutex;
 use tokio::time::Instant;
 
+use super::silent::Silent;
 use crate::{
+    mesh::Workload,
     policy::{Denied, Note},
     telemetry::Watch,
 };
@@ -25,6 +27,7 @@ use crate::{
 #[derive(Debug, Default)]
 pub struct FlowTable {
     flows: Mutex<slab::Slab<Arc<Facts>>>,
+    silent: Silent,
 }
 
 impl FlowTable {
@@ -51,6 +54,17 @@ impl FlowTable {
             key,
             table: Arc::clone(self),
         }
+    }
+
+    /// Endpoints that did not answer the pod lately: others go first. At most 64.
+    #[must_use]
+    pub fn silent_endpoints(&self) -> Vec<Arc<Workload>> {
+        self.silent.list()
+    }
+
+    /// The same, as flows use it.
+    pub(super) fn silent(&self) -> &Silent {
+        &self.silent
     }
 
     /// Copies out what is open now.

@@ -23,7 +23,7 @@ pub struct Fit {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Unfit {
-    /// It was tried for this connection in vain.
+    /// It was tried in vain, for this connection or lately.
     Tried,
     /// It is not healthy.
     Unhealthy,
@@ -44,7 +44,7 @@ pub enum Unfit {
 impl fmt::Display for Unfit {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
-            Self::Tried => "tried in vain",
+            Self::Tried => "tried in vain lately",
             Self::Unhealthy => "unhealthy",
             Self::NoAddress => "no address",
             Self::OtherNetwork => "on another network",
@@ -66,6 +66,9 @@ pub struct Meaning {
     pub workload: Option<Arc<Workload>>,
     /// Waypoints of either: one of them is on the way.
     pub waypoints: Vec<GatewayAddress>,
+    /// Services of the dialled workload that have a waypoint. Who dials a workload goes around it, since it is not the
+    /// workload's own.
+    pub around: Vec<Arc<Service>>,
     /// Endpoints of the service, or of the service of its only waypoint.
     pub endpoints: Vec<(Arc<Workload>, Result<Fit, Unfit>)>,
     /// To whom a waypoint on the way may lead, and at which address, on the network of the source. At most a
@@ -90,6 +93,10 @@ pub fn meaning(state: &State, ask: &OutboundQuery<'_>) -> Meaning {
         Owner::Service(service) => (Some(service), None, service_waypoints(service)),
         Owner::Workload(workload) => (None, Some(workload), Vec::from_iter(workload.waypoint())),
         Owner::Nobody => (None, None, Vec::new()),
+    };
+    let around = match owner {
+        Owner::Workload(workload) if waypoints.is_empty() => guarded(state, workload),
+        Owner::Service(_) | Owner::Workload(_) | Owner::Nobody => Vec::new(),
     };
     let selection = |service, port, purpose| Selection {
         state,
@@ -124,9 +131,19 @@ pub fn meaning(state: &State, ask: &OutboundQuery<'_>) -> Meaning {
         service: service.cloned(),
         workload: workload.cloned(),
         waypoints: waypoints.into_iter().cloned().collect(),
+        around,
         endpoints: selection.map(|all| judged(&all)).unwrap_or_default(),
         behind,
     }
+}
+
+/// Services of the workload that have a waypoint.
+fn guarded(state: &State, workload: &Workload) -> Vec<Arc<Service>> {
+    let services = state.services_of(workload).map(|(service, _)| service);
+    services
+        .filter(|service| !service_waypoints(service).is_empty())
+        .cloned()
+        .collect()
 }
 
 /// The endpoints that may be chosen, where they can be dialled.

@@ -88,6 +88,22 @@ fn find_source(
     }
 }
 
+/// Endpoints that did not answer `source` lately, if it is a pod of this node.
+pub(super) fn silent(
+    console: &Console,
+    state: &State,
+    source: &Arc<Workload>,
+) -> Vec<Arc<Workload>> {
+    let pods = console.pods.pods().into_iter();
+    let mut flows = pods
+        .filter(|pod| state.local_workload(&pod.who) == Some(source))
+        .filter_map(|pod| pod.flows);
+    flows
+        .next()
+        .map(|flows| flows.silent_endpoints())
+        .unwrap_or_default()
+}
+
 /// An address and port, or a host name of the mesh and port.
 fn destination(
     console: &Console,

@@ -14,6 +14,9 @@ impl fmt::Display for Explanation {
         for waypoint in &self.waypoints {
             writeln!(f, "waypoint   {waypoint}")?;
         }
+        for service in &self.around {
+            writeln!(f, "around     the waypoint of {service}: a pod is dialled")?;
+        }
         for endpoint in &self.endpoints {
             let mark = if endpoint.eligible { '+' } else { '-' };
             writeln!(

@@ -185,6 +185,13 @@ fn failover_uses_the_nearest_group_that_has_a_usable_endpoint() {
         );
     };
     only(&mut world, "near");
+    // What was tried in vain gives way to the next group, too.
+    let mut tried = Vec::new();
+    for next in ["near", "far", "farther"] {
+        let answer = world.ask_without(&tried, WEB);
+        assert!(answer.ends_with(&format!("expects {next}")), "{answer}");
+        tried.push(world.workload(next));
+    }
     world.add([], [unhealthy(near)]);
     only(&mut world, "far");
     world.add([], [unhealthy(far)]);
