@@ -8,8 +8,8 @@
 
 use std::{
     collections::HashMap,
-    fmt,
-    path::PathBuf,
+    fmt, fs, io,
+    path::{Path, PathBuf},
     sync::{
         Arc, Weak,
         atomic::{AtomicU64, Ordering},
@@ -129,16 +129,34 @@ impl TrustBundle {
         let mut file = WatchedFile::new(path);
         loop {
             let content = file.changed().await;
-            let taken = match content {
-                Ok(content) => match certificates(&content) {
-                    Ok(roots) => self.update(source, &roots),
-                    Err(error) => self.rejected(source, error),
-                },
-                Err(error) => self.rejected(source, BundleError::Read(error)),
-            };
-            if let Err(error) = taken {
+            if let Err(error) = self.take(source, content) {
                 let (error, path) = (&error as &dyn std::error::Error, file.path().display());
                 tracing::warn!(source, %path, error, "the trust anchors stay as they were");
+            }
+        }
+    }
+
+    /// Takes over the certificates of a PEM file as it is now, for what happens before [`follow_file`](Self::follow_file) gets to
+    /// it. Blocks while it reads.
+    ///
+    /// # Errors
+    /// If there is nothing usable: the roots of the source stay what they were.
+    pub fn load_file(&self, source: &'static str, path: &Path) -> Result<usize, BundleError> {
+        self.take(source, fs::read(path))
+    }
+
+    fn take(
+        &self,
+        source: &'static str,
+        content: io::Result<Vec<u8>>,
+    ) -> Result<usize, BundleError> {
+        let content = content.map_err(BundleError::Read);
+        let roots = content.and_then(|content| certificates(&content));
+        match roots {
+            Ok(roots) => self.update(source, &roots),
+            Err(error) => {
+                self.failed(source);
+                Err(error)
             }
         }
     }
@@ -188,9 +206,12 @@ impl TrustBundle {
         self.0.pool.list(roots)
     }
 
-    fn rejected(&self, source: &'static str, error: BundleError) -> Result<usize, BundleError> {
-        self.failed(source);
-        Err(error)
+    /// Whether a source names `root` now, or did until a moment ago; `None` if none has named any yet.
+    pub(crate) fn names(&self, root: &CertificateDer<'_>) -> Option<bool> {
+        let (sources, now) = (self.0.sources.read(), Instant::now());
+        let mut named = sources.iter().flat_map(|source| source.roots.trusted(now));
+        let first = named.next()?;
+        Some(first == root || named.any(|named| named == root))
     }
 
     fn failed(&self, source: &'static str) {
@@ -254,7 +275,7 @@ pub struct RootSourceStatus {
 pub enum BundleError {
     /// The file cannot be read.
     #[error("the file of trust anchors cannot be read")]
-    Read(#[source] std::io::Error),
+    Read(#[source] io::Error),
     /// The file is not PEM.
     #[error("the file of trust anchors is not PEM")]
     Pem(#[source] rustls::pki_types::pem::Error),

@@ -8,6 +8,7 @@ mod confine;
 mod console;
 mod control_plane;
 mod error;
+mod kept_keys;
 mod last_known;
 mod launch;
 mod memory;

@@ -11,14 +11,15 @@ use std::{fs, os::unix::fs::PermissionsExt as _, path::PathBuf, time::Duration};
 
 use nix::sys::signal::Signal;
 use testkit::{
-    Mesh, NodeRun, ProxyOptions,
-    istiod::{Kind, Stream},
+    Authority, Mesh, NodeRun, ProxyOptions,
+    istiod::{Kind, Signing, Stream},
     mesh::{Match, Policy},
     proxy::Proxy,
     stage::{Steered, web_port},
     traffic::{Behaviour, Server},
     wait,
 };
+use tokio::time::Instant;
 use xds_client::local::Document;
 
 /// Longer than the longest pause between attempts.
@@ -222,38 +223,84 @@ async fn with_keys_in_memory_nobody_else_is_needed_for_a_restart() {
     let stage = Steered::new().unwrap();
     stage.istiod.set(&guarded(&stage));
     let memory = tempfile::tempdir_in("/dev/shm").unwrap();
-    let options = options(&stage).certified_by(&stage.istiod).env(
-        "STATE_KEYS",
-        &memory.path().join("keys").display().to_string(),
-    );
+    let keys = memory.path().join("keys");
+    let options = options(&stage)
+        .certified_by(&stage.istiod)
+        .env("STATE_KEYS", &keys.display().to_string());
     let run = stage.start_with(&options).await.unwrap();
     let _app = stage.api.serve(8080, Behaviour::Echo).unwrap();
     kept(&run.proxy).await;
     behaves_as_before(&stage).await;
     killed(run).await;
     stage.istiod.stop().await;
-    let _run = stage.start_with(&options).await.unwrap();
+    let asked = stage.istiod.certificate_calls().len();
+    let run = stage.start_with(&options).await.unwrap();
+    let start = Instant::now();
     behaves_as_before(&stage).await;
-    for file in fs::read_dir(memory.path().join("keys")).unwrap() {
+    assert!(start.elapsed() < Duration::from_secs(5), "served at once");
+    for file in fs::read_dir(keys.join("istio")).unwrap() {
         let mode = file.unwrap().metadata().unwrap().permissions().mode();
         assert_eq!(mode & 0o777, 0o600);
     }
+    killed(run).await;
+
+    // An upgrade that goes by the book leaves them, too, and costs the authority nothing.
+    stage.istiod.start().unwrap();
+    let run = stage.start_with(&options).await.unwrap();
+    stage.istiod.synced_within(A_PAUSE).await;
+    behaves_as_before(&stage).await;
+    let mut proxy = run.proxy;
+    proxy.signal(Signal::SIGTERM).unwrap();
+    proxy.exit(wait::SOON).await.unwrap();
+    let _run = stage.start_with(&options).await.unwrap();
+    behaves_as_before(&stage).await;
+    assert_eq!(stage.istiod.certificate_calls().len(), asked);
+}
+
+/// What was kept counts no longer when the mesh has another root by then.
+#[tokio::test]
+async fn a_kept_certificate_of_a_root_that_has_gone_is_not_used() {
+    let stage = Steered::new().unwrap();
+    stage.istiod.set(&guarded(&stage));
+    let memory = tempfile::tempdir_in("/dev/shm").unwrap();
+    let trusted = stage.world.file("roots.pem");
+    let [old, new] = ["old", "new"].map(|name| Authority::new(name).unwrap());
+    let options = options(&stage)
+        .certified_by(&stage.istiod)
+        .env("TRUST_BUNDLE_PATH", &trusted.display().to_string())
+        .env("STATE_KEYS", &memory.path().display().to_string());
+    let sign_by = |root: &Authority| {
+        stage.istiod.sign_by(Signing::by(root.duplicate().unwrap()));
+        fs::write(&trusted, root.root_pem()).unwrap();
+    };
+    sign_by(&old);
+    let run = stage.start_with(&options).await.unwrap();
+    let _app = stage.api.serve(8080, Behaviour::Echo).unwrap();
+    behaves_as_before(&stage).await;
+    killed(run).await;
+    sign_by(&new);
+    let asked = stage.istiod.certificate_calls().len();
+    let run = stage.start_with(&options).await.unwrap();
+    behaves_as_before(&stage).await;
+    assert!(stage.istiod.certificate_calls().len() > asked);
+    let told =
+        |line: &testkit::Line| line.message == "the certificate of an earlier process is not used";
+    run.proxy.log().wait("why", told).await;
 }
 
 #[tokio::test]
 async fn keys_are_never_kept_on_a_disk() {
     let stage = Steered::new().unwrap();
-    let disk = "/var/tmp/culvert-test-keys";
-    let options = stage.options().env("STATE_KEYS", disk);
-    let mut proxy = options.start(stage.world.node(0)).unwrap();
-    let status = proxy.exit(wait::SOON).await.unwrap();
-    assert_eq!(status.code(), Some(1));
-    assert!(
-        proxy.log().tail(5).contains("not in memory"),
-        "{}",
-        proxy.log().tail(5)
-    );
-    fs::remove_dir(disk).unwrap();
+    // That of processes, which is no disk, either, but holds no file of ours whatever the machine.
+    for directory in ["/proc/culvert-test-keys", "/var/tmp/culvert-test-keys"] {
+        let options = stage.options().env("STATE_KEYS", directory);
+        let mut proxy = options.start(stage.world.node(0)).unwrap();
+        let status = proxy.exit(wait::SOON).await.unwrap();
+        assert_eq!(status.code(), Some(1));
+        let log = proxy.log().tail(5);
+        assert!(log.contains("not in memory"), "{log}");
+        assert!(!fs::exists(directory).unwrap(), "nothing is made there");
+    }
 }
 
 /// A directory that is a file system of its own, seen by the proxy alone.

@@ -1,17 +1,16 @@
 //! Where certificates come from, as configured, and the agent that keeps them.
 
-use std::{fs, io, path::Path, sync::Arc};
+use std::{fs, path::Path, sync::Arc};
 
 use cert_agent::{
-    Agent, AgentOptions, BoxFuture, CsrSource, InProcessCa, KeptSource, Revocations, SanRule,
-    Source, TlsOptions, TrustBundle,
+    Agent, AgentOptions, BoxFuture, CsrSource, InProcessCa, Revocations, SanRule, Source,
+    TlsOptions, TrustBundle,
     istio::{Caller, Connect, ConnectError, IstioCa, IstioOptions},
 };
-use nix::sys::statfs::{FsType, TMPFS_MAGIC, statfs};
 use tonic::{metadata::MetadataMap, transport::Channel};
 use xds_client::transport::Target;
 
-use super::{StartError, openbao, target};
+use super::{StartError, kept_keys, openbao, target};
 use crate::config::{Address, CertificateSource, Config, PqcPolicy, ProxyMode};
 
 /// What keeps the certificates of this process.
@@ -51,31 +50,11 @@ pub(super) fn build(config: &Config) -> Result<Certificates, StartError> {
             Arc::new(CsrSource::new(openbao))
         }
     };
-    let source = kept(config, source)?;
+    let source = kept_keys::outlasting(config, source, &options.trust)?;
     Ok(Certificates {
         agent: Agent::new(source, options),
         openbao: authority,
     })
-}
-
-/// The source whose certificates outlast the process, if they are to. Keys must not reach a disk: a directory elsewhere than in
-/// memory is refused.
-fn kept(config: &Config, source: Arc<dyn Source>) -> Result<Arc<dyn Source>, StartError> {
-    let Some(directory) = &config.control.kept_keys else {
-        return Ok(source);
-    };
-    let failed = |source| StartError::Keys {
-        path: directory.clone(),
-        source,
-    };
-    let kept = KeptSource::new(source, directory.clone()).map_err(failed)?;
-    let lies_on = statfs(directory.as_path()).map_err(|error| failed(error.into()))?;
-    if [TMPFS_MAGIC, RAMFS_MAGIC].contains(&lies_on.filesystem_type()) {
-        Ok(Arc::new(kept))
-    } else {
-        let reason = "not in memory: a tmpfs is needed, such as an emptyDir with medium Memory";
-        Err(failed(io::Error::other(reason)))
-    }
 }
 
 /// Armed if there is any source of revocation lists.
@@ -153,6 +132,3 @@ fn read(path: &Path) -> Result<String, StartError> {
         source,
     })
 }
-
-/// The older of the file systems in memory.
-const RAMFS_MAGIC: FsType = FsType(0x8584_58f6);
