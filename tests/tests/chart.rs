@@ -21,6 +21,9 @@ const ALL: &[&str] = &[
     "--set=openbao.enabled=true,openbao.address=https://bao:8200,openbao.caSecret=bao,openbao.auth.method=jwt",
     "--set=openbao.jwtSource=kubernetes,openbao.tokenNamespaces={shop,bank},sameNode.namespaces.shop=direct",
     "--set=otlp.endpoint=http://tempo:4317,memoryBudget=64Mi,workerThreads=50%,metrics.labels=minimal",
+    "--set=state.keys=true,coreDumps=true,limits.flowsPerPod=2000000,limits.handshakesPerPod=100,limits.handshakesPerPeer=10",
+    "--set=limits.streamsPerConnection=50,limits.headerBytes=4096,limits.controlFramesPerSecond=5,limits.resetsPerSecond=7",
+    "--set=limits.descriptorReserve=0",
 ];
 
 fn render(arguments: &[&str]) -> Vec<Value> {
@@ -332,17 +335,24 @@ fn everything_switched_on_is_valid_and_takes_effect() {
     let set = of_kind(&all, "DaemonSet")[0];
     let context = &container(set)["securityContext"];
     assert_eq!(context["seLinuxOptions"], json!({ "type": "spc_t" }));
-    assert_eq!(
-        context["seccompProfile"]["localhostProfile"],
-        "culvert.json"
-    );
+    let profile = context["seccompProfile"]["localhostProfile"]
+        .as_str()
+        .unwrap();
+    assert!(deployed("seccomp").join(profile).exists(), "{profile}");
     let volumes = &set["spec"]["template"]["spec"]["volumes"];
     assert_eq!(named(volumes, "openbao-ca")["secret"]["secretName"], "bao");
+    let keys = json!({ "medium": "Memory", "sizeLimit": "16Mi" });
+    assert_eq!(named(volumes, "keys")["emptyDir"], keys);
     let env = env(set);
     for (name, value) in [
         ("CRL_PATH", "/var/run/secrets/istio/crl/ca-crl.pem"),
         ("STATE_DIR", "/var/lib/culvert"),
+        ("STATE_KEYS", "/run/culvert"),
+        ("CORE_DUMPS", "true"),
         ("MEMORY_BUDGET", "64Mi"),
+        ("MAX_FLOWS_PER_POD", "2000000"),
+        ("HTTP2_MAX_RESETS", "7"),
+        ("DESCRIPTOR_RESERVE", "0"),
         ("SAME_NODE_NAMESPACES", "shop=direct"),
         ("OPENBAO_ROOT_MOUNTS", "pki-root"),
         ("OTEL_TRACES_SAMPLER_ARG", "1"),
@@ -356,62 +366,89 @@ fn everything_switched_on_is_valid_and_takes_effect() {
     assert_eq!(content.as_str().unwrap().trim(), original.unwrap().trim());
 }
 
+/// Values, and what is said about them.
+const FAULTY: &[(&str, &str)] = &[
+    (
+        "sameNod.mode=direct",
+        "additional properties 'sameNod' not allowed",
+    ),
+    (
+        "defaults.hub=x",
+        "additional properties 'defaults' not allowed",
+    ),
+    (
+        "sameNode.mode=fast",
+        "value must be one of 'hbone', 'direct'",
+    ),
+    ("profile=big", "there are: ambient, n100"),
+    ("platform=toaster", "there are: gke, k3d"),
+    ("terminationGracePeriodSeconds=0", "minimum"),
+    (
+        "resources.requests.memory=much",
+        "/resources/requests/memory",
+    ),
+    ("workerThreads=200%", "/workerThreads"),
+    ("metrics.maxSeries=1", "/metrics/maxSeries"),
+    ("otlp.endpoint=tempo:4317", "/otlp/endpoint"),
+    (
+        "state.type=hostPath,state.hostPath=var",
+        "not an absolute path",
+    ),
+    (
+        "memoryBudget=1Gi,resources.limits.memory=512Mi",
+        "must be less than",
+    ),
+    ("memoryBudget=16Mi", "at least 32Mi"),
+    ("limits.flowsPerPod=0", "/limits/flowsPerPod"),
+    ("state.keys=true", "set state.type"),
+    (
+        "state.type=hostPath,state.keys=true,state.keysHostPath=run",
+        "not an absolute path",
+    ),
+    ("seccompProfile.type=Localhost", "needs localhostProfile"),
+    ("openbao.enabled=true", "is no address of OpenBao"),
+    (
+        "openbao.enabled=true,openbao.address=https://bao:8200",
+        "caConfigMap or caSecret",
+    ),
+];
+
 #[test]
 fn values_that_cannot_work_are_refused_in_words() {
     let bao = "openbao.enabled=true,openbao.address=https://bao:8200,openbao.caSecret=ca";
-    for (values, word) in [
+    let combined = [
+        (format!("{bao},caAddress=x:1"), "one of them"),
         (
-            "sameNod.mode=direct",
-            "additional properties 'sameNod' not allowed",
-        ),
-        (
-            "defaults.hub=x",
-            "additional properties 'defaults' not allowed",
-        ),
-        (
-            "sameNode.mode=fast",
-            "value must be one of 'hbone', 'direct'",
-        ),
-        ("profile=big", "there are: ambient, n100"),
-        ("platform=toaster", "there are: gke, k3d"),
-        ("terminationGracePeriodSeconds=0", "minimum"),
-        (
-            "resources.requests.memory=much",
-            "/resources/requests/memory",
-        ),
-        ("workerThreads=200%", "/workerThreads"),
-        ("metrics.maxSeries=1", "/metrics/maxSeries"),
-        ("otlp.endpoint=tempo:4317", "/otlp/endpoint"),
-        (
-            "state.type=hostPath,state.hostPath=var",
-            "not an absolute path",
-        ),
-        (
-            "memoryBudget=1Gi,resources.limits.memory=512Mi",
-            "must be less than",
-        ),
-        ("seccompProfile.type=Localhost", "needs localhostProfile"),
-        ("openbao.enabled=true", "is no address of OpenBao"),
-        (
-            "openbao.enabled=true,openbao.address=https://bao:8200",
-            "caConfigMap or caSecret",
-        ),
-        (&format!("{bao},caAddress=x:1"), "one of them"),
-        (
-            &format!("{bao},openbao.jwtSource=kubernetes"),
+            format!("{bao},openbao.jwtSource=kubernetes"),
             "openbao.auth.method jwt",
         ),
         (
-            &format!("{bao},openbao.jwtSource=kubernetes,openbao.auth.method=jwt"),
+            format!("{bao},openbao.jwtSource=kubernetes,openbao.auth.method=jwt"),
             "tokenNamespaces",
         ),
-    ] {
+    ];
+    let combined = combined
+        .iter()
+        .map(|(values, word)| (values.as_str(), *word));
+    for (values, word) in FAULTY.iter().copied().chain(combined) {
         let said = match helm(&["--set", values]) {
             Ok(_) => panic!("{values}: rendered"),
             Err(error) => error.to_string(),
         };
         assert!(said.contains(word), "{values}: {said}");
     }
+}
+
+#[test]
+fn large_numbers_are_written_out() {
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("values.yaml");
+    let values = "{env: {HTTP2_STREAM_WINDOW_SIZE: 4194304, RATIO: 0.5}, memoryBudget: 67108864}";
+    fs::write(&file, values).unwrap();
+    let env = env(&daemon_set(&["-f", file.to_str().unwrap()]));
+    assert_eq!(env["HTTP2_STREAM_WINDOW_SIZE"], "4194304");
+    assert_eq!(env["RATIO"], "0.5");
+    assert_eq!(env["MEMORY_BUDGET"], "67108864");
 }
 
 #[test]

@@ -5,6 +5,7 @@
     clippy::unwrap_used,
     clippy::expect_used,
     clippy::panic,
+    clippy::indexing_slicing,
     reason = "test code: a panic is a failed test"
 )]
 
@@ -21,9 +22,10 @@ use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,
 };
+use serde_json::{Value, json};
 use testkit::{
-    Cluster, Mesh, Netns, Node, Pod, PodSpec, ProxyOptions, World, metrics::Metrics,
-    traffic::Behaviour, wait,
+    Cluster, Mesh, Netns, Node, Pod, PodSpec, ProxyOptions, World, kubetools::deployed,
+    metrics::Metrics, traffic::Behaviour, wait,
 };
 
 /// A `dockerd` that lives in the network of a node's proxy, so that containers with the network of the host do. Dropping it stops it
@@ -94,9 +96,11 @@ impl Engine {
         said.strip_prefix("Loaded image: ").unwrap().to_owned()
     }
 
-    /// What starts a proxy in a container, with the privileges of the chart's, and shows it the files of the world.
+    /// What starts a proxy in a container, with the privileges of the chart's and our seccomp profile, and shows it the files of the
+    /// world.
     fn run(&self, world: &World) -> Vec<String> {
         let files = world.directory().display();
+        let profile = deployed("seccomp/culvert.json");
         let mut words: Vec<String> = [
             "docker",
             "--host",
@@ -111,6 +115,7 @@ impl Engine {
             "--cap-add=NET_ADMIN",
             "--cap-add=NET_RAW",
             "--cap-add=SYS_ADMIN",
+            &format!("--security-opt=seccomp={}", profile.display()),
             &format!("--volume={files}:{files}"),
         ]
         .map(str::to_owned)
@@ -164,6 +169,30 @@ fn archive() -> PathBuf {
         .into()
 }
 
+/// What the chart and people who look at the image rely on.
+fn is_as_announced(engine: &Engine, image: &str) {
+    let size = fs::metadata(archive()).unwrap().len();
+    assert!(size < 15_000_000, "{size} bytes");
+    let said = engine.ask(&["image", "inspect", image]).unwrap();
+    let inspected: Value = serde_json::from_str(&said).unwrap();
+    let config = &inspected[0]["Config"];
+    assert_eq!(config["User"], "0:1337");
+    assert_eq!(config["WorkingDir"], "/");
+    assert_eq!(config["Entrypoint"], json!(["/usr/local/bin/culvert"]));
+    let variables = config["Env"].as_array().unwrap();
+    let mut names = variables.iter().filter_map(Value::as_str);
+    assert!(
+        names.any(|it| it.starts_with("ISTIO_META_ISTIO_VERSION=")),
+        "{variables:?}"
+    );
+    let label = |name: &str| config["Labels"][format!("org.opencontainers.image.{name}")].as_str();
+    assert_eq!(label("version"), Some(env!("CARGO_PKG_VERSION")));
+    assert_eq!(label("licenses"), Some("Apache-2.0"));
+    for name in ["title", "description", "revision", "created"] {
+        assert!(label(name).is_some_and(|it| !it.is_empty()), "{name}");
+    }
+}
+
 /// Bytes over mutual TLS from one pod to another and back.
 async fn talks(from: &Pod, to: &Pod) {
     let app = to.serve(8080, Behaviour::Echo).unwrap();
@@ -188,11 +217,13 @@ async fn a_container_of_the_image_is_the_proxy_of_a_node() {
     mesh.write(&ProxyOptions::mesh_file(&world)).unwrap();
     let engine = Engine::start(&world, world.node(0).proxy_netns()).await;
     let image = engine.load(&archive());
+    is_as_announced(&engine, &image);
     let run = engine.run(&world);
     let run: Vec<&str> = run.iter().map(String::as_str).collect();
     let options = |node: &Node| {
         let plain = ProxyOptions::new(&world, node);
         if node.name() == world.node(0).name() {
+            let plain = plain.arguments(&["proxy", "ztunnel"]);
             plain.wrapped(&run).binary(PathBuf::from(&image))
         } else {
             plain
@@ -203,7 +234,7 @@ async fn a_container_of_the_image_is_the_proxy_of_a_node() {
         .ask(&["ps", "--no-trunc", "--format={{.Image}} {{.Command}}"])
         .unwrap();
     assert!(
-        running.starts_with(&image) && running.contains("culvert proxy"),
+        running.starts_with(&image) && running.contains("culvert proxy ztunnel"),
         "{running}"
     );
 

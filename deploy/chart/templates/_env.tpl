@@ -33,8 +33,8 @@ The variables of the proxy, as a list in JSON under the key `env`. Each is there
 
 {{- $list := list -}}
 {{- range concat $plain $metadata $own $crl -}}
-  {{- if not (or (hasKey $v.env (index . 0)) (eq (toString (index . 1)) "")) -}}
-    {{- $list = append $list (dict "name" (index . 0) "value" (toString (index . 1))) -}}
+  {{- if not (or (hasKey $v.env (index . 0)) (eq (include "culvert.text" (index . 1)) "")) -}}
+    {{- $list = append $list (dict "name" (index . 0) "value" (include "culvert.text" (index . 1))) -}}
   {{- end -}}
 {{- end -}}
 {{- range $fields -}}
@@ -44,7 +44,7 @@ The variables of the proxy, as a list in JSON under the key `env`. Each is there
 {{- end -}}
 {{- range $name, $value := $v.env -}}
   {{- if not (kindIs "invalid" $value) -}}
-    {{- $list = append $list (dict "name" $name "value" (toString $value)) -}}
+    {{- $list = append $list (dict "name" $name "value" (include "culvert.text" $value)) -}}
   {{- end -}}
 {{- end -}}
 {{- dict "env" $list | toJson -}}
@@ -64,6 +64,16 @@ The variables of the proxy, as a list in JSON under the key `env`. Each is there
   (list "ZTUNNEL_WORKER_THREADS" $v.workerThreads)
   (list "MEMORY_BUDGET" $v.memoryBudget)
   (list "STATE_DIR" (ternary "" "/var/lib/culvert" (eq $v.state.type "none")))
+  (list "STATE_KEYS" (ternary "/run/culvert" "" $v.state.keys))
+  (list "CORE_DUMPS" (ternary "true" "" $v.coreDumps))
+  (list "MAX_FLOWS_PER_POD" $v.limits.flowsPerPod)
+  (list "MAX_HANDSHAKES_PER_POD" $v.limits.handshakesPerPod)
+  (list "MAX_HANDSHAKES_PER_PEER" $v.limits.handshakesPerPeer)
+  (list "HTTP2_MAX_STREAMS" $v.limits.streamsPerConnection)
+  (list "HTTP2_MAX_HEADER_BYTES" $v.limits.headerBytes)
+  (list "HTTP2_MAX_CONTROL_FRAMES" $v.limits.controlFramesPerSecond)
+  (list "HTTP2_MAX_RESETS" $v.limits.resetsPerSecond)
+  (list "DESCRIPTOR_RESERVE" $v.limits.descriptorReserve)
   (list "SAME_NODE" (ternary "" $v.sameNode.mode (eq $v.sameNode.mode "hbone")))
   (list "SAME_NODE_NAMESPACES" (join "," $namespaces))
   (list "METRICS_LABELS" (ternary "" $v.metrics.labels (eq $v.metrics.labels "full")))
@@ -89,4 +99,13 @@ The variables of the proxy, as a list in JSON under the key `env`. Each is there
   {{- end -}}
 {{- end -}}
 {{- toJson $own -}}
+{{- end -}}
+
+{{/* A scalar as text; whole numbers without an exponent. */}}
+{{- define "culvert.text" -}}
+{{- if and (kindIs "float64" .) (eq (floor .) .) -}}
+{{- printf "%.0f" . -}}
+{{- else -}}
+{{- toString . -}}
+{{- end -}}
 {{- end -}}

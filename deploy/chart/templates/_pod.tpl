@@ -4,7 +4,7 @@
 {{- range $kind, $quantities := .Values.resources | default dict -}}
   {{- range $name, $quantity := $quantities | default dict -}}
     {{- if not (kindIs "invalid" $quantity) -}}
-      {{- $_ := set $kept $kind (set (get $kept $kind | default dict) $name (toString $quantity)) -}}
+      {{- $_ := set $kept $kind (set (get $kept $kind | default dict) $name (include "culvert.text" $quantity)) -}}
     {{- end -}}
   {{- end -}}
 {{- end -}}
@@ -60,6 +60,18 @@
 - name: state
   emptyDir:
     sizeLimit: {{ $v.state.sizeLimit }}
+{{- end }}
+{{- if $v.state.keys }}
+- name: keys
+  {{- if eq $v.state.type "hostPath" }}
+  hostPath:
+    path: {{ $v.state.keysHostPath }}
+    type: DirectoryOrCreate
+  {{- else }}
+  emptyDir:
+    medium: Memory
+    sizeLimit: 16Mi
+  {{- end }}
 {{- end }}
 {{- if $v.openbao.enabled }}
 {{- with $v.openbao.caConfigMap }}

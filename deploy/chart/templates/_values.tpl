@@ -61,6 +61,16 @@ so the first one does it for all.
 {{- if and (eq $v.state.type "hostPath") (not (hasPrefix "/" $v.state.hostPath)) -}}
   {{- fail (printf "state.hostPath: %q is not an absolute path" $v.state.hostPath) -}}
 {{- end -}}
+{{- if and $v.state.keys (eq $v.state.type "none") -}}
+  {{- fail "state.keys: certificates are of no use to a proxy that knows no mesh; set state.type, too" -}}
+{{- end -}}
+{{- if and $v.state.keys (not (hasPrefix "/" $v.state.keysHostPath)) -}}
+  {{- fail (printf "state.keysHostPath: %q is not an absolute path" $v.state.keysHostPath) -}}
+{{- end -}}
+{{- $bytes := include "culvert.bytes" ($v.memoryBudget | default 0) | float64 -}}
+{{- if and (gt $bytes 0.0) (lt $bytes 33554432.0) -}}
+  {{- fail (printf "memoryBudget: %v is below what the proxy needs; at least 32Mi, or 0 for no budget" $v.memoryBudget) -}}
+{{- end -}}
 {{- if and $v.memoryBudget (($v.resources | default dict).limits | default dict).memory -}}
   {{- $budget := include "culvert.bytes" $v.memoryBudget | float64 -}}
   {{- $limit := include "culvert.bytes" $v.resources.limits.memory | float64 -}}
