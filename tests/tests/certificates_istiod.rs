@@ -13,7 +13,7 @@ use testkit::{
     Authority, Istiod, Line, NodeRun, Pod, PodSpec, ProxyOptions, World,
     istiod::{Flaw, Layout, Outcome, Signing},
     proxy::ADMIN_PORT,
-    raw::{Hello, RawClient},
+    raw::{Hello, RawClient, RawServer},
     stage::{Steady, Steered},
     traffic::{self, Behaviour, Server},
     wait,
@@ -78,8 +78,26 @@ impl Stage {
     /// A foreign client with a certificate of `root`.
     async fn client(&self, root: &Authority) -> anyhow::Result<RawClient> {
         let identity = root.issue(&self.peer.spiffe_id())?;
+        self.connect(&Hello::new(&identity)).await
+    }
+
+    async fn connect(&self, hello: &Hello) -> anyhow::Result<RawClient> {
         let to = self.mesh.api.at(15008);
-        RawClient::connect(self.peer.netns(), to, &Hello::new(&identity)).await
+        RawClient::connect(self.peer.netns(), to, hello).await
+    }
+
+    /// `web` calls the foreign peer, which wants to see a chain that leads to `root`.
+    async fn calls_peer(&self, root: &Authority) {
+        let mut mesh = testkit::Mesh::default();
+        mesh.pod(&self.peer).protocol = "HBONE".to_owned();
+        self.mesh.istiod.put(&mesh);
+        self.mesh.istiod.synced().await;
+        let identity = root.issue(&self.peer.spiffe_id()).unwrap();
+        let server = RawServer::listen(&self.peer, &identity, root.root()).unwrap();
+        let (call, taken) =
+            tokio::join!(self.mesh.web.connect(self.peer.at(8080)), server.accept());
+        call.unwrap();
+        assert_eq!(taken.unwrap().client_id, Some(self.mesh.web.spiffe_id()));
     }
 }
 
@@ -176,7 +194,8 @@ async fn a_proxy_of_one_workload_takes_the_identity_that_it_is_given() {
     );
 }
 
-/// Cases 9 and 10.
+/// Cases 9 and 10. The foreign peers judge chains as ztunnel does, by the same library: as they are presented, against one root.
+/// Envoy is asked where it is the waypoint.
 #[tokio::test]
 async fn every_layout_of_a_chain_is_understood() {
     for layout in [Layout::Separate, Layout::Concatenated, Layout::RootRepeated] {
@@ -188,8 +207,11 @@ async fn every_layout_of_a_chain_is_understood() {
         stage.ca.sign_by(signing.layout(layout));
         let _run = stage.start().await;
         assert!(stage.echoes().await, "{layout:?}");
+        stage.calls_peer(&root).await;
         for trusted in [&root, &other] {
-            let client = stage.client(trusted).await.unwrap();
+            let identity = trusted.issue(&stage.peer.spiffe_id()).unwrap();
+            let strict = Hello::new(&identity).trusting(root.root());
+            let client = stage.connect(&strict).await.unwrap();
             assert_eq!(client.server_id, Some(stage.mesh.api.spiffe_id()));
             // Leaf and two intermediates; a root tells a peer nothing.
             assert_eq!(client.server_chain.len(), 3, "{layout:?}");

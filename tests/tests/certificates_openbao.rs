@@ -16,6 +16,7 @@ use testkit::{
     traffic::{self, Behaviour, Server},
     wait,
 };
+use tokio::time::Instant;
 
 /// `web` on one node, `api` on another; OpenBao beside `web`.
 struct Stage {
@@ -200,6 +201,36 @@ async fn renewals_lose_nothing_even_if_tokens_are_revoked() {
     bao.revoke_tokens().await.unwrap();
     stage.issued(&bao, "mesh one", 5).await;
     traffic.end().await;
+}
+
+/// The shortest life that is of use in a cluster: renewed a good half minute after each issue.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn certificates_of_a_minute_are_renewed_in_time_under_traffic() {
+    let stage = Stage::new();
+    let bao = OpenBao::dev(&stage.world, &stage.home).await.unwrap();
+    bao.set_up("one").await.unwrap();
+    let token = bao.token().await.unwrap();
+    let cluster = stage.start(&bao, [&token; 2], "60s").await;
+    stage.issued(&bao, "mesh one", 1).await;
+    let traffic = stage.traffic();
+    let first = Instant::now();
+    let renewed = async || {
+        let issued = bao.issued().await.unwrap();
+        let twice = |id: &String| issued.iter().filter(|one| one.id == *id).count() >= 2;
+        stage.ids().iter().all(twice).then_some(())
+    };
+    wait::until(Duration::from_secs(50), "both are renewed", renewed).await;
+    // After half of what was left of them at the earliest, and of the backdated life there is more.
+    assert!(
+        first.elapsed() > Duration::from_secs(25),
+        "{:?}",
+        first.elapsed()
+    );
+    traffic.end().await;
+    for node in 0..2 {
+        let failed = |line: &testkit::Line| line.message.starts_with("renewal failed");
+        assert_eq!(cluster.proxy(node).log().since(0, failed), []);
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

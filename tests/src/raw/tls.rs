@@ -9,12 +9,15 @@ use anyhow::Context;
 use rustls::{
     ClientConfig, DigitallySignedStruct, DistinguishedName, RootCertStore, ServerConfig,
     SignatureScheme, SupportedProtocolVersion,
-    client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
+    client::{
+        danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
+        verify_server_cert_signed_by_trust_anchor,
+    },
     crypto::{
         CryptoProvider, SupportedKxGroup, aws_lc_rs, verify_tls12_signature, verify_tls13_signature,
     },
     pki_types::{CertificateDer, ServerName, UnixTime},
-    server::WebPkiClientVerifier,
+    server::{ParsedCertificate, WebPkiClientVerifier},
     version::{TLS12, TLS13},
 };
 use tokio::{
@@ -34,6 +37,7 @@ pub struct Hello {
     version: &'static SupportedProtocolVersion,
     groups: Vec<&'static dyn SupportedKxGroup>,
     server_name: Option<ServerName<'static>>,
+    trusted: Option<Arc<RootCertStore>>,
 }
 
 impl Hello {
@@ -55,6 +59,21 @@ impl Hello {
             version: &TLS13,
             groups: aws_lc_rs::DEFAULT_KX_GROUPS.to_vec(),
             server_name: None,
+            trusted: None,
+        }
+    }
+
+    /// Taking only servers whose chain, as they present it, leads to `root`: what ztunnel asks of a server besides its name.
+    ///
+    /// # Panics
+    /// When it cannot be a root.
+    #[must_use]
+    pub fn trusting(self, root: &CertificateDer<'static>) -> Self {
+        let mut roots = RootCertStore::empty();
+        roots.add(root.clone()).unwrap();
+        Self {
+            trusted: Some(Arc::new(roots)),
+            ..self
         }
     }
 
@@ -133,7 +152,10 @@ impl Hello {
     }
 
     fn config(&self) -> anyhow::Result<ClientConfig> {
-        let verifier = Arc::new(AcceptAny(Arc::new(aws_lc_rs::default_provider())));
+        let verifier = Arc::new(AnyName {
+            provider: Arc::new(aws_lc_rs::default_provider()),
+            trusted: self.trusted.clone(),
+        });
         let provider = CryptoProvider {
             kx_groups: self.groups.clone(),
             ..aws_lc_rs::default_provider()
@@ -214,19 +236,33 @@ fn uri_name(leaf: &CertificateDer<'_>) -> Option<String> {
     })
 }
 
-/// Takes any server; a test looks at its certificate itself.
+/// Takes any server, or any of these roots; a test looks at its certificate itself.
 #[derive(Debug)]
-struct AcceptAny(Arc<CryptoProvider>);
+struct AnyName {
+    provider: Arc<CryptoProvider>,
+    trusted: Option<Arc<RootCertStore>>,
+}
 
-impl ServerCertVerifier for AcceptAny {
+impl ServerCertVerifier for AnyName {
     fn verify_server_cert(
         &self,
-        _end_entity: &CertificateDer<'_>,
-        _intermediates: &[CertificateDer<'_>],
+        end_entity: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
         _server_name: &ServerName<'_>,
         _ocsp_response: &[u8],
-        _now: UnixTime,
+        now: UnixTime,
     ) -> Result<ServerCertVerified, rustls::Error> {
+        if let Some(roots) = &self.trusted {
+            let leaf = ParsedCertificate::try_from(end_entity)?;
+            let algorithms = self.provider.signature_verification_algorithms.all;
+            verify_server_cert_signed_by_trust_anchor(
+                &leaf,
+                roots,
+                intermediates,
+                now,
+                algorithms,
+            )?;
+        }
         Ok(ServerCertVerified::assertion())
     }
 
@@ -240,7 +276,7 @@ impl ServerCertVerifier for AcceptAny {
             message,
             cert,
             dss,
-            &self.0.signature_verification_algorithms,
+            &self.provider.signature_verification_algorithms,
         )
     }
 
@@ -254,12 +290,14 @@ impl ServerCertVerifier for AcceptAny {
             message,
             cert,
             dss,
-            &self.0.signature_verification_algorithms,
+            &self.provider.signature_verification_algorithms,
         )
     }
 
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.0.signature_verification_algorithms.supported_schemes()
+        self.provider
+            .signature_verification_algorithms
+            .supported_schemes()
     }
 
     fn root_hint_subjects(&self) -> Option<&[DistinguishedName]> {
