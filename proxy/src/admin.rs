@@ -8,6 +8,9 @@ mod control_plane;
 mod dump;
 mod explain;
 mod flows;
+#[cfg(any(test, fuzzing))]
+#[doc(hidden)]
+pub mod fuzzing;
 mod http1;
 mod logging;
 mod page;

@@ -68,7 +68,7 @@ fn answer(
     request: &Request<Incoming>,
 ) -> BoxFuture<'static, Response<Body>> {
     let (method, uri) = (request.method(), request.uri());
-    let query = Query(uri.query().unwrap_or_default());
+    let query = Query::new(uri.query().unwrap_or_default());
     if method == Method::POST && is_cross_site(request.headers()) {
         return now(text(StatusCode::FORBIDDEN, CROSS_SITE.to_owned()));
     }
@@ -134,6 +134,10 @@ fn is_cross_site(headers: &HeaderMap) -> bool {
 pub(super) struct Query<'a>(&'a str);
 
 impl<'a> Query<'a> {
+    pub(super) const fn new(text: &'a str) -> Self {
+        Self(text)
+    }
+
     pub(super) fn has(self, name: &str) -> bool {
         self.value(name).is_some()
     }

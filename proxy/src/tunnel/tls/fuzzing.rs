@@ -58,6 +58,42 @@ pub fn records(bytes: &[u8]) {
     });
 }
 
+/// A peer without keys: what it says instead of a handshake. Of the first byte, the lowest bit says that the peer is the server, and
+/// the rest how many of its bytes come at a time.
+///
+/// # Panics
+/// When the victim takes that for a handshake.
+pub fn handshake(bytes: &[u8]) {
+    let Some((&how, said)) = bytes.split_first() else {
+        return;
+    };
+    SCENE.runtime.block_on(async {
+        let (near, mut far) = tokio::io::duplex(usize::from(how / 2) * 8 + 1);
+        let victim = async {
+            if how & 1 == 1 {
+                let name = ServerName::from(std::net::IpAddr::from([10, 0, 0, 1]));
+                connect(near, Arc::clone(&SCENE.client), name).await
+            } else {
+                accept(near, Arc::clone(&SCENE.server)).await
+            }
+        };
+        let peer = async {
+            let (mut read, mut write) = tokio::io::split(&mut far);
+            let saying = async {
+                let _ = write.write_all(said).await;
+                let _ = write.shutdown().await;
+            };
+            let hearing = async {
+                let mut buffer = [0; 4096];
+                while let Ok(1..) = read.read(&mut buffer).await {}
+            };
+            tokio::join!(saying, hearing);
+        };
+        let (shaken, ()) = tokio::join!(victim, peer);
+        assert!(shaken.is_err(), "a handshake without keys");
+    });
+}
+
 struct Scene {
     runtime: Runtime,
     client: Arc<ClientConfig>,
