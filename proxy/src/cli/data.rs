@@ -150,7 +150,7 @@ pub(super) fn sockets(reader: &mut Reader<'_>, mode: &ProxyMode) -> Sockets {
             .then_some(keepalive),
         user_timeout: user_timeout.then(|| time_to_dead(keepalive)),
         connect_timeout: Duration::from_secs(10),
-        backlog: 128,
+        backlog: reader.integer("LISTEN_BACKLOG", &(1..=65535), 128),
     }
 }
 

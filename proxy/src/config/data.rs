@@ -96,7 +96,7 @@ pub struct Sockets {
     /// to take its PROXY header; 10 s.
     #[serde(serialize_with = "show::duration")]
     pub connect_timeout: Duration,
-    /// Listen backlog of in-pod listeners; 128.
+    /// `LISTEN_BACKLOG`, 1 to 65 535: connections to an in-pod listener that wait to be accepted; 128.
     pub backlog: i32,
 }
 

@@ -80,8 +80,10 @@ fn limits() {
         ("HTTP2_MAX_HEADER_BYTES", "5000"),
         ("HTTP2_MAX_CONTROL_FRAMES", "60"),
         ("HTTP2_MAX_RESETS", "70"),
+        ("LISTEN_BACKLOG", "80"),
     ])
     .config();
+    assert_eq!(config.sockets.backlog, 80);
     let limits = &config.limits;
     assert_eq!(limits.descriptor_reserve, Some(50));
     let counts = [
@@ -102,6 +104,7 @@ fn limits() {
         "HTTP2_MAX_HEADER_BYTES",
         "HTTP2_MAX_CONTROL_FRAMES",
         "HTTP2_MAX_RESETS",
+        "LISTEN_BACKLOG",
     ] {
         assert!(given(&[(key, "0")]).read().is_err(), "{key}");
     }
