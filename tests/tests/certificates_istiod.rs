@@ -126,6 +126,8 @@ async fn pods_talk_under_certificates_of_istiod() {
         .options()
         .certified_by(&stage.istiod)
         .env("CA_HEADER_x-tenant", "s3cret-tenant")
+        .env("XDS_HEADER_x-mesh", "other")
+        .env("SECRET_TTL", "90m")
         .env("RUST_LOG", "debug");
     let run = stage.start_with(&proxy).await.unwrap();
     assert!(stage.echoes(app.address).await);
@@ -140,11 +142,12 @@ async fn pods_talk_under_certificates_of_istiod() {
         assert_eq!(csr.uris, [pod.spiffe_id()]);
         let rest = (csr.subject_entries, csr.extensions, csr.other_names);
         assert_eq!(rest, (0, 1, 0));
-        assert_eq!(call.validity_seconds, 86_400);
+        assert_eq!(call.validity_seconds, 5_400);
         assert_eq!(call.metadata.as_ref().unwrap().fields.len(), 1);
         assert_eq!(call.headers["authorization"], "Bearer s3cret-token");
         assert_eq!(call.headers["clusterid"], "Kubernetes");
         assert_eq!(call.headers["x-tenant"], "s3cret-tenant");
+        assert!(!call.headers.contains_key("x-mesh"));
     }
     let log = run.proxy.log().tail(usize::MAX);
     assert!(log.contains("obtained a certificate"), "{log}");

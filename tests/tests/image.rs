@@ -223,7 +223,6 @@ async fn a_container_of_the_image_is_the_proxy_of_a_node() {
     let options = |node: &Node| {
         let plain = ProxyOptions::new(&world, node);
         if node.name() == world.node(0).name() {
-            let plain = plain.arguments(&["proxy", "ztunnel"]);
             plain.wrapped(&run).binary(PathBuf::from(&image))
         } else {
             plain

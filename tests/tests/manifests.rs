@@ -9,8 +9,10 @@
 
 use std::{
     collections::BTreeMap,
-    fs,
+    fs::{self, Permissions},
+    os::unix::fs::PermissionsExt as _,
     path::{Path, PathBuf},
+    process::Command,
 };
 
 use serde_json::{Value, json};
@@ -157,4 +159,86 @@ fn the_application_of_the_proxy_renders() {
         text.contains("image: \"registry.example/mesh/culvert:"),
         "{text}"
     );
+}
+
+/// An image of these programs by architecture, each of them a file in `directory`.
+fn assembled(directory: &Path, archive: &str, architectures: &[&str]) -> Vec<u8> {
+    let archive = directory.join(archive);
+    let program = |arch: &&str| format!("{arch}={}", directory.join(arch).display());
+    let done = Command::new(deployed("image/assemble"))
+        .arg(&archive)
+        .args(architectures.iter().map(program))
+        .envs([("REVISION", "r"), ("SOURCE_DATE_EPOCH", "1700000000")])
+        .output()
+        .unwrap();
+    assert!(done.status.success(), "{done:?}");
+    fs::read(archive).unwrap()
+}
+
+#[test]
+fn the_same_programs_make_the_same_image() {
+    let [here, there] = [(); 2].map(|()| tempfile::tempdir().unwrap());
+    let both = ["amd64", "arm64"];
+    for (directory, mode) in [(&here, 0o700), (&there, 0o644)] {
+        for arch in both {
+            let program = directory.path().join(arch);
+            fs::write(&program, arch).unwrap();
+            fs::set_permissions(program, Permissions::from_mode(mode)).unwrap();
+        }
+    }
+    for architectures in [&both[..1], &both] {
+        let [one, other] =
+            [&here, &there].map(|it| assembled(it.path(), "image.tar", architectures));
+        assert!(one == other, "{architectures:?}");
+    }
+    let amd64 = assembled(here.path(), "image.tar", &both[..1]);
+    let arm64 = assembled(here.path(), "other.tar", &both[1..]);
+    assert!(amd64 != arm64);
+}
+
+#[test]
+fn an_image_names_each_of_its_parts_by_what_is_in_it() {
+    let directory = tempfile::tempdir().unwrap();
+    let both = ["amd64", "arm64"];
+    for arch in both {
+        fs::write(directory.path().join(arch), arch).unwrap();
+    }
+    assembled(directory.path(), "image.tar", &both);
+    let run = |program: &str, arguments: &[&str]| {
+        let mut command = Command::new(program);
+        let done = command.args(arguments).current_dir(directory.path());
+        let output = done.output().unwrap();
+        assert!(output.status.success(), "{output:?}");
+        String::from_utf8(output.stdout).unwrap()
+    };
+    run("tar", &["-xf", "image.tar"]);
+    let blobs = directory.path().join("blobs/sha256");
+    for blob in fs::read_dir(&blobs).unwrap() {
+        let blob = blob.unwrap().path();
+        let sum = run("sha256sum", &[blob.to_str().unwrap()]);
+        let name = blob.file_name().unwrap().to_str().unwrap();
+        assert!(sum.starts_with(name), "{sum}");
+    }
+    let read = |path: &Path| serde_json::from_slice::<Value>(&fs::read(path).unwrap()).unwrap();
+    let blob = |described: &Value| {
+        let digest = described["digest"].as_str().unwrap();
+        let path = blobs.join(digest.strip_prefix("sha256:").unwrap());
+        assert_eq!(described["size"], fs::metadata(&path).unwrap().len());
+        path
+    };
+    // Programs that copy images want one entry, which may be the list of the architectures.
+    let index = read(&directory.path().join("index.json"));
+    assert_eq!(index["manifests"].as_array().unwrap().len(), 1);
+    let images = read(&blob(&index["manifests"][0]));
+    for (image, arch) in images["manifests"].as_array().unwrap().iter().zip(both) {
+        assert_eq!(image["platform"]["architecture"], arch);
+        let manifest = read(&blob(image));
+        assert_eq!(read(&blob(&manifest["config"]))["architecture"], arch);
+        let layer = blob(&manifest["layers"][0]);
+        let said = run(
+            "tar",
+            &["-xzOf", layer.to_str().unwrap(), "./usr/local/bin/culvert"],
+        );
+        assert_eq!(said, arch);
+    }
 }
