@@ -1,7 +1,6 @@
 //! A file that may change at any time, in place, by renaming or by swapping a symbolic link.
 //!
-//! It is looked at once a second rather than watched by events, which do not see every way in which a mounted volume
-//! changes. A look costs one `stat`, and a read only if that tells something new.
+//! A look, which [`Hints`] ask for, costs one `stat`, and a read only if that tells something new.
 
 use std::{
     fs::Metadata,
@@ -11,12 +10,13 @@ use std::{
     time::{Duration, SystemTime},
 };
 
+use file_hints::Hints;
 use tokio::io::AsyncReadExt as _;
 
 /// Hands out the content of a file each time it differs.
 #[derive(Debug)]
 pub(crate) struct WatchedFile {
-    path: PathBuf,
+    hints: Hints,
     /// The file as it was at the last look, if a later change is sure to show in it.
     settled: Option<Stamp>,
     told: Option<Result<Vec<u8>, io::ErrorKind>>,
@@ -25,14 +25,14 @@ pub(crate) struct WatchedFile {
 impl WatchedFile {
     pub(crate) fn new(path: PathBuf) -> Self {
         Self {
-            path,
+            hints: Hints::new(path),
             settled: None,
             told: None,
         }
     }
 
     pub(crate) fn path(&self) -> &Path {
-        &self.path
+        self.hints.path()
     }
 
     /// The content, as soon as it differs from what was told last: at once when asked for the first time. A failure
@@ -44,9 +44,7 @@ impl WatchedFile {
     /// Nothing is lost: the next call finds the change again.
     pub(crate) async fn changed(&mut self) -> io::Result<Vec<u8>> {
         loop {
-            if self.told.is_some() {
-                tokio::time::sleep(INTERVAL).await;
-            }
+            self.hints.next().await;
             let Some((stamp, content)) = self.look().await else {
                 continue;
             };
@@ -61,17 +59,17 @@ impl WatchedFile {
 
     /// Reads the file unless it is known to be unchanged, or is being written at this moment.
     async fn look(&self) -> Option<(Option<Stamp>, io::Result<Vec<u8>>)> {
-        let before = Stamp::at(&self.path).await;
+        let before = Stamp::at(self.path()).await;
         if self.settled.is_some() && before == self.settled {
             return None;
         }
         if self.told.is_some() {
             tokio::time::sleep(SETTLE).await;
-            if Stamp::at(&self.path).await != before {
+            if Stamp::at(self.path()).await != before {
                 return None;
             }
         }
-        let content = read(&self.path, MAX_BYTES).await;
+        let content = read(self.path(), MAX_BYTES).await;
         Some((before.filter(Stamp::is_settled), content))
     }
 }
@@ -127,7 +125,6 @@ impl Stamp {
 
 /// More than a list of a million revoked certificates takes; what is longer is nothing that was meant.
 const MAX_BYTES: u64 = 64 * 1024 * 1024;
-const INTERVAL: Duration = Duration::from_secs(1);
 /// A changed file must stay as it is for so long before it is read: a writer may be at work.
 const SETTLE: Duration = Duration::from_millis(100);
 

@@ -5,10 +5,12 @@
 //! good enough to tell the one that causes a shortage from those that suffer it.
 
 mod share;
+mod stir;
 
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering::Relaxed};
 
 pub use share::{Held, Owner, Share, Shares};
+pub use stir::Stir;
 
 /// How short memory is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -56,6 +58,9 @@ pub fn pressure() -> Pressure {
         _ => Pressure::Critical,
     }
 }
+
+/// Where it is noted that memory is being taken, for who looks how much of it is left.
+pub static TAKING: Stir = Stir::new();
 
 /// What was done because memory was short.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -209,9 +209,8 @@ impl<'a> Start<'a> {
     fn trimming(&mut self, shared: &Shared) {
         let (buffers, stop) = (shared.buffers.clone(), self.background.clone());
         let trimming = async move {
-            while timeout(TRIM_INTERVAL, stop.cancelled()).await.is_err() {
-                buffers.trim();
-            }
+            let tending = buffers.tend(TRIM_INTERVAL);
+            stop.run_until_cancelled(tending).await;
         };
         self.tasks.start(TRIMMING, self.data, trimming);
     }
@@ -510,7 +509,7 @@ const BACKGROUND: [&str; 11] = [
     TRIMMING,
     TRUST,
 ];
-/// How often unused buffers are let go.
+/// How often unused buffers are let go while any are in use.
 const TRIM_INTERVAL: Duration = Duration::from_secs(4);
 /// What may still run when everything was told to end.
 const LAST_WORK: Duration = Duration::from_secs(1);

@@ -264,7 +264,7 @@ impl Istiod {
     /// # Errors
     /// When the file cannot be used at all.
     pub async fn follow(&self, file: &Path) -> anyhow::Result<()> {
-        let mut file = LocalFile::with_interval(file, Duration::from_millis(20));
+        let mut file = LocalFile::new(file);
         let shared = Arc::clone(&self.shared);
         shared.set_readable(file.load().await?);
         self.serving.lock().spawn(async move {

@@ -387,6 +387,23 @@ impl Proxy<'_> {
         Ok(line.trim().trim_end_matches(" kB").parse::<u64>()? * 1024)
     }
 
+    /// How often its threads have gone to sleep so far, which is how often they were woken up.
+    ///
+    /// # Errors
+    /// When it is gone.
+    pub fn sleeps(&self) -> anyhow::Result<u64> {
+        let mut sleeps = 0;
+        for task in std::fs::read_dir(format!("/proc/{}/task", self.pid))? {
+            let status = std::fs::read_to_string(task?.path().join("status"))?;
+            let switches = status
+                .lines()
+                .find_map(|line| line.strip_prefix("voluntary_ctxt_switches:"))
+                .context("no voluntary_ctxt_switches")?;
+            sleeps += switches.trim().parse::<u64>()?;
+        }
+        Ok(sleeps)
+    }
+
     /// Processor time used so far, user and system.
     ///
     /// # Errors

@@ -425,6 +425,33 @@ async fn when_descriptors_are_short_the_rest_works_without_spinning_and_it_passe
     wait::until(wait::SOON, "service resumes", served).await;
 }
 
+/// With everything that it can be told to watch.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_idle_process_sleeps() {
+    let world = World::new(1).unwrap();
+    let node = world.node(0);
+    let pods = ["one", "two"].map(|name| node.pod(&PodSpec::captured(name)).unwrap());
+    let mesh = Mesh::of(&[&pods[0], &pods[1]]);
+    mesh.write(&ProxyOptions::mesh_file(&world)).unwrap();
+    let roots = world.file("roots.pem");
+    std::fs::write(&roots, world.authority().root_pem()).unwrap();
+    let options = ProxyOptions::new(&world, node)
+        .env("MEMORY_BUDGET", "1000000000")
+        .env("TRUST_BUNDLE_PATH", &roots.display().to_string())
+        .env("TRUST_BUNDLE_PATH", &roots.display().to_string())
+        .env("CRL_PATH", &world.file("crl.pem").display().to_string());
+    let run = NodeRun::start(&world, node, &options, &[&pods[0], &pods[1]])
+        .await
+        .unwrap();
+    // What follows a start: leftovers are swept, memory goes back to the system.
+    let window = Duration::from_secs(5);
+    tokio::time::sleep(window).await;
+    let before = run.proxy.sleeps().unwrap();
+    tokio::time::sleep(window).await;
+    let woken = run.proxy.sleeps().unwrap() - before;
+    assert!(woken <= 3 * window.as_secs(), "{woken} times in {window:?}");
+}
+
 // NET_RAW marks packets on Linux 5.17 and later.
 #[tokio::test]
 async fn one_of_two_network_privileges_is_enough() {

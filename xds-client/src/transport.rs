@@ -160,7 +160,10 @@ impl Target {
     /// Nothing is lost.
     pub async fn roots_changed(&self) {
         match &self.roots {
-            Roots::File(path) => drop(self.watch.changed(path, LOOK_INTERVAL).await),
+            Roots::File(path) => {
+                tokio::time::sleep(LEAST_WAIT).await;
+                drop(self.watch.changed(path).await);
+            }
             Roots::System | Roots::Pem(_) => std::future::pending().await,
         }
     }
@@ -313,5 +316,6 @@ impl Limits<'_> {
 const CONNECT_LIMIT: Duration = Duration::from_secs(10);
 /// Twice what istiod allows.
 const PING_INTERVAL: Duration = Duration::from_secs(30);
-const LOOK_INTERVAL: Duration = Duration::from_secs(1);
+/// Attempts that follow from changes of the trust roots are that far apart.
+const LEAST_WAIT: Duration = Duration::from_secs(1);
 const CLUSTER_ID: &str = "clusterid";

@@ -1,7 +1,6 @@
 //! A file that may change at any time, in place, by renaming or by swapping a symbolic link.
 //!
-//! The file is looked at once in a while, not watched by events: these do not see every way in which a mounted file can
-//! change. A look costs one `stat`, and a read only when that tells something new.
+//! A look, which [`Hints`] ask for, costs one `stat`, and a read only when that tells something new.
 
 use std::{
     fs::Metadata,
@@ -12,6 +11,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
+use file_hints::Hints;
 use parking_lot::Mutex;
 
 /// What was told of a file, so that something else is recognised as a change. A failure to read is something, too.
@@ -56,14 +56,14 @@ impl FileWatch {
         self.tell(Look::at(path).await)
     }
 
-    /// Waits until the file differs from what was told last, looking once per `interval`. The result is not yet taken as
-    /// told.
+    /// Waits until the file differs from what was told last. The result is not yet taken as told.
     ///
     /// # Cancel safety
     /// Nothing is lost: the next call finds the change again.
-    pub(crate) async fn changed(&self, path: &Path, interval: Duration) -> Look {
+    pub(crate) async fn changed(&self, path: &Path) -> Look {
+        let mut hints = Hints::new(path);
         loop {
-            tokio::time::sleep(interval).await;
+            hints.next().await;
             let now = tokio::fs::metadata(path).await;
             if self.is_settled_at(now.ok().as_ref().map(Stamp::of)) {
                 continue;

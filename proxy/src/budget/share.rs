@@ -5,6 +5,8 @@ use std::sync::{
     atomic::{AtomicUsize, Ordering::Relaxed},
 };
 
+use super::TAKING;
+
 /// What the pods of this process hold, together. Clones share.
 #[derive(Debug, Clone, Default)]
 pub struct Shares(Arc<Sum>);
@@ -80,6 +82,7 @@ impl Share {
             pods.fetch_add(1, Relaxed);
         }
         self.all.0.count(owner).fetch_add(1, Relaxed);
+        TAKING.note();
         Held {
             share: Arc::clone(self),
             owner,

@@ -5,12 +5,12 @@ use std::{sync::Arc, time::Duration};
 use tokio::time::{Instant, sleep};
 
 use crate::{
-    budget::{Pressure, Relief, Watch},
+    budget::{Pressure, Relief, TAKING, Watch, pressure},
     flow::Shared,
     telemetry::resident_bytes,
 };
 
-/// Holds what is resident against `budget` bytes, for ever.
+/// Holds what is resident against `budget` bytes, for ever: often while memory is being taken, or short.
 ///
 /// # Cancel safety
 /// Nothing is lost.
@@ -18,15 +18,19 @@ pub(super) async fn watch(budget: u64, shared: Arc<Shared>) {
     let mut watch = Watch::new(budget);
     let mut relieved = Instant::now();
     loop {
-        sleep(LOOK).await;
+        if pressure() == Pressure::Calm {
+            TAKING.rest(LOOK, RARELY).await;
+        } else {
+            sleep(LOOK).await;
+        }
         let Some(resident) = resident_bytes() else {
             continue;
         };
-        let pressure = watch.look(resident);
-        if pressure > Pressure::Calm && relieved.elapsed() >= RELIEF {
+        let level = watch.look(resident);
+        if level > Pressure::Calm && relieved.elapsed() >= RELIEF {
             relieved = Instant::now();
             shared.buffers.trim();
-            let evicted = shared.traffic.shed(pressure == Pressure::Critical);
+            let evicted = shared.traffic.shed(level == Pressure::Critical);
             Relief::SeriesEvicted.count(evicted);
         }
     }
@@ -34,5 +38,7 @@ pub(super) async fn watch(budget: u64, shared: Arc<Shared>) {
 
 /// How often it looks. A storm that takes 250 MiB in a second takes 50 MiB meanwhile.
 const LOOK: Duration = Duration::from_millis(200);
+/// How often it looks while no traffic takes memory.
+const RARELY: Duration = Duration::from_mins(1);
 /// How often idle things are let go of while memory is short.
 const RELIEF: Duration = Duration::from_secs(1);

@@ -10,7 +10,8 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use tokio::time::{Instant, sleep_until, timeout};
+use file_hints::Hints;
+use tokio::time::{Instant, timeout, timeout_at};
 use tokio_seqpacket::{UnixSeqpacket, ancillary::OwnedAncillaryMessage};
 use tracing::{debug, info, warn};
 
@@ -186,19 +187,19 @@ enum Socket {
     Same,
 }
 
-/// Waits until `retry`, or until the agent has made a new socket. One `stat` per turn.
+/// Waits until `retry`, or until the agent has made a new socket.
 async fn await_socket(path: &Path, retry: Instant, seen: Option<SocketFile>) -> Socket {
-    loop {
-        let now = Instant::now();
-        if now >= retry {
-            return Socket::Same;
+    let made = async {
+        let mut hints = Hints::new(path);
+        loop {
+            hints.next().await;
+            let file = SocketFile::at(path);
+            if file.is_some() && file != seen {
+                return Socket::New;
+            }
         }
-        sleep_until(retry.min(now + LOOK)).await;
-        let file = SocketFile::at(path);
-        if file.is_some() && file != seen {
-            return Socket::New;
-        }
-    }
+    };
+    timeout_at(retry, made).await.unwrap_or(Socket::Same)
 }
 
 /// One packet, `None` at the end of the stream. A packet of no bytes cannot be told from it.
@@ -245,7 +246,5 @@ const CONTROL_BYTES: usize = 128;
 const FIRST_DELAY: Duration = Duration::from_millis(20);
 /// Pods cannot start while there is no connection, so the wait stays short.
 const LAST_DELAY: Duration = Duration::from_secs(1);
-/// Pace of looking for a new socket.
-const LOOK: Duration = Duration::from_millis(50);
 /// The agent waits this long for an answer.
 const SEND_LIMIT: Duration = Duration::from_secs(5);

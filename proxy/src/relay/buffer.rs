@@ -8,6 +8,7 @@ use std::{
         atomic::{AtomicU64, Ordering::Relaxed},
     },
     task::{Context, Poll},
+    time::Duration,
 };
 
 use bytes::{Buf, BufMut, Bytes};
@@ -15,13 +16,16 @@ use parking_lot::Mutex;
 use tokio::io::AsyncRead;
 
 use super::pipe::Pipes;
-use crate::budget::{Pressure, pressure};
+use crate::budget::{Pressure, Stir, TAKING, pressure};
 
 /// Sizes of buffers, smallest first, in bytes.
 const SIZES: [usize; 4] = [4 << 10, 16 << 10, 64 << 10, 256 << 10];
 
 /// How many idle buffers of each size are kept; more go back to the allocator. 3.75 MiB at most.
 const KEEP: [usize; 4] = [64, 32, 16, 8];
+
+/// A pool that nobody uses is trimmed twice after its last use, and then again this much later.
+const LONGEST_REST: Duration = Duration::from_hours(1);
 
 /// A pool of read buffers, and of pipes for what need not be read. Cheap to clone; all clones are one pool.
 #[derive(Clone, Default)]
@@ -32,6 +36,8 @@ struct Store {
     shelves: [Shelf; SIZES.len()],
     pipes: Mutex<Pipes>,
     spliced: AtomicU64,
+    /// For who trims the pool.
+    stir: Stir,
 }
 
 /// Idle buffers of one size.
@@ -57,6 +63,8 @@ impl Buffers {
     /// A buffer of the size that `appetite` asks for, or a smaller one while memory is short.
     #[must_use]
     pub fn take(&self, appetite: Appetite) -> Buffer {
+        TAKING.note();
+        self.0.stir.note();
         let level = usize::from(appetite.level).min(largest(pressure()));
         let bytes = self.shelf(level).and_then(|shelf| {
             let mut stock = shelf.0.lock();
@@ -112,8 +120,7 @@ impl Buffers {
         self.0.spliced.load(Relaxed)
     }
 
-    /// Frees the idle buffers and pipes that nobody needed since the last call. Call it every few seconds,
-    /// so that memory of a burst goes back to the system.
+    /// Frees the idle buffers and pipes that nobody needed since the last call, so that memory of a burst goes back to the system.
     pub fn trim(&self) {
         for shelf in self.0.shelves.iter() {
             let mut stock = shelf.0.lock();
@@ -127,7 +134,20 @@ impl Buffers {
         drop(unneeded);
     }
 
+    /// Calls [`Self::trim`] once per `interval` while the pool is in use, for ever.
+    ///
+    /// # Cancel safety
+    /// Nothing is lost.
+    pub async fn tend(&self, interval: Duration) {
+        loop {
+            self.0.stir.rest(interval, LONGEST_REST).await;
+            self.trim();
+        }
+    }
+
+    /// For who takes a pipe or gives one back.
     pub(super) fn pipes(&self) -> &Mutex<Pipes> {
+        self.0.stir.note();
         &self.0.pipes
     }
 
@@ -151,6 +171,7 @@ impl Buffers {
         stock.taken = stock.taken.saturating_sub(1);
         if stock.idle.len() < *keep && pressure() == Pressure::Calm {
             stock.idle.push(bytes);
+            self.0.stir.note();
         }
     }
 }

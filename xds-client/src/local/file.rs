@@ -1,6 +1,6 @@
 //! The mesh description as a file that may change at any time.
 
-use std::{io, path::PathBuf, time::Duration};
+use std::{io, path::PathBuf};
 
 use super::{Document, LocalError, parse};
 use crate::watch::FileWatch;
@@ -9,23 +9,15 @@ use crate::watch::FileWatch;
 #[derive(Debug)]
 pub struct LocalFile {
     path: PathBuf,
-    interval: Duration,
     watch: FileWatch,
 }
 
 impl LocalFile {
-    /// Follows the file at `path`, looking at it once a second.
+    /// Follows the file at `path`.
     #[must_use]
     pub fn new(path: impl Into<PathBuf>) -> Self {
-        Self::with_interval(path, Duration::from_secs(1))
-    }
-
-    /// Follows the file at `path`, looking at it once per `interval`.
-    #[must_use]
-    pub fn with_interval(path: impl Into<PathBuf>, interval: Duration) -> Self {
         Self {
             path: path.into(),
-            interval,
             watch: FileWatch::default(),
         }
     }
@@ -51,7 +43,7 @@ impl LocalFile {
     /// # Cancel safety
     /// Nothing is lost: the next call finds the change again.
     pub async fn changed(&mut self) -> Result<Document, LocalError> {
-        let look = self.watch.changed(&self.path, self.interval).await;
+        let look = self.watch.changed(&self.path).await;
         self.document(self.watch.tell(look))
     }
 
