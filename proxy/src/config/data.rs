@@ -100,18 +100,6 @@ pub struct Sockets {
     pub backlog: i32,
 }
 
-impl Sockets {
-    /// The options of a connection from inside a pod to its own application. It never leaves the kernel, so that neither end can
-    /// vanish without the other being told: there is nothing to probe.
-    #[must_use]
-    pub fn within_a_pod(&self) -> Self {
-        Self {
-            keepalive: None,
-            ..self.clone()
-        }
-    }
-}
-
 /// Whether the application sees the address of the real client.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[non_exhaustive]

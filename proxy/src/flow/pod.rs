@@ -75,7 +75,7 @@ impl Shared {
     /// Connects to `to` from inside `netns`, unless that would take one of the last descriptors.
     async fn connect(
         &self,
-        (netns, sockets): (&Netns, &config::Sockets),
+        netns: &Netns,
         to: SocketAddr,
         from: LocalAddress<'_>,
     ) -> Result<listen::Upstream, listen::ConnectError> {
@@ -83,7 +83,7 @@ impl Shared {
             self.limits.hit(Limit::Descriptors, &to);
             return Err(listen::ConnectError::NoDescriptors { to });
         }
-        let upstream = listen::connect(netns, sockets, to, from).await?;
+        let upstream = listen::connect(netns, &self.settings.sockets, to, from).await?;
         self.descriptors.note(&upstream.stream);
         Ok(upstream)
     }
@@ -317,8 +317,7 @@ impl Pod {
         &self,
         to: SocketAddr,
     ) -> Result<listen::Upstream, listen::ConnectError> {
-        let place = (&*self.netns, &self.settings().sockets);
-        let connecting = self.shared.connect(place, to, LocalAddress::Any);
+        let connecting = self.shared.connect(&self.netns, to, LocalAddress::Any);
         self.shared
             .timed((Step::Connect, Reporter::Source), connecting)
             .await
@@ -339,8 +338,7 @@ impl Pod {
         } else {
             LocalAddress::Any
         };
-        let sockets = self.settings().sockets.within_a_pod();
-        let connecting = self.shared.connect((&self.netns, &sockets), to, from);
+        let connecting = self.shared.connect(&self.netns, to, from);
         self.shared
             .timed((Step::Connect, Reporter::Destination), connecting)
             .await
@@ -359,8 +357,7 @@ impl tunnel::Dial for Dialer {
 
     fn dial(&self, to: SocketAddr) -> BoxFuture<'_, io::Result<TcpStream>> {
         Box::pin(async move {
-            let place = (&*self.netns, &self.shared.settings.sockets);
-            let connecting = self.shared.connect(place, to, LocalAddress::Any);
+            let connecting = self.shared.connect(&self.netns, to, LocalAddress::Any);
             match self
                 .shared
                 .timed((Step::Connect, Reporter::Source), connecting)

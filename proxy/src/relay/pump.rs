@@ -3,6 +3,7 @@
 use std::{
     error::Error,
     fmt,
+    mem::replace,
     pin::Pin,
     task::{Context, Poll, ready},
     time::Duration,
@@ -16,6 +17,7 @@ use tokio::{
 use super::{
     Buffers, Endpoint, Fault, Leave,
     lane::{End, Event, Lane, Source, State, Turn},
+    tcp::stay_tracked,
 };
 use crate::telemetry::Meter;
 
@@ -104,6 +106,7 @@ where
         count,
         buffers,
         outcome: None,
+        is_half_closed: false,
         leaving: None,
     }
 }
@@ -120,6 +123,8 @@ pub struct Pump<'a, D, U, C> {
     count: &'a C,
     buffers: &'a Buffers,
     outcome: Option<Outcome>,
+    /// Whether one direction has ended, and the sockets know.
+    is_half_closed: bool,
     /// The limit of the leave, once an endpoint needs time for it.
     leaving: Option<Pin<Box<Sleep>>>,
 }
@@ -175,8 +180,15 @@ where
                 Event::Ended(end) => end.settle(outcome, Side::Upstream, Side::Downstream),
             };
         });
-        if inward.state != State::Done || outward.state != State::Done {
-            return Poll::Pending;
+        match (inward.state, outward.state) {
+            (State::Done, State::Done) => {}
+            (State::Done, _) | (_, State::Done) => {
+                if !replace(&mut this.is_half_closed, true) {
+                    this.sockets().into_iter().flatten().for_each(stay_tracked);
+                }
+                return Poll::Pending;
+            }
+            _ => return Poll::Pending,
         }
         ready!(this.poll_leave(cx));
         Poll::Ready(this.outcome.take().unwrap_or(Outcome {

@@ -9,6 +9,7 @@ use std::{
 };
 
 use bytes::Buf;
+use nix::sys::socket::{getsockopt, setsockopt, sockopt::TcpKeepIdle};
 use socket2::SockRef;
 use tokio::{io::AsyncWrite, net::TcpStream};
 
@@ -18,6 +19,9 @@ use super::{Appetite, Buffers, Endpoint, Fault, Leave, Payload};
 /// before it delivers; measured against 64 and 128 KiB, it saves a fifth of the processor time of
 /// several bulk streams on one connection.
 const LARGEST_READ: usize = 256 << 10;
+
+/// Seconds without a packet after which a connection that is closed one way is probed.
+const TRACKED: u32 = 30;
 
 /// A connection of an application. Whatever drops it, the end of the process included, resets it:
 /// only a flow that has come to its orderly end closes it with FIN.
@@ -141,6 +145,16 @@ impl Endpoint for Socket {
                 self.poll_discard(cx, buffers)
             }
         }
+    }
+}
+
+/// Has the connection probed often enough for the kernel's connection tracking to keep it. A connection of which one direction
+/// has ended is forgotten there after a minute without a packet, by default. What the redirection sent here lives by that entry:
+/// without it neither end hears of the other again. Nothing happens where keepalive is off.
+pub(super) fn stay_tracked(socket: &TcpStream) {
+    if getsockopt(socket, TcpKeepIdle).is_ok_and(|idle| idle > TRACKED) {
+        // Fails on no TCP socket.
+        let _ = setsockopt(socket, TcpKeepIdle, &TRACKED);
     }
 }
 

@@ -6,6 +6,7 @@ use std::{
     io::ErrorKind, sync::atomic::AtomicU64, sync::atomic::Ordering::Relaxed, time::Duration,
 };
 
+use socket2::{SockRef, TcpKeepalive};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{TcpListener, TcpStream},
@@ -84,11 +85,40 @@ async fn half_close_reaches_the_server_and_its_answer_comes_back() {
 }
 
 #[tokio::test]
+async fn a_flow_that_is_closed_one_way_is_probed_before_it_is_forgotten() {
+    let (mut client, downstream) = pair().await;
+    let (upstream, mut server) = pair().await;
+    let often = TcpKeepalive::new().with_time(Duration::from_secs(10));
+    SockRef::from(&upstream).set_tcp_keepalive(&often).unwrap();
+    let (tally, buffers) = (Tally::default(), Buffers::new());
+    let (downstream, upstream) = (Socket::new(downstream), Socket::new(upstream));
+    let mut flow = pump(downstream, upstream, &tally, &buffers);
+    client.shutdown().await.unwrap();
+    tokio::select! {
+        outcome = &mut flow => panic!("the server has not ended: {outcome:?}"),
+        end = server.read_u8() => assert_eq!(end.unwrap_err().kind(), ErrorKind::UnexpectedEof),
+    }
+    let idle = flow.sockets().map(|socket| {
+        let socket = SockRef::from(socket.unwrap());
+        socket.tcp_keepalive_time().unwrap().as_secs()
+    });
+    assert_eq!(
+        idle,
+        [30, 10],
+        "sooner than in a minute, and never later than before"
+    );
+    let keepalive = flow
+        .sockets()
+        .map(|socket| SockRef::from(socket.unwrap()).keepalive().unwrap());
+    assert_eq!(keepalive, [false, true], "no more than was asked for");
+}
+
+#[tokio::test]
 async fn a_reset_ends_the_flow_and_names_its_side() {
     let (mut client, server, tasks) = relayed(&Buffers::new()).await;
     client.write_all(b"x").await.unwrap();
     server.readable().await.unwrap();
-    socket2::SockRef::from(&server)
+    SockRef::from(&server)
         .set_linger(Some(Duration::ZERO))
         .unwrap();
     drop(server);

@@ -90,16 +90,6 @@ async fn carries_the_options_and_the_pods_own_address_by_default() {
 }
 
 #[tokio::test]
-async fn does_not_probe_what_never_leaves_the_pod() {
-    let pod = pod();
-    let app = app(&pod, "10.78.0.9:80");
-    let to = app.local_addr().unwrap();
-    let inside = sockets().within_a_pod();
-    let up = connect(&pod, &inside, to, LocalAddress::Any).await.unwrap();
-    assert!(!SockRef::from(&up.stream).keepalive().unwrap());
-}
-
-#[tokio::test]
 async fn a_pod_that_calls_itself_and_a_foreign_family_keep_the_pods_address() {
     let pod = pod();
     let app = app(&pod, "10.78.0.9:80");
