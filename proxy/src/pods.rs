@@ -242,7 +242,7 @@ impl House {
 
     /// Brings metrics, readiness and dump up to date.
     fn report(&mut self) {
-        let ready = self.roster.is_ready();
+        let ready = self.roster.is_ready(Instant::now());
         let pods = self.roster.pods();
         let mut pods: Vec<_> = pods
             .map(|(pod, up)| PodState {

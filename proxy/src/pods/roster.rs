@@ -78,6 +78,8 @@ pub(super) struct Repair {
 struct Retry {
     at: Instant,
     delay: Duration,
+    /// The pod has been pending since then.
+    since: Instant,
 }
 
 /// How far the connection to the agent has come.
@@ -139,7 +141,7 @@ impl<S: Stage> Roster<S> {
         }
         // A sandbox made anew has another namespace; what was in the old one is worthless.
         self.remove(&pod.uid);
-        match self.try_start(pod, FIRST_RETRY, now) {
+        match self.try_start(pod, Retry::first(now)) {
             Ok(()) => Verdict::Done,
             Err(reason) => Verdict::Refused(reason),
         }
@@ -191,7 +193,7 @@ impl<S: Stage> Roster<S> {
         };
         match &entry.phase {
             Phase::Up(instance) if is_it(instance) => {
-                entry.phase = Phase::Pending(Retry::after(FIRST_RETRY, now));
+                entry.phase = Phase::Pending(Retry::first(now));
                 true
             }
             Phase::Up(_) | Phase::Pending(_) => false,
@@ -217,7 +219,7 @@ impl<S: Stage> Roster<S> {
                 continue;
             };
             // The reason was told at the first failure, and the pod stays visible as pending.
-            let _ = self.try_start(entry.pod, retry.next_delay(), now);
+            let _ = self.try_start(entry.pod, retry.next(now));
         }
     }
 
@@ -235,7 +237,7 @@ impl<S: Stage> Roster<S> {
         let repaired = deaf.into_iter().filter_map(|(uid, deaf)| {
             let Entry { pod, phase } = self.entries.remove(&uid)?;
             let who = pod.who.clone();
-            let outcome = self.try_start(pod, FIRST_RETRY, now);
+            let outcome = self.try_start(pod, Retry::first(now));
             if let Phase::Up(old) = phase {
                 self.stage.retire(old);
             }
@@ -249,17 +251,12 @@ impl<S: Stage> Roster<S> {
         repaired.collect()
     }
 
-    /// Puts the pod up, or makes it pending.
-    fn try_start(
-        &mut self,
-        pod: Candidate<S::Netns>,
-        delay: Duration,
-        now: Instant,
-    ) -> Result<(), String> {
+    /// Puts the pod up, or makes it pending until `retry`.
+    fn try_start(&mut self, pod: Candidate<S::Netns>, retry: Retry) -> Result<(), String> {
         let started = self.stage.start(&pod);
         let (phase, outcome) = match started {
             Ok(instance) => (Phase::Up(instance), Ok(())),
-            Err(reason) => (Phase::Pending(Retry::after(delay, now)), Err(reason)),
+            Err(reason) => (Phase::Pending(retry), Err(reason)),
         };
         let uid = Arc::clone(&pod.uid);
         self.entries.insert(uid, Entry { pod, phase });
@@ -276,9 +273,15 @@ impl<S: Stage> Roster<S> {
         }
     }
 
-    /// Whether the agent has named all pods and all of them are up.
-    pub(super) fn is_ready(&self) -> bool {
-        matches!(self.link, Link::Live) && self.next_retry().is_none()
+    /// Whether the agent has named all pods, and all of them are up but those that have been tried for long: one pod that cannot be
+    /// served does not hold up the node and its upgrade. It stays visible as pending.
+    pub(super) fn is_ready(&self, now: Instant) -> bool {
+        let mut phases = self.entries.values().map(|entry| &entry.phase);
+        let is_waited_for = |phase: &Phase<S::Instance>| match phase {
+            Phase::Up(_) => false,
+            Phase::Pending(retry) => now - retry.since < LONGEST_WAIT,
+        };
+        matches!(self.link, Link::Live) && !phases.any(is_waited_for)
     }
 
     fn is_up(&self, uid: &str) -> bool {
@@ -303,21 +306,29 @@ impl<S: Stage> Roster<S> {
 }
 
 impl Retry {
-    fn after(delay: Duration, now: Instant) -> Self {
+    fn first(now: Instant) -> Self {
         Self {
-            at: now + delay,
-            delay,
+            at: now + FIRST_RETRY,
+            delay: FIRST_RETRY,
+            since: now,
         }
     }
 
-    fn next_delay(self) -> Duration {
-        (self.delay * 2).min(LAST_RETRY)
+    fn next(self, now: Instant) -> Self {
+        let delay = (self.delay * 2).min(LAST_RETRY);
+        Self {
+            at: now + delay,
+            delay,
+            ..self
+        }
     }
 }
 
 const FIRST_RETRY: Duration = Duration::from_millis(250);
 /// A pod is up at most this long after the obstacle has gone. An attempt costs three sockets.
 const LAST_RETRY: Duration = Duration::from_secs(5);
+/// For how long a pending pod keeps the proxy from being ready.
+const LONGEST_WAIT: Duration = Duration::from_mins(1);
 
 #[cfg(test)]
 mod tests;
