@@ -22,6 +22,7 @@ mod openbao;
 mod proxy_config;
 mod reader;
 mod runtime;
+mod server;
 #[cfg(test)]
 mod tests;
 mod traces;

@@ -23,6 +23,7 @@ mod simulation;
 mod source;
 mod target;
 mod tasks;
+mod tls;
 mod traces;
 mod trust;
 
@@ -69,6 +70,11 @@ use tasks::Tasks;
 pub fn run(config: &Config, build: BuildInfo, log: &LogGuard) -> Result<(), StartError> {
     if config.capture.enabled && config.capture.mode == ProxyMode::Shared {
         check_surroundings(&config.sockets)?;
+    }
+    if !config.capture.enabled {
+        tracing::warn!(
+            "ENABLE_PROXY=false leaves out the check of privileges and nothing else: what is redirected here is carried"
+        );
     }
     let control = runtime(Builder::new_current_thread().thread_name("control"))?;
     let data = runtime(

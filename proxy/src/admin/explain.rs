@@ -18,8 +18,8 @@ use self::{
 };
 use super::{
     Console,
-    console::{Query, json},
-    http1::{self, Body},
+    http1::{self, Body, json},
+    query::Query,
 };
 use crate::{
     mesh::{Health, State, Workload},

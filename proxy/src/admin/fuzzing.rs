@@ -1,6 +1,6 @@
 //! What a client of the admin server may ask, for the fuzzer, and for the test that replays its seeds.
 
-use super::{console::Query, profile};
+use super::{profile, query::Query};
 use crate::telemetry::logging::Filter;
 
 /// The query of a request, read by each endpoint that takes one.

@@ -14,6 +14,7 @@ use http::{HeaderValue, Request, Response, StatusCode, header::CONTENT_TYPE};
 use http_body_util::{BodyExt, Full, combinators::UnsyncBoxBody};
 use hyper::{body::Incoming, server::conn::http1, service::service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
+use serde::Serialize;
 use socket2::{Domain, Protocol, Socket, Type};
 use tokio::{
     net::{TcpListener, TcpStream},
@@ -22,6 +23,8 @@ use tokio::{
     time::{sleep, timeout},
 };
 use tokio_util::sync::CancellationToken;
+
+pub(super) const JSON: &str = "application/json";
 
 /// The body of every answer.
 pub(super) type Body = UnsyncBoxBody<Bytes, fmt::Error>;
@@ -109,6 +112,19 @@ pub(super) fn text(status: StatusCode, text: String) -> Response<Body> {
     let plain = HeaderValue::from_static("text/plain");
     response.headers_mut().insert(CONTENT_TYPE, plain);
     response
+}
+
+/// A small document.
+pub(super) fn json(document: &impl Serialize) -> Response<Body> {
+    match serde_json::to_string_pretty(document) {
+        Ok(body) => {
+            let mut response = text(StatusCode::OK, body + "\n");
+            let content_type = HeaderValue::from_static(JSON);
+            response.headers_mut().insert(CONTENT_TYPE, content_type);
+            response
+        }
+        Err(error) => text(StatusCode::INTERNAL_SERVER_ERROR, error.to_string()),
+    }
 }
 
 /// An answer of bytes, without content type.

@@ -3,8 +3,8 @@
 use http::{Method, Response, StatusCode};
 
 use super::{
-    console::Query,
     http1::{Body, text},
+    query::Query,
 };
 use crate::telemetry::logging::Levels;
 

@@ -18,8 +18,8 @@ use self::{
     sampling::{Wanted, sample},
 };
 use super::{
-    console::Query,
     http1::{Body, bytes, text},
+    query::Query,
 };
 
 /// `/debug/pprof/profile`: samples all threads for a while. What it takes from the query is taken at once.

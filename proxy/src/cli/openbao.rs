@@ -5,14 +5,14 @@ use std::{net::IpAddr, path::PathBuf, time::Duration};
 use cert_agent::openbao::is_path;
 use http::Uri;
 
-use super::{control, fault::Given, reader::Reader, value::Reject};
+use super::{fault::Given, reader::Reader, server, value::Reject};
 use crate::config::{OpenBao, OpenBaoJwt, OpenBaoLogin};
 
 /// What is given is checked in any case; what is missing is a fault only if OpenBao is `wanted`.
 pub(super) fn parse(reader: &mut Reader<'_>, wanted: bool) -> Option<OpenBao> {
     let address = address(reader);
     let address = require(reader, wanted, address, "OPENBAO_ADDRESS", ADDRESS);
-    let roots = control::roots(reader, "OPENBAO_ROOT_CA", DEFAULT_ROOTS);
+    let roots = server::roots(reader, "OPENBAO_ROOT_CA", DEFAULT_ROOTS);
     let namespace = path(reader, "OPENBAO_NAMESPACE");
     let mount = path(reader, "OPENBAO_MOUNT");
     let role = path(reader, "OPENBAO_ROLE");
@@ -58,7 +58,7 @@ fn address(reader: &mut Reader<'_>) -> Option<Uri> {
     } else {
         Given::Value(text.to_owned())
     };
-    let outcome = control::uri(text)
+    let outcome = server::uri(text)
         .map_err(|reject| Reject::new(reject.reason, ADDRESS))
         .and_then(|uri| match uri.scheme_str() {
             Some("https") => Ok(uri),

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use super::{control, fault::Given, reader::Reader, value::Reject};
+use super::{control, fault::Given, reader::Reader, server, value::Reject};
 use crate::config::{Header, Sampler, Traces};
 
 /// Every variable is checked; without an endpoint there are no traces.
@@ -35,7 +35,7 @@ fn endpoint(reader: &mut Reader<'_>, key: &str) -> Option<http::Uri> {
     } else {
         Given::Value(text.to_owned())
     };
-    reader.keep(key, given, control::uri(text))
+    reader.keep(key, given, server::uri(text))
 }
 
 /// `name=value` with commas between.

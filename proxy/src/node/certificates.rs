@@ -4,14 +4,14 @@ use std::{fs, path::Path, sync::Arc};
 
 use cert_agent::{
     Agent, AgentOptions, BoxFuture, CsrSource, InProcessCa, Revocations, SanRule, Source,
-    TlsOptions, TrustBundle,
+    TrustBundle,
     istio::{Caller, Connect, ConnectError, IstioCa, IstioOptions},
 };
 use tonic::{metadata::MetadataMap, transport::Channel};
 use xds_client::transport::Target;
 
-use super::{StartError, kept_keys, openbao, target};
-use crate::config::{Address, CertificateSource, Config, PqcPolicy, ProxyMode};
+use super::{StartError, kept_keys, openbao, target, tls::tls_options};
+use crate::config::{Address, CertificateSource, Config, ProxyMode};
 
 /// What keeps the certificates of this process.
 pub(super) struct Certificates {
@@ -87,7 +87,7 @@ fn in_process<P: AsRef<Path>>(
 
 /// istiod or istio-csr. A proxy of one workload asks for whatever its own token stands for, a proxy of a node for the
 /// workloads that run there.
-fn istio(config: &Config, address: &Address) -> IstioCa<Authority> {
+fn istio(config: &Config, address: &Address) -> IstioCa<Server> {
     let mut options = IstioOptions::default();
     options.lifetime = config.control.secret_ttl;
     options.caller = match config.capture.mode {
@@ -97,13 +97,13 @@ fn istio(config: &Config, address: &Address) -> IstioCa<Authority> {
     let mut target = target(config, address);
     // Within the deadline of a request, istio-csr allows none.
     target.ping_interval = None;
-    IstioCa::new(Authority(target), options)
+    IstioCa::new(Server(target), options)
 }
 
 /// The certificate authority, as a server of the control plane.
-struct Authority(Target);
+struct Server(Target);
 
-impl Connect for Authority {
+impl Connect for Server {
     fn connect(&self) -> BoxFuture<'_, Result<Channel, ConnectError>> {
         Box::pin(async { Ok(self.0.connect().await?) })
     }
@@ -115,15 +115,6 @@ impl Connect for Authority {
     fn is_current(&self) -> BoxFuture<'_, bool> {
         Box::pin(self.0.is_current())
     }
-}
-
-/// How TLS is spoken, with peers and with the control plane.
-pub(super) fn tls_options(config: &Config) -> TlsOptions {
-    let mut tls = TlsOptions::default();
-    tls.tls12 = config.tls.tls12;
-    tls.pqc_only = config.tls.pqc == PqcPolicy::Required;
-    tls.trust_domains = Arc::clone(&config.tls.trust_domains);
-    tls
 }
 
 fn read(path: &Path) -> Result<String, StartError> {

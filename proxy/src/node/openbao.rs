@@ -5,7 +5,7 @@ use cert_agent::{
     openbao::{Authority, Jwt, KubernetesApi, Login, Roots, Settings},
 };
 
-use super::{StartError, certificates};
+use super::{StartError, tls::tls_options};
 use crate::config::{Config, OpenBao, OpenBaoJwt, OpenBaoLogin, ProxyMode, RootSource};
 
 /// The authority that `server` describes; nothing is sent before it runs or signs.
@@ -23,7 +23,7 @@ pub(super) fn authority(config: &Config, server: &OpenBao) -> Result<Authority, 
         RootSource::Pem(text) => Roots::Pem(text.clone()),
     };
     let address = server.address.clone();
-    let tls = certificates::tls_options(config);
+    let tls = tls_options(config);
     let mut settings = Settings::new(address, roots, &server.role, login(&server.login, &tls));
     settings.namespace.clone_from(&server.namespace);
     settings.mount.clone_from(&server.mount);

@@ -2,7 +2,7 @@
 
 use xds_client::transport::{Roots, Target, TlsVersions, Token};
 
-use super::certificates;
+use super::tls::tls_options;
 use crate::config::{Address, AuthToken, Config, RootSource};
 
 /// The server at `address`, and what it is shown.
@@ -27,7 +27,7 @@ pub fn target(config: &Config, address: &Address) -> Target {
             .headers
             .append(header.name.clone(), header.value.clone());
     }
-    let tls = certificates::tls_options(config);
+    let tls = tls_options(config);
     target.crypto = tls.provider();
     if tls.tls12_enabled() {
         target.versions = TlsVersions::From12;

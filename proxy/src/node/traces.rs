@@ -8,7 +8,7 @@ use tokio_util::sync::CancellationToken;
 use tonic::transport::{Channel, Endpoint};
 use xds_client::transport::{Roots, Target};
 
-use super::certificates;
+use super::tls::tls_options;
 use crate::{
     config::{self, Config},
     telemetry::{ConnectError, Traces},
@@ -40,7 +40,7 @@ fn connect(
     let uri = settings.endpoint.clone();
     let roots = settings.roots.clone().map_or(Roots::System, Roots::File);
     let mut target = Target::new(uri.clone(), roots, "");
-    target.crypto = certificates::tls_options(config).provider();
+    target.crypto = tls_options(config).provider();
     let target = Arc::new(target);
     move || {
         let (target, uri) = (Arc::clone(&target), uri.clone());

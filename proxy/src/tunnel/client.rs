@@ -18,12 +18,11 @@ use tokio::{
 
 use super::{
     error::{ConnectError, OpenError},
-    flood::{Flood, Watch},
+    flood::{Flood, KEPT_RESETS, Watch},
     headers::{BAGGAGE, FORWARDED, NETWORK, TRACEPARENT},
     keepalive::Keepalive,
     pool::{Fate, Lease, Opening},
-    queue::Queued,
-    server::KEPT_RESETS,
+    queue::{Queued, SEND_BUFFER},
     stream::Stream,
     turn::{Moved, Turn, Turnwise, turnwise},
     window::Window,
@@ -33,9 +32,6 @@ use crate::config;
 /// Stands for "no SETTINGS yet" in `max_concurrent_send_streams`. The library replaces it by the
 /// peer's limit, or by `usize::MAX` if the peer sets none.
 const NO_SETTINGS: usize = usize::MAX - 1;
-
-/// Bytes that a stream may have queued for the connection before it waits.
-pub(super) const SEND_BUFFER: usize = 256 << 10;
 
 /// What a CONNECT says.
 #[derive(Debug, Clone)]

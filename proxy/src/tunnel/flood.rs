@@ -9,6 +9,9 @@ use tokio::time::Instant;
 
 use crate::{config, telemetry::Limit};
 
+/// Streams of a connection whose reset is remembered for a second: what a peer sends on them meanwhile is no offence.
+pub(super) const KEPT_RESETS: usize = 200;
+
 /// What a peer does too much of.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]

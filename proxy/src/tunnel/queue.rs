@@ -17,6 +17,9 @@ use futures_util::task::AtomicWaker;
 
 use crate::relay::Payload;
 
+/// Bytes that a stream may have queued for the connection before it waits.
+pub(super) const SEND_BUFFER: usize = 256 << 10;
+
 /// The payloads of one stream that are with the library.
 #[derive(Debug, Default)]
 pub(super) struct Queue(Arc<Held>);

@@ -20,13 +20,12 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    client::SEND_BUFFER,
     cut::Cut,
     error::{Malformed, ServeError},
-    flood::{Flood, Watch},
+    flood::{Flood, KEPT_RESETS, Watch},
     headers::{self, Baggage, TraceParent},
     keepalive::Keepalive,
-    queue::Queued,
+    queue::{Queued, SEND_BUFFER},
     stream::Stream,
     turn::{Turn, Turnwise, turnwise},
     window::Window,
@@ -38,9 +37,6 @@ use crate::{
 
 /// What a client says before its first frame (RFC 9113 §3.4).
 const PREFACE_BYTES: usize = 24;
-
-/// Streams of a connection whose reset is remembered for a second: what a peer sends on them meanwhile is no offence.
-pub(super) const KEPT_RESETS: usize = 200;
 
 /// How often the streams of a dead connection look whether memory is short.
 const LOOK: Duration = Duration::from_secs(1);

@@ -1,3 +1,5 @@
+use http::HeaderValue;
+
 use super::*;
 
 fn headers(pairs: &[(http::HeaderName, &'static str)]) -> HeaderMap {
@@ -32,15 +34,4 @@ fn only_pages_of_the_server_itself_may_change_anything() {
     ] {
         assert_eq!(is_cross_site(&headers(&pairs)), cross, "{pairs:?}");
     }
-}
-
-#[test]
-fn queries_are_read_with_their_escapes() {
-    let query = Query("level=access%3Adebug%2Cinfo&reset&limit=10&bad=%zz");
-    assert_eq!(query.value("level").unwrap(), "access:debug,info");
-    assert!(query.has("reset") && !query.has("set"));
-    assert_eq!(query.number("limit"), Some(10_usize));
-    assert_eq!(query.number::<usize>("level"), None);
-    assert_eq!(query.value("bad").unwrap(), "%zz");
-    assert!(!Query("").has(""));
 }
