@@ -14,6 +14,7 @@
 //! | 28 | garbage in place of DNS | dropped |
 //! | 29 | messages of the CNI agent that make no sense | refused; it is dialled again |
 //! | 30 | garbage in place of the mesh file | what was known stays |
+//! | 31 | silent, at every port but that of HBONE | closed in time |
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,
@@ -36,6 +37,9 @@ use tokio::{
     task::JoinSet,
 };
 
+/// Ports of the proxy's own pod.
+const PROXYS: [u16; 3] = [15000, 15020, 15021];
+
 /// A connection to a port of the proxy's own pod.
 async fn proxys(foreign: &ForeignClient, port: u16) -> TcpStream {
     let netns = foreign.world.node(0).proxy_netns();
@@ -57,12 +61,41 @@ async fn n20_garbage_is_turned_away_everywhere() {
         let socks5 = SocketAddr::from(([127, 0, 0, 1], 15080));
         let mut stream = foreign.api.connect(socks5).await.unwrap();
         let _closed_while_writing = stream.write_all(&garbage).await;
-        for port in [15020, 15021] {
+        for port in PROXYS {
             let mut stream = proxys(&foreign, port).await;
             let _closed_while_writing = stream.write_all(&garbage).await;
         }
     }
     calm.unharmed().await;
+}
+
+#[tokio::test]
+async fn n31_silence_holds_up_nobody() {
+    let foreign = ForeignClient::new().unwrap();
+    let env = [
+        ("ISTIO_META_DNS_CAPTURE", "true"),
+        ("UNSTABLE_ENABLE_SOCKS5", "true"),
+    ];
+    let calm = Calm::start(&foreign, &env).await;
+    let mut silent = Vec::new();
+    for _ in 0..150 {
+        for port in [15053, 15080] {
+            let to = SocketAddr::from(([127, 0, 0, 1], port));
+            silent.push(foreign.api.connect(to).await.unwrap());
+        }
+        for port in PROXYS {
+            silent.push(proxys(&foreign, port).await);
+        }
+    }
+    calm.proxy().ready().await;
+    calm.proxy().metrics().await.unwrap();
+    calm.proxy().document("/config_dump").await.unwrap();
+    calm.unharmed().await;
+    for stream in &mut silent {
+        traffic::closed(stream, Duration::from_secs(20))
+            .await
+            .unwrap();
+    }
 }
 
 #[tokio::test]
@@ -95,7 +128,7 @@ async fn n23_slow_heads_of_http_are_cut() {
     let foreign = ForeignClient::new().unwrap();
     let calm = Calm::start(&foreign, &[]).await;
     let mut slow = Vec::new();
-    for port in [15020, 15021] {
+    for port in PROXYS {
         for _ in 0..150 {
             let mut stream = proxys(&foreign, port).await;
             stream
@@ -120,7 +153,7 @@ async fn n24_heads_without_end_are_refused() {
     let line = [b"GET / HTTP/1.1\r\nX: ".as_slice(), &[b'x'; 1 << 20]].concat();
     let lines = [b"GET / HTTP/1.1\r\n".to_vec(), b"A: b\r\n".repeat(200_000)].concat();
     for head in [&line, &lines] {
-        for port in [15020, 15021] {
+        for port in PROXYS {
             let mut stream = proxys(&foreign, port).await;
             let _closed_while_writing = stream.write_all(head).await;
             traffic::closed(&mut stream, wait::SOON).await.unwrap();

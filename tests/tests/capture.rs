@@ -14,7 +14,7 @@ use std::{
 };
 
 use testkit::{
-    Cluster, Mesh, Pod, PodSpec, Redirect, World,
+    Cluster, Line, Mesh, Node, Pod, PodSpec, ProxyOptions, Redirect, World,
     traffic::{self, Behaviour},
     wait,
 };
@@ -80,18 +80,58 @@ async fn applications_see_their_real_client_and_logs_the_real_destination() {
             SocketAddr::new(to.ip(), 15008).to_string()
         );
     }
-    marks_are_on_every_socket(&api, cluster.proxy(1).pid());
 }
 
-/// Every socket that the proxy has in the pod carries its mark.
-fn marks_are_on_every_socket(pod: &Pod, pid: u32) {
+#[tokio::test]
+async fn every_socket_in_a_pod_carries_the_mark() {
+    let world = World::new(2).unwrap();
+    let Pods { web, api, outside } = pods(&world);
+    let mesh = Mesh::of(&[&web, &api]);
+    mesh.write(&ProxyOptions::mesh_file(&world)).unwrap();
+    let options = |node: &Node| {
+        let options = ProxyOptions::new(&world, node).env("ISTIO_META_DNS_CAPTURE", "true");
+        options.env("UNSTABLE_ENABLE_SOCKS5", "true")
+    };
+    let cluster = Cluster::run(&world, options, &[&web, &api]).await.unwrap();
+    let (app, other) = (
+        api.serve(8080, Behaviour::Echo).unwrap(),
+        outside.serve(7000, Behaviour::Echo).unwrap(),
+    );
+    // A tunnel, what goes past the mesh, what comes from there.
+    let mut held = Vec::new();
+    for (from, to) in [
+        (&web, app.address),
+        (&web, app.address6),
+        (&web, other.address),
+        (&outside, app.address),
+        (&outside, app.address6),
+    ] {
+        let mut stream = from.connect(to).await.unwrap();
+        traffic::ping(&mut stream, b"held").await.unwrap();
+        held.push(stream);
+    }
+    // Listeners: three, names over two transports and two families, SOCKS5. Then the flows: outbound three accepted, one tunnel and one
+    // passed on; inbound two accepted, one tunnel, four to the application.
+    for (pod, node, sockets) in [(&web, 0, 8 + 5), (&api, 1, 8 + 7)] {
+        marks_are_on_every_socket(pod, cluster.proxy(node).pid(), sockets);
+    }
+}
+
+/// Addresses that no host has.
+const PROBED: [&str; 2] = ["192.0.2.1", "[2001:db8::1]"];
+
+/// Every socket that the proxy has in the pod carries its mark, and it has as many as these.
+fn marks_are_on_every_socket(pod: &Pod, pid: u32, expected: usize) {
     let table = pod
         .netns()
-        .command("ss", &["-H", "-t", "-a", "-n", "-p", "-e"], "")
+        .command("ss", &["-H", "-t", "-u", "-a", "-n", "-p", "-e"], "")
         .unwrap();
     let owner = format!("pid={pid},");
-    let sockets: Vec<&str> = table.lines().filter(|line| line.contains(&owner)).collect();
-    assert!(sockets.len() >= 3, "{table}");
+    // All but what looks like a connection of the application, to find out whether those are redirected.
+    let is_probe = |line: &str| PROBED.iter().any(|address| line.contains(address));
+    let sockets = table.lines().filter(|line| line.contains(&owner));
+    let sockets: Vec<&str> = sockets.filter(|line| !is_probe(line)).collect();
+    assert!(sockets.len() >= expected, "{table}");
     for socket in sockets {
         assert!(socket.contains("fwmark:0x539"), "{socket}");
     }
@@ -172,33 +212,29 @@ async fn the_ports_of_the_proxy_are_no_way_into_itself() {
     let cluster = Cluster::start(&world, &Mesh::of(&[&web, &api]), &[&web, &api])
         .await
         .unwrap();
-    for port in [15001, 15006] {
-        outside.turned_away(api.at(port)).await.unwrap();
-        let denied = cluster.proxy(1).log().wait("a denial line", |line| {
-            line.is_access("connection failed")
-                && line.field("dst.addr") == api.at(port).to_string()
-        });
+    let own = |port| SocketAddr::new(Ipv4Addr::LOCALHOST.into(), port);
+    for (node, from, to) in [
+        (1, &outside, api.at(15001)),
+        (1, &outside, api.at(15006)),
+        (0, &web, own(15001)),
+    ] {
+        from.turned_away(to).await.unwrap();
+        let log = cluster.proxy(node).log();
+        let is_denied = |line: &Line| {
+            line.is_access("connection failed") && line.field("dst.addr") == to.to_string()
+        };
+        let denied = log.wait("a denial line", is_denied).await;
         assert!(
             denied
-                .await
                 .field("error")
-                .contains("attempted recursive call to ourselves")
+                .contains("attempted recursive call to ourselves"),
+            "{}",
+            denied.raw
         );
+        // Whatever else were to be said of it has been said once a later connection was.
+        let _ = from.turned_away(own(15006)).await;
+        assert_eq!(log.since(0, is_denied).len(), 1, "{to}");
     }
-    let to = SocketAddr::new(Ipv4Addr::LOCALHOST.into(), 15001);
-    web.turned_away(to).await.unwrap();
-    let denied = cluster
-        .proxy(0)
-        .log()
-        .wait("a denial line", |line| line.is_access("connection failed"))
-        .await;
-    assert!(
-        denied
-            .field("error")
-            .contains("attempted recursive call to ourselves"),
-        "{}",
-        denied.raw
-    );
     assert_eq!(
         cluster
             .proxy(0)

@@ -306,8 +306,12 @@ async fn a_policy_that_is_waited_for_is_named() {
     mesh.policy(Policy::deny("late", vec![Match::port(9)]).selected());
     mesh.write(&cluster.mesh_file).unwrap();
     traffic::ping(&mut call, b"waited").await.unwrap();
-    let told = explained(&stage, "shop/web", "api:80").await;
-    assert_eq!(told["policy"].get("waitsFor"), None);
+    // The other node is the one that held the flow: this one may hear of the policy later.
+    wait::until(wait::SOON, "nothing is waited for", async || {
+        let told = explained(&stage, "shop/web", "api:80").await;
+        told["policy"].get("waitsFor").is_none().then_some(())
+    })
+    .await;
 }
 
 #[tokio::test]

@@ -262,12 +262,13 @@ async fn a_server_of_another_identity_is_refused() {
     ];
     for (count, identity) in (1..).zip(&wrong) {
         let server = foreign.server_as(identity);
-        let (mut call, connection) = tokio::join!(foreign.call(), server.accept());
+        let call = foreign.web.turned_away(foreign.peer.at(8080));
+        let (call, connection) = tokio::join!(call, server.accept());
+        call.unwrap();
         assert!(
             connection.is_err() || connection.unwrap().next().await.is_err(),
             "a request was sent to a stranger"
         );
-        traffic::closed(&mut call, wait::SOON).await.unwrap();
         let counted = |failed| failed == f64::from(count);
         cluster
             .proxy(0)

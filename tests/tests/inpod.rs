@@ -9,12 +9,13 @@
 
 use std::{
     io,
-    net::{Ipv4Addr, Ipv6Addr, SocketAddr},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket},
     os::fd::{AsFd as _, BorrowedFd},
     sync::Arc,
     time::Duration,
 };
 
+use nix::unistd::{Uid, fchown};
 use testkit::{
     Agent, Mesh, Netns, NodeRun, Pod, PodSpec, Proxy, ProxyOptions, Session, World,
     traffic::{self, Behaviour},
@@ -27,13 +28,15 @@ use tokio::{
     time::Instant,
 };
 
-const LISTENERS: [u16; 3] = [15001, 15006, 15008];
+const LISTENERS: [u16; 4] = [15001, 15006, 15008, DNS];
+const DNS: u16 = 15053;
+const OTHER_USER: u32 = 65_534;
 
 /// A node whose proxy has said hello and waits for the snapshot.
 async fn connected<'a>(world: &'a World, mesh: &Mesh) -> (Agent, Proxy<'a>, Session) {
     mesh.write(&ProxyOptions::mesh_file(world)).unwrap();
     let node = world.node(0);
-    let options = ProxyOptions::new(world, node);
+    let options = ProxyOptions::new(world, node).env("ISTIO_META_DNS_CAPTURE", "true");
     let run = NodeRun::connect(world, node, &options).await.unwrap();
     (run.agent, run.proxy, run.session)
 }
@@ -75,10 +78,26 @@ async fn counted(proxy: &Proxy<'_>, metric: &str, count: usize) {
     proxy.metric(&name, &[], |now| now == count as f64).await;
 }
 
-/// Holds a port that the proxy needs in the pod.
+/// Whether both sockets for names are bound at this loopback address.
+async fn serves_names(netns: &Netns, loopback: IpAddr) -> bool {
+    let at = SocketAddr::new(loopback, DNS);
+    let bound = netns.run(|| UdpSocket::bind(at));
+    bound.is_err_and(|error| error.kind() == io::ErrorKind::AddrInUse)
+        && traffic::connect(netns, at).await.is_ok()
+}
+
+/// Holds a port that the proxy needs in the pod. Where there are other users it is one of them, who would share the port: users do
+/// not share with one another.
 fn squat(pod: &Pod) -> TcpListener {
     let any = SocketAddr::new(Ipv6Addr::UNSPECIFIED.into(), 15008);
-    traffic::listen(pod.netns(), any).unwrap()
+    let socket = traffic::tcp_socket(pod.netns(), any).unwrap();
+    socket.set_only_v6(false).unwrap();
+    if fchown(&socket, Some(Uid::from_raw(OTHER_USER)), None).is_ok() {
+        socket.set_reuse_port(true).unwrap();
+    }
+    socket.bind(&any.into()).unwrap();
+    socket.listen(1).unwrap();
+    TcpListener::from_std(socket.into()).unwrap()
 }
 
 async fn files_return_to(proxy: &Proxy<'_>, count: usize) {
@@ -105,6 +124,9 @@ async fn the_proxy_says_hello_and_a_pod_is_served_when_its_add_is_acknowledged()
         served(pod.netns()).await,
         "acknowledged before the listeners were bound"
     );
+    for loopback in [Ipv4Addr::LOCALHOST.into(), Ipv6Addr::LOCALHOST.into()] {
+        assert!(serves_names(pod.netns(), loopback).await, "{loopback}");
+    }
     session
         .keep("some-pod-that-it-never-saw")
         .await
@@ -174,9 +196,10 @@ async fn a_pod_that_cannot_be_bound_is_reported_and_tried_again() {
         "one failure fails the whole pod"
     );
 
+    session.silent(Duration::from_millis(700)).await.unwrap();
     drop(squatter);
     let bound = async || served(pod.netns()).await.then_some(());
-    wait::until(Duration::from_secs(7), "the pod is tried again", bound).await;
+    wait::until(Duration::from_secs(6), "the pod is tried again", bound).await;
     proxy.ready().await;
     counted(&proxy, "pending_proxy_count", 0).await;
 }
@@ -190,10 +213,18 @@ async fn a_pending_pod_can_be_deleted_or_replaced() {
     session.snapshot(&[]).await.unwrap();
     let squatter = squat(&dead);
 
+    let shown = async || {
+        let dump = proxy.document("/config_dump").await.unwrap();
+        dump["workloadState"][dead.uid()].clone()
+    };
     session.add(&dead).await.unwrap().unwrap_err();
     proxy.unready().await;
+    let pending = shown().await;
+    assert_eq!(pending["state"], "Pending", "{pending}");
+    assert!(pending.get("connections").is_none(), "{pending}");
     session.del(dead.uid()).await.unwrap().unwrap();
     proxy.ready().await;
+    assert!(shown().await.is_null());
 
     session.add(&dead).await.unwrap().unwrap_err();
     session.add(&good).await.unwrap().unwrap();
@@ -322,6 +353,13 @@ async fn a_deleted_pod_loses_its_connections_at_once_and_its_namespace_is_free()
     let (device, inode) = trio.other.netns().id();
     let free = async || (!holds_netns(proxy.pid(), device, inode)).then_some(());
     wait::until(wait::SOON, "no descriptor of the namespace is left", free).await;
+    let socketless = async || {
+        let ss = ["-H", "-t", "-u", "-a", "-n", "-p"];
+        let sockets = trio.other.netns().command("ss", &ss, "").unwrap();
+        let owner = format!("pid={},", proxy.pid());
+        (!sockets.contains(&owner)).then_some(())
+    };
+    wait::until(wait::SOON, "no socket is left there", socketless).await;
     traffic::ping(&mut held.kept, b"the other pod lives")
         .await
         .unwrap();
@@ -501,6 +539,7 @@ async fn a_connection_waits_for_the_record_of_its_own_pod() {
         b"others go on"
     );
     assert_eq!(app.peers().len(), 1);
+    session.silent(Duration::from_secs(2)).await.unwrap();
     mesh.pod(&early);
     mesh.write(&ProxyOptions::mesh_file(&world)).unwrap();
     let answer = wait::within(

@@ -1,15 +1,18 @@
-//! Normal traffic, before and after somebody misbehaves.
+//! Normal traffic before, while and after somebody misbehaves.
 
 use std::{net::SocketAddr, time::Duration};
 
-use tokio::io::AsyncWriteExt as _;
+use tokio::{io::AsyncWriteExt as _, net::TcpStream, sync::Mutex};
 
 use crate::{
     cluster::Cluster,
     proxy::Proxy,
-    raw::frames::{Frame, PREFACE, Preface, Tap, encode, kind},
+    raw::{
+        RawClient, Tunnel,
+        frames::{Frame, PREFACE, Preface, Tap, encode, kind},
+    },
     stage::ForeignClient,
-    traffic::{Behaviour, Server},
+    traffic::{self, Behaviour, Server},
     wait,
 };
 
@@ -22,6 +25,25 @@ pub struct Calm<'a> {
     inside: Server,
     outside: Server,
     resident: u64,
+    held: Mutex<Held>,
+}
+
+/// Flows that are open all the time.
+#[derive(Debug)]
+struct Held {
+    inwards: TcpStream,
+    outwards: TcpStream,
+    _client: RawClient,
+    tunnel: Tunnel,
+}
+
+impl Held {
+    async fn go_on(&mut self) {
+        let word = b"never cut";
+        traffic::ping(&mut self.inwards, word).await.unwrap();
+        traffic::ping(&mut self.outwards, word).await.unwrap();
+        self.tunnel.ping(word).await.unwrap();
+    }
 }
 
 impl<'a> Calm<'a> {
@@ -30,12 +52,24 @@ impl<'a> Calm<'a> {
     /// # Panics
     /// When that fails.
     pub async fn start(foreign: &'a ForeignClient, env: &[(&str, &str)]) -> Self {
+        let cluster = foreign.cluster_with(env).await.unwrap();
+        let inside = foreign.api.serve(INSIDE, Behaviour::Echo).unwrap();
+        let outside = foreign.peer.serve(OUTSIDE, Behaviour::Echo).unwrap();
+        let client = foreign.client().await;
+        let mut held = Held {
+            inwards: foreign.peer.connect(inside.address).await.unwrap(),
+            outwards: foreign.api.connect(outside.address).await.unwrap(),
+            tunnel: client.tunnel(&inside.address.to_string()).await.unwrap(),
+            _client: client,
+        };
+        held.go_on().await;
         let mut calm = Self {
-            cluster: foreign.cluster_with(env).await.unwrap(),
+            cluster,
             foreign,
-            inside: foreign.api.serve(INSIDE, Behaviour::Echo).unwrap(),
-            outside: foreign.peer.serve(OUTSIDE, Behaviour::Echo).unwrap(),
+            inside,
+            outside,
             resident: 0,
+            held: Mutex::new(held),
         };
         calm.carries_on().await;
         calm.resident = calm.proxy().resident_bytes().unwrap();
@@ -54,12 +88,13 @@ impl<'a> Calm<'a> {
         self.inside.address
     }
 
-    /// Checks that whatever came before harms nobody: connections go in and out in plaintext and by HBONE, memory comes back, and
-    /// nothing panicked.
+    /// Checks that whatever came before harms nobody: what was open still is, connections go in and out in plaintext and by HBONE,
+    /// memory comes back, and nothing panicked.
     ///
     /// # Panics
     /// When it does.
     pub async fn unharmed(&self) {
+        self.held.lock().await.go_on().await;
         self.carries_on().await;
         let bound = self.resident + MORE;
         let small = async || {
