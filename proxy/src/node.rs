@@ -45,7 +45,7 @@ use crate::{
     admin,
     config::{BuildInfo, Config, DnsCapture, ProxyMode, Sockets},
     flow::{Shared, Stop},
-    listen,
+    listen::{self, Shortage},
     pods::{self, Pods},
     telemetry::{
         Exposition, PodMetrics, Readiness, ReadinessTask, Traces, logging::LogGuard,
@@ -89,14 +89,25 @@ pub fn run(config: &Config, build: BuildInfo, log: &LogGuard) -> Result<(), Star
 
 /// Refuses to start where no pod could be served, and tells what else will not work.
 fn check_surroundings(sockets: &Sockets) -> Result<(), StartError> {
+    let mut vital = None;
     for shortage in listen::shortages(sockets) {
-        if shortage.need.is_vital(sockets) {
-            return Err(StartError::Shortage(shortage));
+        let is_vital = shortage.need.is_vital(sockets);
+        // All are told: the last of those that forbid to start by the end of the process.
+        let told = if is_vital {
+            vital.replace(shortage)
+        } else {
+            Some(shortage)
+        };
+        if let Some(Shortage { need, source }) = told {
+            let error = &source as &dyn std::error::Error;
+            if is_vital {
+                tracing::error!(error, "{need}");
+            } else {
+                tracing::warn!(error, "{need}");
+            }
         }
-        let error = &shortage.source as &dyn std::error::Error;
-        tracing::warn!(error, "{}", shortage.need);
     }
-    Ok(())
+    vital.map_or(Ok(()), |shortage| Err(StartError::Shortage(shortage)))
 }
 
 /// Starts everything in the order in which things need each other, then waits for a signal.

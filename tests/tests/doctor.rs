@@ -18,7 +18,11 @@ use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
 use serde_json::{Value, json};
 use testkit::{
     Authority, Istiod, Mesh, Netns, NodeRun, Pod, PodSpec, ProxyOptions, World,
-    raw::tls::server_tls, traffic, wait,
+    mesh::{Match, Policy},
+    raw::tls::server_tls,
+    traffic,
+    traffic::Behaviour,
+    wait,
 };
 use tokio_rustls::TlsAcceptor;
 
@@ -213,6 +217,37 @@ async fn broken_pods_and_an_outage_are_told_each_by_itself() {
 }
 
 #[tokio::test]
+async fn refused_probes_and_a_pod_that_is_not_served_are_told() {
+    let clinic = Clinic::new();
+    let mut mesh = Mesh::of(&[&clinic.web, &clinic.api]);
+    mesh.policy(Policy::allow("mesh-only", vec![Match::pod(&clinic.api)]));
+    clinic.istiod.set(&mesh);
+    let node = clinic.world.node(0);
+    let _app = clinic.web.serve(8080, Behaviour::Echo).unwrap();
+    let run = clinic.node(0, &[&clinic.web]).await;
+    // As a kubelet whose address was changed on the way.
+    let kubelet = node.pod(&PodSpec::plain("kubelet")).unwrap();
+    let probe = kubelet.ask(clinic.web.at(8080), b"alive?").await;
+    assert!(probe.is_err(), "{probe:?}");
+    let taken = node.pod(&PodSpec::captured("taken")).unwrap();
+    let _squatter = traffic::listen(taken.netns(), (Ipv4Addr::UNSPECIFIED, 15008).into()).unwrap();
+    let _refused = run.session.add(&taken).await.unwrap();
+
+    let report = clinic.audited().await;
+    assert_eq!(report.code, 3);
+    report.has("pods", "error", "shop/taken is not served");
+    let address = kubelet.ip4().to_string();
+    report.has("probes", "warning", &format!("policies refuse {address}"));
+    let (code, text) = examine(clinic.here(), &clinic.options(0), "text").await;
+    assert_eq!(code, 3);
+    let way_out = "-> probes must come from 169.254.7.127";
+    assert!(
+        text.contains(way_out) && text.contains("\n1 errors, "),
+        "{text}"
+    );
+}
+
+#[tokio::test]
 async fn a_node_without_proxy_and_agent_is_examined_as_far_as_it_goes() {
     let clinic = Clinic::new();
     let options = clinic
@@ -237,16 +272,23 @@ async fn a_node_without_proxy_and_agent_is_examined_as_far_as_it_goes() {
 #[tokio::test]
 async fn missing_capabilities_are_named_by_doctor_and_by_the_proxy() {
     let clinic = Clinic::new();
-    let options = clinic
-        .options(0)
-        .wrapped(&["setpriv", "--bounding-set", "-sys_admin,-net_raw"]);
+    let options = clinic.options(0).wrapped(&[
+        "setpriv",
+        "--bounding-set",
+        "-sys_admin,-net_admin,-net_raw",
+    ]);
     let report = report(clinic.here(), &options).await;
-    report.has("capabilities", "error", "SYS_ADMIN");
-    report.has("capabilities", "error", "NET_RAW");
+    for capability in ["SYS_ADMIN", "NET_ADMIN", "NET_RAW"] {
+        report.has("capabilities", "error", capability);
+    }
     report.has("kernel", "error", "cannot enter network namespaces");
+    report.has("kernel", "error", "cannot mark packets");
     let mut proxy = options.start(clinic.world.node(0)).unwrap();
     assert_eq!(proxy.exit(wait::SOON).await.unwrap().code(), Some(1));
-    assert!(proxy.log().tail(5).contains("SYS_ADMIN"));
+    let last_words = proxy.log().tail(8);
+    for capability in ["SYS_ADMIN", "NET_ADMIN"] {
+        assert!(last_words.contains(capability), "{last_words}");
+    }
 
     // Nothing is lost that cannot be spared.
     let options = clinic
