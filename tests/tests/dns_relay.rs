@@ -19,9 +19,9 @@ use hickory_proto::{
 use testkit::{
     dns::{self, Scripted},
     stage::{Named, RESOLVER, RESOLVER6, UPSTREAM, UPSTREAM6},
-    wait,
+    traffic, wait,
 };
-use tokio::time::Instant;
+use tokio::{io::AsyncWriteExt as _, time::Instant};
 
 const DNS: u16 = 53;
 
@@ -341,6 +341,20 @@ async fn what_is_no_query_is_refused_and_what_is_no_message_is_dropped() {
     proxy
         .metric("istio_dns_requests_total", &labels, |now| now >= 4.0)
         .await;
+    // Over a connection, no message, and the beginning of one that is longer than a query may be.
+    for nonsense in [&[0, 3, 1, 2, 3][..], &[0xff, 0xff, 0]] {
+        let mut stream = stage.web.connect(RESOLVER).await.unwrap();
+        stream.write_all(nonsense).await.unwrap();
+        traffic::closed(&mut stream, wait::SOON).await.unwrap();
+    }
+    let over_tcp = [
+        ("request_query_type", "unknown"),
+        ("request_protocol", "tcp"),
+    ];
+    let metrics = proxy.metrics().await.unwrap();
+    assert_eq!(metrics.sum("istio_dns_requests_total", &over_tcp), 2.0);
+    let malformed = [("reason", "malformed")];
+    assert!(metrics.sum("istio_dns_unanswered_total", &malformed) >= 6.0);
     assert!(
         stage
             .web

@@ -1,14 +1,16 @@
 //! Serving the queries of one pod.
 
 mod lookup;
+mod report;
 
 use std::{io, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use futures_util::{SinkExt, StreamExt, stream::FuturesUnordered};
-use hickory_proto::{op::ResponseCode, rr::RecordType};
+use hickory_proto::op::ResponseCode;
 use rand::seq::SliceRandom;
 use tokio::{
+    io::AsyncWrite,
     net::{TcpListener, TcpStream, UdpSocket},
     sync::{OwnedSemaphorePermit, Semaphore},
     task::{JoinSet, coop::consume_budget},
@@ -19,17 +21,18 @@ use tokio_util::{
     sync::CancellationToken,
 };
 
+use self::report::{failed, log};
 use super::{
     local::{self, Rules},
     origin::Origin,
-    upstream::{Query, RelayError, Upstreams},
+    upstream::{Query, Upstreams},
     wire::{Ask, Request, Transport},
 };
 use crate::{
     config::{Sockets, WorkloadRef},
     listen::{self, DnsSockets, Netns},
     mesh::{Mesh, Workload},
-    telemetry::{DnsLabels, DnsMetrics, DnsProtocol},
+    telemetry::DnsMetrics,
 };
 
 /// What the pods of a node share.
@@ -218,18 +221,21 @@ impl Names {
             tokio::select! {
                 Some(answer) = running.next() => {
                     if let Some(answer) = answer {
-                        let answer: Vec<u8> = answer;
-                        timeout(IDLE, answers.send(Bytes::from(answer))).await??;
+                        self.reply(&mut answers, answer).await?;
                     }
                 }
                 read = timeout(IDLE, queries.next()), if may_read => match read {
-                    Ok(Some(query)) => match self.begin(&query?, Transport::Tcp) {
-                        Begun::Answered(Some(answer)) => {
-                            timeout(IDLE, answers.send(Bytes::from(answer))).await??;
-                        }
+                    Ok(Some(Ok(query))) => match self.begin(&query, Transport::Tcp) {
+                        Begun::Answered(Some(answer)) => self.reply(&mut answers, answer).await?,
                         Begun::Answered(None) => return Ok(()),
                         Begun::Waits(query) => running.push(self.finish_in_turn(*query)),
                     },
+                    Ok(Some(Err(error))) => {
+                        if error.kind() == io::ErrorKind::InvalidData {
+                            self.malformed(Transport::Tcp); // longer than any query
+                        }
+                        return Err(error);
+                    }
                     Ok(None) => ended = true,
                     Err(_) if running.is_empty() => return Ok(()),
                     Err(_) => {}
@@ -242,15 +248,26 @@ impl Names {
         }
     }
 
+    /// Sends an answer over a connection, unless its client does not read.
+    async fn reply<W>(&self, answers: &mut Framed<W>, answer: Vec<u8>) -> io::Result<()>
+    where
+        W: AsyncWrite + Unpin,
+    {
+        let sent = timeout(IDLE, answers.send(Bytes::from(answer))).await;
+        let sent = sent.unwrap_or_else(|late| Err(late.into()));
+        if sent.is_err() {
+            self.shared.metrics.unanswered(UNSENT);
+        }
+        sent
+    }
+
     /// Answers a query if that takes no waiting.
     fn begin(&self, bytes: &[u8], transport: Transport) -> Begun {
-        let client = self.shared.mesh.read().local_workload(&self.who).cloned();
         let Some(request) = Request::read(bytes) else {
-            let labels = self.labels(None, transport, client.as_deref());
-            self.shared.metrics.requested(&labels);
-            self.shared.metrics.unanswered("malformed");
+            self.malformed(transport);
             return Begun::Answered(None);
         };
+        let client = self.shared.mesh.read().local_workload(&self.who).cloned();
         let waits = |request: Request| {
             let bytes = bytes.to_vec();
             Begun::Waits(Box::new(Waiting {
@@ -372,29 +389,10 @@ impl Names {
             }
         }
     }
-
-    fn labels(
-        &self,
-        request: Option<&Request>,
-        transport: Transport,
-        client: Option<&Workload>,
-    ) -> DnsLabels {
-        let asked = request.and_then(Request::asked);
-        let unknown = || Arc::from("unknown");
-        let known = |text: &Arc<str>| (!text.is_empty()).then(|| Arc::clone(text));
-        let service = client.and_then(|client| known(client.canonical_name()));
-        let revision = client.and_then(|client| known(client.canonical_revision()));
-        DnsLabels {
-            request_query_type: asked.map_or("unknown", |(kind, _)| type_label(kind)),
-            request_protocol: match transport {
-                Transport::Udp => DnsProtocol::Udp,
-                Transport::Tcp => DnsProtocol::Tcp,
-            },
-            source_canonical_service: service.unwrap_or_else(unknown),
-            source_canonical_revision: revision.unwrap_or_else(unknown),
-        }
-    }
 }
+
+/// A connection that messages are written to, each behind its length.
+type Framed<W> = FramedWrite<W, LengthDelimitedCodec>;
 
 /// A query that was looked at.
 enum Begun {
@@ -410,56 +408,7 @@ struct Waiting {
     transport: Transport,
 }
 
-fn failed(error: &RelayError) -> String {
-    let cause = std::error::Error::source(error);
-    match cause {
-        Some(cause) => format!("forwarding failed ({error}: {cause})"),
-        None => format!("forwarding failed ({error})"),
-    }
-}
-
-fn log(request: &Request, client: Option<&Workload>, result: &str, endpoints: usize) {
-    if !tracing::enabled!(target: "dns", tracing::Level::DEBUG) {
-        return;
-    }
-    let (query, domain) = request
-        .asked()
-        .map_or_else(Default::default, |(kind, name)| {
-            (kind.to_string(), name.to_lowercase().to_ascii())
-        });
-    let unknown = "unknown";
-    tracing::event!(target: "dns", tracing::Level::DEBUG, {
-        src.workload = client.map_or(unknown, Workload::name),
-        src.namespace = client.map_or(unknown, |client| client.namespace()),
-        query,
-        domain,
-        result,
-        endpoints
-    });
-}
-
-/// The types that clients ask for; all others are one, as there are 65,536 of them.
-fn type_label(kind: RecordType) -> &'static str {
-    let named = TYPES.iter().find(|(named, _)| *named == kind);
-    named.map_or("unknown", |(_, label)| label)
-}
-
-const TYPES: [(RecordType, &str); 13] = [
-    (RecordType::A, "a"),
-    (RecordType::AAAA, "aaaa"),
-    (RecordType::ANY, "any"),
-    (RecordType::CNAME, "cname"),
-    (RecordType::HTTPS, "https"),
-    (RecordType::MX, "mx"),
-    (RecordType::NAPTR, "naptr"),
-    (RecordType::NS, "ns"),
-    (RecordType::PTR, "ptr"),
-    (RecordType::SOA, "soa"),
-    (RecordType::SRV, "srv"),
-    (RecordType::SVCB, "svcb"),
-    (RecordType::TXT, "txt"),
-];
-/// The reason for an answer that the kernel did not take.
+/// The reason for an answer that neither the kernel nor the client took.
 const UNSENT: &str = "unsent";
 /// Queries of one pod that may wait at the same time.
 const MAX_WAITING: usize = 256;
