@@ -9,7 +9,8 @@
 
 use std::{
     collections::BTreeSet,
-    os::unix::process::ExitStatusExt as _,
+    fs::Permissions,
+    os::unix::{fs::PermissionsExt as _, process::ExitStatusExt as _},
     path::{Path, PathBuf},
 };
 
@@ -89,6 +90,44 @@ async fn three_capabilities_and_a_root_that_cannot_be_written_are_enough() {
 async fn what_is_not_needed_is_given_up() {
     let stage = Pair::new().unwrap();
     carries(&stage, &[]).await;
+}
+
+#[tokio::test]
+async fn another_user_keeps_what_it_needs_and_no_more() {
+    let stage = Pair::new().unwrap();
+    let mesh = ProxyOptions::mesh_file(&stage.world);
+    Mesh::of(&[]).write(&mesh).unwrap();
+    for path in [stage.world.directory(), &mesh] {
+        std::fs::set_permissions(path, Permissions::from_mode(0o755)).unwrap();
+    }
+    // Without root there is no second user.
+    let users = std::fs::read_to_string("/proc/self/uid_map").unwrap();
+    if users.split_whitespace().nth(2) == Some("1") {
+        return;
+    }
+    let three = "-all,+net_admin,+net_raw,+sys_admin";
+    for capabilities in [three.to_owned(), format!("{three},+setpcap,+chown")] {
+        let inherited = format!("--inh-caps={capabilities}");
+        let ambient = format!("--ambient-caps={capabilities}");
+        let user = ["--reuid=65534", "--regid=65534", "--clear-groups"];
+        let wrapper = [&["setpriv"], &user[..], &[&*inherited, &*ambient]].concat();
+        let options = ProxyOptions::new(&stage.world, stage.world.node(0)).wrapped(&wrapper);
+        let proxy = options.start(stage.world.node(0)).unwrap();
+        proxy
+            .log()
+            .wait("the start", |line| line.raw.contains("state manager"))
+            .await;
+        let kept = format!("{KEPT:016x}");
+        for set in ["CapEff:", "CapPrm:"] {
+            assert_eq!(of_threads(&proxy, set), [kept.clone()].into(), "{set}");
+        }
+        assert_eq!(
+            of_threads(&proxy, "Uid:"),
+            ["65534\t65534\t65534\t65534".to_owned()].into()
+        );
+        let metrics = proxy.metrics().await.unwrap();
+        assert!(metrics.sum("process_open_fds", &[]) > 0.0);
+    }
 }
 
 /// How a proxy ends that is told to dump its memory, and the dump.
