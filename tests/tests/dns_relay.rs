@@ -17,7 +17,7 @@ use hickory_proto::{
     },
 };
 use testkit::{
-    dns::{self, Scripted},
+    dns::{self, Library, Scripted},
     stage::{Named, RESOLVER, RESOLVER6, UPSTREAM, UPSTREAM6},
     traffic, wait,
 };
@@ -294,6 +294,30 @@ async fn a_server_that_is_down_or_silent_is_stood_in_for_by_the_next() {
         );
     }
     assert_eq!(mute.asked().len(), 1);
+}
+
+/// As applications see it: the first server is gone, and the second one is slow, sends lies before the truth, or needs a connection.
+#[tokio::test]
+async fn both_c_libraries_get_along_with_bad_servers() {
+    let stage = Named::new().unwrap();
+    let _upstream = stage.scripted().unwrap();
+    let servers = format!("nameserver 10.20.0.99\nnameserver {UPSTREAM}\n");
+    stage.upstreams(&servers).unwrap();
+    let _cluster = stage.start(&stage.mesh()).await.unwrap();
+    let resolv_conf = stage.pod_resolv_conf("shop").unwrap();
+    let found = async |library, name| {
+        let how = (library, &*resolv_conf);
+        let found = stage.web.look_up(&stage.world, how, name).await.unwrap();
+        found.iter().map(ToString::to_string).collect::<Vec<_>>()
+    };
+    for library in [Library::Glibc, Library::Musl] {
+        for name in ["one.up.example.", "slow.up.example.", "liar.up.example."] {
+            let found = found(library, name).await;
+            assert_eq!(found, ["192.0.2.0"], "{library:?} {name}");
+        }
+    }
+    let long = found(Library::Glibc, "big.up.example.").await;
+    assert_eq!(long.len(), 255, "4 KB, over a connection");
 }
 
 #[tokio::test]
