@@ -10,7 +10,7 @@ use crate::{
     anchors::Pool,
     chain::{Chain, Side, Terms},
     check::check_chain,
-    istio, openbao, peer_id,
+    istio, kept, openbao, peer_id,
 };
 
 /// A peer's certificate, an identity as text, and a file of revocation lists.
@@ -81,6 +81,11 @@ pub fn openbao(bytes: &[u8]) {
     openbao::read_all(bytes);
 }
 
+/// A file of a kept certificate.
+pub fn kept(bytes: &[u8]) {
+    kept::reread(bytes);
+}
+
 fn pieces(mut bytes: &[u8]) -> Vec<CertificateDer<'static>> {
     let mut pieces = Vec::new();
     while let Some((length, rest)) = bytes.split_first_chunk() {
@@ -106,6 +111,7 @@ mod tests {
             ("chain", chain),
             ("istiod", istiod),
             ("openbao", openbao),
+            ("kept", kept),
         ];
         for (name, target) in targets {
             let seeds = Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz/seeds");

@@ -226,6 +226,18 @@ fn decode(mut bytes: &[u8], trust: &TrustBundle) -> Option<KeyedChain> {
     Some(KeyedChain::new(key?, chain, roots))
 }
 
+/// Reads what anybody may have written, and what is written of that.
+#[cfg(any(test, fuzzing))]
+pub(crate) fn reread(bytes: &[u8]) {
+    let trust = TrustBundle::default();
+    let Some(chain) = decode(bytes, &trust) else {
+        return;
+    };
+    let again = decode(&encode(&chain, &trust), &trust);
+    let parts = |chain: KeyedChain| (chain.key.as_pkcs8_der().to_vec(), chain.chain, chain.roots);
+    assert_eq!(again.map(parts), Some(parts(chain)));
+}
+
 /// Only files of this kind are ours.
 const EXTENSION: &str = "svid";
 const KEY: u8 = b'k';
