@@ -134,17 +134,20 @@ fn path(identity: &SpiffeId) -> &str {
 }
 
 /// As [`text`], of a peer of the workload's own trust domain, whom policies may also call by [`POINTER`]. `rest` follows the
-/// trust domain.
+/// trust domain. A pattern must name it whole: a part of a name stands for nothing.
 fn at_home(value: &StringMatch, rest: &str) -> bool {
     match value {
-        StringMatch::Exact(expected) => expected.strip_prefix(POINTER) == Some(rest),
-        StringMatch::Prefix(prefix) => match prefix.strip_prefix(POINTER) {
-            Some(prefix) => rest.starts_with(prefix),
-            None => POINTER.starts_with(&**prefix),
-        },
-        // These say nothing about trust domains.
+        StringMatch::Exact(expected) => below_pointer(expected) == Some(rest),
+        StringMatch::Prefix(prefix) => {
+            below_pointer(prefix).is_some_and(|prefix| rest.starts_with(prefix))
+        }
         StringMatch::Suffix(_) | StringMatch::Presence => false,
     }
+}
+
+fn below_pointer(pattern: &str) -> Option<&str> {
+    let rest = pattern.strip_prefix(POINTER)?;
+    rest.starts_with('/').then_some(rest)
 }
 
 /// The trust domain that stands for whichever is the mesh's own, as Istio documents it.

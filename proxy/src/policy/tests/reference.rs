@@ -111,7 +111,14 @@ fn holds(m: &wire::Match, facts: &Facts) -> bool {
     let pointer = format!("cluster.local/ns/{namespace}/sa/{account}");
     let at_home = domain == DOMAINS[0];
     let principal = |value: &wire::StringMatch| {
-        known && (fits(value, &path) || (at_home && fits(value, &pointer)))
+        use wire::string_match::MatchType;
+        let is_named = match &value.match_type {
+            Some(MatchType::Exact(text) | MatchType::Prefix(text)) => {
+                text.starts_with("cluster.local/")
+            }
+            _ => false,
+        };
+        known && (fits(value, &path) || (at_home && is_named && fits(value, &pointer)))
     };
     let in_namespace = |value: &wire::StringMatch| fits(value, namespace);
     let is = |value: &wire::ServiceAccountMatch| {
