@@ -3,6 +3,7 @@
 //! Two runtimes keep bytes and control apart: flows, listeners in pods and readiness run on the
 //! data workers; mesh state, certificates, the CNI agent and metrics on one control thread.
 
+mod allocator;
 mod certificates;
 mod confine;
 mod console;
@@ -76,7 +77,13 @@ pub fn run(config: &Config, build: BuildInfo, log: &LogGuard) -> Result<(), Star
             "ENABLE_PROXY=false leaves out the check of privileges and nothing else: what is redirected here is carried"
         );
     }
-    let control = runtime(Builder::new_current_thread().thread_name("control"))?;
+    // This thread and those beside it that may block.
+    allocator::keep_little();
+    let control = runtime(
+        Builder::new_current_thread()
+            .thread_name("control")
+            .on_thread_start(allocator::keep_little),
+    )?;
     let data = runtime(
         Builder::new_multi_thread()
             .thread_name("data")
