@@ -3,11 +3,12 @@
 mod entry;
 mod keeper;
 pub(crate) mod metrics;
+mod reach;
 pub(crate) mod snapshot;
 
 use std::{collections::HashMap, fmt, sync::Arc, time::Duration};
 
-use parking_lot::RwLock;
+use parking_lot::{Mutex, RwLock};
 use prometheus_client::registry::Registry;
 use tokio::{
     sync::Notify,
@@ -21,6 +22,7 @@ use crate::{
 };
 use entry::Entry;
 use metrics::Metrics;
+use reach::Reach;
 use snapshot::IdentityStatus;
 
 /// The certificates of this process. Clones share them.
@@ -85,6 +87,8 @@ struct Inner {
     options: AgentOptions,
     entries: RwLock<HashMap<SpiffeId, Entry>>,
     metrics: Metrics,
+    /// Locked after the entries.
+    reach: Mutex<Reach>,
     /// Rung when an entry may have become due.
     bell: Notify,
 }
@@ -101,6 +105,7 @@ impl Agent {
             options,
             entries: RwLock::default(),
             metrics: Metrics::new(),
+            reach: Mutex::default(),
             bell: Notify::new(),
         }))
     }

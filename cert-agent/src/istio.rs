@@ -133,10 +133,9 @@ impl<C: Connect> IstioCa<C> {
         metadata: &MetadataMap,
     ) -> Result<Vec<String>, Failure> {
         let mut lease = self.connection.lease().await.map_err(|error| Failure {
-            error: ObtainError::refused(
-                format!("cannot reach the certificate authority: {error}"),
-                Retry::Soon,
-            ),
+            error: ObtainError::Unreachable(format!(
+                "cannot reach the certificate authority: {error}"
+            )),
             lost: Lost::No,
         })?;
         let mut call = Request::new(message.clone());
@@ -238,7 +237,11 @@ fn refusal(status: &Status) -> ObtainError {
         message.push_str(": ");
         message.push_str(&cause);
     }
-    ObtainError::refused(message, retry)
+    if status.code() == Code::Unavailable {
+        ObtainError::Unreachable(message)
+    } else {
+        ObtainError::refused(message, retry)
+    }
 }
 
 const IMPERSONATED: &str = "ImpersonatedIdentity";

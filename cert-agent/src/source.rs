@@ -125,7 +125,7 @@ pub enum ObtainError {
     /// No key or request could be made.
     #[error(transparent)]
     Csr(#[from] CsrError),
-    /// The authority could not be reached, or refused.
+    /// The authority refused.
     #[error("{message}")]
     Refused {
         /// The authority's words, without tokens or keys.
@@ -133,6 +133,9 @@ pub enum ObtainError {
         /// Whether asking again soon may help.
         retry: Retry,
     },
+    /// The authority was not reached, or not fit to work: asking again costs it next to nothing.
+    #[error("{0}")]
+    Unreachable(String),
     /// The authority's answer is unusable.
     #[error(transparent)]
     Rejected(#[from] Rejection),
@@ -142,7 +145,7 @@ pub enum ObtainError {
 }
 
 impl ObtainError {
-    /// A refusal or an unreachable authority.
+    /// A refusal.
     #[must_use]
     pub fn refused(message: impl Into<String>, retry: Retry) -> Self {
         Self::Refused {
@@ -156,7 +159,9 @@ impl ObtainError {
     pub fn retry(&self) -> Retry {
         match self {
             Self::Refused { retry, .. } => *retry,
-            Self::Csr(_) | Self::Rejected(_) | Self::Deadline(_) => Retry::Soon,
+            Self::Csr(_) | Self::Unreachable(_) | Self::Rejected(_) | Self::Deadline(_) => {
+                Retry::Soon
+            }
         }
     }
 }

@@ -409,6 +409,9 @@ async fn an_authority_may_be_away_at_the_start() {
     stage.ca.start().unwrap();
     let took = stage.until_echoed(A_WHILE).await;
     assert!(took < 5 * SECOND, "{took:?}");
+    // And what nobody asks for.
+    let db = stage.mesh.db.spiffe_id();
+    stage.ca.certified_within(10 * SECOND, &db, 1).await;
 }
 
 /// Case 20.

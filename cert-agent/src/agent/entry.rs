@@ -14,7 +14,10 @@ use tokio::{
     time::Instant,
 };
 
-use super::snapshot::{CertificateState, Overview, Stage};
+use super::{
+    reach::Reach,
+    snapshot::{CertificateState, Overview, Stage},
+};
 use crate::{Retry, Svid};
 
 /// This moment on both clocks: retries follow the monotonic one, validity the wall clock, and
@@ -403,8 +406,15 @@ impl Entry {
         self.ended(now.mono + MIN_SPACING);
     }
 
-    /// Notes a failure; the next attempt follows after a growing pause.
-    pub(crate) fn failed(&mut self, reason: Arc<str>, retry: Retry, now: Now, jitter: Jitter) {
+    /// Notes a failure; the next attempt follows after a growing pause. If the authority was out of `reach` and nothing valid is
+    /// held, it may be the entry's turn to find out whether it is back.
+    pub(crate) fn failed(
+        &mut self,
+        (reason, retry): (Arc<str>, Retry),
+        now: Now,
+        jitter: Jitter,
+        reach: Option<&mut Reach>,
+    ) {
         let before = self.failing.take();
         let (since, attempts) =
             before.map_or((now.mono, 0), |failing| (failing.since, failing.attempts));
@@ -414,6 +424,8 @@ impl Entry {
         }
         if let Some(svid) = self.valid(now.wall) {
             pause = pause.min(svid.remaining(now.wall));
+        } else if let Some(reach) = reach {
+            pause = reach.sooner(pause, now.mono, jitter.back_off);
         }
         let spacing = match retry {
             Retry::Soon => MIN_SPACING,
@@ -431,6 +443,22 @@ impl Entry {
             retry,
         });
         self.ended(now.mono + spacing);
+    }
+
+    /// The authority has answered another entry, for the first time since `before`. An attempt that waits because of an outage that
+    /// began since then goes ahead; whoever fails by itself is not concerned.
+    pub(crate) fn hear_of_answer(&mut self, before: Option<Instant>, now: Now) {
+        let Some(failing) = &self.failing else {
+            return;
+        };
+        let in_outage = before.is_none_or(|before| failing.since > before);
+        let lacking = failing.retry == Retry::Soon && !self.is_valid(now.wall);
+        if in_outage
+            && lacking
+            && let Phase::Due { at, .. } = &mut self.phase
+        {
+            *at = now.mono.min(*at);
+        }
     }
 
     fn ended(&mut self, earliest: Instant) {

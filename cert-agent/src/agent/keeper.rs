@@ -138,9 +138,17 @@ impl Inner {
         if entries.values_mut().any(|entry| entry.reap(task)) {
             return; // given up meanwhile: whatever came is discarded
         }
+        let mut reach = self.reach.lock();
+        if matches!(end, Ok((_, Ok(_)))) {
+            let before = reach.answer(now.mono);
+            for entry in entries.values_mut() {
+                entry.hear_of_answer(before, now);
+            }
+        }
         let Some((id, entry)) = entries.iter_mut().find(|(_, entry)| entry.runs(task)) else {
             return;
         };
+        let mut unreached = false;
         let (failure, reason, retry) = match end {
             Ok((_, Ok(svid))) => {
                 self.metrics.succeeded();
@@ -148,7 +156,10 @@ impl Inner {
                 let jitter = Jitter::random(self.options.renewal_window);
                 return entry.succeeded(Arc::new(svid), now, jitter);
             }
-            Ok((_, Err(error))) => (Failure::of(&error), chain_text(&error), error.retry()),
+            Ok((_, Err(error))) => {
+                unreached = matches!(error, ObtainError::Unreachable(_));
+                (Failure::of(&error), chain_text(&error), error.retry())
+            }
             Err(error) => {
                 tracing::error!(%id, %error, "the source of certificates panicked");
                 let reason = "the source of certificates panicked".to_owned();
@@ -162,7 +173,8 @@ impl Inner {
             tracing::warn!(%id, reason, "no certificate");
         }
         let jitter = Jitter::random(self.options.renewal_window);
-        entry.failed(reason.into(), retry, now, jitter);
+        let reach = unreached.then_some(&mut *reach);
+        entry.failed((reason.into(), retry), now, jitter, reach);
     }
 }
 

@@ -65,6 +65,7 @@ impl Failure {
     pub(super) const fn of(error: &ObtainError) -> Self {
         match error {
             ObtainError::Csr(_) => Self::Request,
+            ObtainError::Unreachable(_) => Self::Unavailable,
             ObtainError::Rejected(_) => Self::Rejected,
             ObtainError::Deadline(_) => Self::Deadline,
             ObtainError::Refused { retry, .. } => match retry {

@@ -35,6 +35,8 @@ enum Answer {
     /// Signs for somebody else.
     ForSomebodyElse,
     Refusal(Retry),
+    /// Is not there.
+    Absence,
     /// Never answers.
     Silence,
     /// Comes down.
@@ -49,10 +51,13 @@ struct Authority {
     lifetime: Duration,
     latency: Mutex<Duration>,
     down: AtomicBool,
+    away: AtomicBool,
     /// For the next calls; then it is up or down.
     answers: Mutex<VecDeque<Answer>>,
     /// Calls for these get no answer.
     mute: Mutex<HashSet<SpiffeId>>,
+    /// Whom it refuses.
+    refused: Mutex<HashSet<SpiffeId>>,
     log: Mutex<Log>,
 }
 
@@ -75,6 +80,11 @@ impl Authority {
         self.log.lock().calls.len()
     }
 
+    fn calls_for(&self, id: &SpiffeId) -> usize {
+        let log = self.log.lock();
+        log.calls.iter().filter(|(_, asked)| asked == id).count()
+    }
+
     /// When it was called, from the `nth` call on.
     fn times(&self, nth: usize) -> Vec<Instant> {
         let log = self.log.lock();
@@ -89,6 +99,10 @@ impl Authority {
         self.down.store(down, Ordering::Relaxed);
     }
 
+    fn set_away(&self, away: bool) {
+        self.away.store(away, Ordering::Relaxed);
+    }
+
     fn set_latency(&self, latency: Duration) {
         *self.latency.lock() = latency;
     }
@@ -100,8 +114,12 @@ impl Authority {
     fn next_answer(&self, id: &SpiffeId) -> Answer {
         if self.mute.lock().contains(id) {
             Answer::Silence
+        } else if self.refused.lock().contains(id) {
+            Answer::Refusal(Retry::Soon)
         } else if let Some(answer) = self.answers.lock().pop_front() {
             answer
+        } else if self.away.load(Ordering::Relaxed) {
+            Answer::Absence
         } else if self.down.load(Ordering::Relaxed) {
             Answer::Refusal(Retry::Soon)
         } else {
@@ -170,6 +188,7 @@ impl Source for Authority {
                     }
                     Err(ObtainError::refused("down for tests", retry))
                 }
+                Answer::Absence => Err(ObtainError::Unreachable("away for tests".into())),
                 Answer::Silence => std::future::pending().await,
                 Answer::Panic => panic!("on purpose"),
             }
@@ -213,8 +232,10 @@ fn world_with(lifetime: Duration, adjust: impl FnOnce(&mut AgentOptions)) -> Wor
         lifetime,
         latency: Mutex::default(),
         down: AtomicBool::new(false),
+        away: AtomicBool::new(false),
         answers: Mutex::default(),
         mute: Mutex::default(),
+        refused: Mutex::default(),
         log: Mutex::default(),
     });
     let mut options = AgentOptions {

@@ -91,7 +91,12 @@ impl Failure {
 
 impl From<Failure> for ObtainError {
     fn from(failure: Failure) -> Self {
-        Self::refused(failure.to_string(), failure.retry)
+        let unfit = matches!(failure.status, None | Some(StatusCode::SERVICE_UNAVAILABLE));
+        if unfit && failure.retry == Retry::Soon {
+            Self::Unreachable(failure.to_string())
+        } else {
+            Self::refused(failure.to_string(), failure.retry)
+        }
     }
 }
 

@@ -45,6 +45,43 @@ async fn what_lacked_comes_up_by_itself() {
     assert!(statuses.iter().all(|status| status.stage == Stage::Held));
 }
 
+/// Nobody asks for it: one of all that lack a certificate finds out, and the rest follow.
+#[tokio::test(start_paused = true)]
+async fn what_lacked_comes_up_within_seconds_of_the_return() {
+    for count in [1, 12, 100] {
+        let world = world(24 * HOUR);
+        world.authority.set_away(true);
+        for n in 0..count {
+            world.agent.prefetch(&nth(n));
+        }
+        sleep(600 * SECOND).await;
+        let before = world.authority.calls();
+        sleep(600 * SECOND).await;
+        let per_minute = (world.authority.calls() - before) / 10;
+        assert!((8..=60).contains(&per_minute), "{per_minute} of {count}");
+        world.authority.set_away(false);
+        sleep(10 * SECOND).await;
+        let statuses = world.agent.snapshot();
+        let held = statuses.iter().filter(|one| one.stage == Stage::Held);
+        assert_eq!(held.count(), statuses.len(), "of {count}");
+    }
+}
+
+/// One that fails by itself is not driven by the successes of others.
+#[tokio::test(start_paused = true)]
+async fn a_failure_of_ones_own_keeps_its_pauses() {
+    let world = world(10 * SECOND);
+    for n in 0..20 {
+        world.agent.prefetch(&nth(n));
+    }
+    sleep(60 * SECOND).await;
+    world.authority.refused.lock().insert(id(WEB));
+    world.agent.prefetch(&id(WEB));
+    sleep(600 * SECOND).await;
+    let calls = world.authority.calls_for(&id(WEB));
+    assert!((8..=16).contains(&calls), "{calls} retries");
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_burst_of_callers_of_a_failing_identity_makes_one_call_per_second() {
     let world = world(24 * HOUR);
