@@ -16,6 +16,8 @@ pub mod fuzzing;
 pub mod headers;
 mod io;
 mod keepalive;
+#[cfg(test)]
+mod model;
 mod pool;
 mod queue;
 mod server;
@@ -40,3 +42,13 @@ pub use self::{
     stream::{Buffered, Stream},
     tls::{AcceptError, RecordError, Tls, accept},
 };
+
+/// What [`queue`] synchronises with; `model` has the same in a form that tries all orders.
+mod sync {
+    pub(super) use std::sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    };
+
+    pub(super) use futures_util::task::AtomicWaker;
+}

@@ -7,6 +7,9 @@
 mod filter;
 mod format;
 mod layer;
+#[cfg(test)]
+mod model;
+mod queue;
 mod writer;
 
 use std::{io, os::fd::AsFd, sync::Arc};
@@ -17,11 +20,15 @@ use tracing_subscriber::layer::SubscriberExt;
 
 pub use filter::{Filter, FilterError};
 
-use self::{
-    layer::LogLayer,
-    writer::{Queue, Writer},
-};
+use self::{layer::LogLayer, queue::Queue, writer::Writer};
 use crate::config::Logging;
+
+/// What the queue synchronises with; `model` has the same in a form that tries all orders.
+mod sync {
+    pub(super) use std::sync::Arc;
+
+    pub(super) use parking_lot::{Condvar, Mutex};
+}
 
 /// Keeps the log open. Dropping it writes what is queued, within a bounded time.
 #[derive(Debug)]

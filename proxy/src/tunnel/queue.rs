@@ -4,17 +4,11 @@
 //! it is dropped, when its bytes are on their way. (An empty DATA frame behind them would tell the same, but peers take a
 //! hundred of those on one connection for an attack.)
 
-use std::{
-    sync::{
-        Arc,
-        atomic::{AtomicUsize, Ordering},
-    },
-    task::{Context, Poll},
-};
+use std::task::{Context, Poll};
 
 use bytes::Buf;
-use futures_util::task::AtomicWaker;
 
+use super::sync::{Arc, AtomicUsize, AtomicWaker, Ordering};
 use crate::relay::Payload;
 
 /// Bytes that a stream may have queued for the connection before it waits.

@@ -14,7 +14,7 @@ use tracing_subscriber::{Layer, layer::Context, registry::LookupSpan};
 use super::{
     Levels,
     format::{Fields, Message, json_string, write_to},
-    writer::Queue,
+    queue::Queue,
 };
 use crate::config::LogFormat;
 

@@ -1,4 +1,4 @@
-use super::*;
+use super::{super::queue::QUEUE_BYTES, *};
 use std::{
     io::Read,
     os::fd::OwnedFd,
@@ -153,9 +153,9 @@ fn what_was_dropped_is_told_once_the_output_is_back() {
     let queue = Queue::default();
     let mut away = Away(queue.clone(), Vec::new());
     queue.push(b"lost\n");
-    queue.0.state.lock().stop = true;
+    queue.stop();
     let tell = |records| queue.push(format!("{records} dropped\n").as_bytes());
-    queue.run(&mut away, tell);
+    run(&queue, &mut away, tell);
     assert_eq!(String::from_utf8(away.1).unwrap(), "later\n1 dropped\n");
 }
 
@@ -173,7 +173,7 @@ fn an_output_that_is_gone_is_left_alone() {
     }
     let queue = Queue::default();
     queue.push(b"lost\n");
-    queue.0.state.lock().stop = true;
-    queue.run(Gone, |_| panic!("nobody is there to be told"));
+    queue.stop();
+    run(&queue, Gone, |_| panic!("nobody is there to be told"));
     assert_eq!(queue.dropped().get(), 1);
 }
