@@ -10,7 +10,7 @@
 use std::net::SocketAddr;
 
 use testkit::{
-    Mesh, NodeRun, PodSpec, ProxyOptions,
+    Mesh, NodeRun, PodSpec, ProxyOptions, World,
     istiod::{Injection, Kind},
     mesh::{Match, Policy, Workload},
     stage::{Steered, vip, web_port},
@@ -471,3 +471,43 @@ async fn a_local_file_and_istiod_are_merged() {
     assert_eq!(scene.answer(web_port(2), 2).await, [2, 0]);
     assert!(scene.run.proxy.is_ready().await);
 }
+
+/// Case 39: the sample of the file's form, with the addresses and further pods of this world.
+#[tokio::test]
+async fn a_mesh_file_alone_makes_ready_and_routes_with_its_policy_in_force() {
+    let world = World::new(1).unwrap();
+    let node = world.node(0);
+    let [cart, web, db] =
+        ["cart", "web", "db"].map(|name| node.pod(&PodSpec::captured(name)).unwrap());
+    let mut text = SAMPLE.to_owned();
+    for (name, pod) in [("CART", &cart), ("WEB", &web), ("DB", &db)] {
+        text = text.replace(name, &pod.ip4().to_string());
+    }
+    let file = ProxyOptions::mesh_file(&world);
+    std::fs::write(&file, text.replace("NODE", node.name())).unwrap();
+    let options = ProxyOptions::new(&world, node).env("XDS_ADDRESS", "");
+    let pods: [&testkit::Pod; 3] = [&cart, &web, &db];
+    let run = NodeRun::start(&world, node, &options, &pods).await.unwrap();
+    assert!(run.proxy.is_ready().await);
+    let app = cart.serve(8080, Behaviour::Echo).unwrap();
+    let service = "10.96.0.7:80".parse().unwrap();
+    assert_eq!(web.ask(service, b"hello").await.unwrap(), b"hello");
+    assert_eq!(app.peers().len(), 1);
+    assert!(db.ask(service, b"hello").await.is_err(), "only `web` may");
+    assert_eq!(app.peers().len(), 1);
+}
+
+const SAMPLE: &str = r#"
+workloads:
+- {uid: c1//Pod/shop/cart, name: cart, namespace: shop, serviceAccount: cart, trustDomain: cluster.local,
+   workloadIps: ["CART"], protocol: HBONE, node: NODE, services: {"shop/cart.shop.svc.cluster.local": {80: 8080}}}
+- {uid: c1//Pod/shop/web, name: web, namespace: shop, serviceAccount: web, trustDomain: cluster.local,
+   workloadIps: ["WEB"], protocol: HBONE, node: NODE, services: {}}
+- {uid: c1//Pod/shop/db, name: db, namespace: shop, serviceAccount: db, trustDomain: cluster.local,
+   workloadIps: ["DB"], protocol: HBONE, node: NODE, services: {}}
+services:
+- {name: cart, namespace: shop, hostname: cart.shop.svc.cluster.local, vips: ["/10.96.0.7"], ports: {80: 8080}, canonical: true}
+policies:
+- {name: only-web, namespace: shop, scope: Namespace, action: Allow, dryRun: false,
+   rules: [[[{principals: [!Exact cluster.local/ns/shop/sa/web]}]]]}
+"#;
