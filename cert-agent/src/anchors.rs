@@ -126,6 +126,11 @@ impl Aging {
         ends.filter(|until| *until > now).min()
     }
 
+    /// What the source names now.
+    pub(crate) fn named(&self) -> Roots {
+        Arc::clone(&self.current)
+    }
+
     pub(crate) fn counts(&self, now: Instant) -> (usize, usize) {
         let current = self.current.len();
         (current, self.trusted(now).count() - current)

@@ -172,6 +172,7 @@ impl TrustBundle {
                 let (roots, leaving) = source.roots.counts(now);
                 RootSourceStatus {
                     source: source.name,
+                    named: source.roots.named(),
                     roots,
                     leaving,
                     updates: source.updates,
@@ -259,7 +260,9 @@ impl fmt::Debug for TrustBundle {
 pub struct RootSourceStatus {
     /// The source.
     pub source: &'static str,
-    /// Roots that it names.
+    /// Roots that it names, in DER.
+    pub named: Arc<[CertificateDer<'static>]>,
+    /// How many these are.
     pub roots: usize,
     /// Roots that it names no longer, but that are trusted for a while more.
     pub leaving: usize,

@@ -1,7 +1,8 @@
 //! Follows what peers are trusted for, and counts it.
 
-use std::fmt;
+use std::fmt::{self, Write as _};
 
+use aws_lc_rs::digest;
 use cert_agent::{RootSourceStatus, TrustBundle};
 use prometheus_client::{
     collector::Collector,
@@ -63,6 +64,7 @@ impl Collector for Sources {
                 gauge.encode(family.encode_family(&labels)?)?;
             }
         }
+        encode_roots(&sources, &mut encoder)?;
         for (name, help, number) in COUNTERS {
             let mut family = encoder.encode_descriptor(name, help, None, MetricType::Counter)?;
             for source in &sources {
@@ -74,9 +76,31 @@ impl Collector for Sources {
     }
 }
 
+/// Which roots they are, by the hash that tools for certificates show.
+fn encode_roots(sources: &[RootSourceStatus], encoder: &mut DescriptorEncoder<'_>) -> fmt::Result {
+    let help = "1 for each root that a source of the trust bundle names (unstable).";
+    let name = "istio_trust_bundle_root";
+    let mut family = encoder.encode_descriptor(name, help, None, MetricType::Gauge)?;
+    for source in sources {
+        for root in source.named.iter().take(MOST_ROOTS) {
+            let fingerprint = digest::digest(&digest::SHA256, root);
+            let mut text = String::with_capacity(64);
+            for byte in fingerprint.as_ref() {
+                write!(text, "{byte:02x}")?;
+            }
+            let labels = [("source", source.source), ("sha256", &text)];
+            ConstGauge::new(1_i64).encode(family.encode_family(&labels)?)?;
+        }
+    }
+    Ok(())
+}
+
 fn count(number: usize) -> u64 {
     u64::try_from(number).unwrap_or(u64::MAX)
 }
+
+/// More than a mesh has; what exceeds it has no series of its own.
+const MOST_ROOTS: usize = 32;
 
 #[cfg(test)]
 mod tests {
@@ -90,6 +114,12 @@ mod tests {
     fn counts_each_source() {
         let trust = TrustBundle::new(Duration::ZERO);
         let root = InProcessCa::random().unwrap().root().clone();
+        let fingerprint = digest::digest(&digest::SHA256, &root);
+        let fingerprint: String = fingerprint
+            .as_ref()
+            .iter()
+            .map(|byte| format!("{byte:02x}"))
+            .collect();
         trust.update(ROOT_FILE, &[root]).unwrap();
         trust.update(ROOT_FILE, &[]).unwrap_err();
         let mut registry = Registry::default();
@@ -98,6 +128,7 @@ mod tests {
         prometheus_client::encoding::text::encode(&mut text, &registry).unwrap();
         for line in [
             "istio_trust_bundle_roots{source=\"file\"} 1",
+            &format!("istio_trust_bundle_root{{source=\"file\",sha256=\"{fingerprint}\"}} 1"),
             "istio_trust_bundle_leaving_roots{source=\"file\"} 0",
             "istio_trust_bundle_updates_total{source=\"file\"} 1",
             "istio_trust_bundle_failures_total{source=\"file\"} 1",
