@@ -28,7 +28,7 @@ use super::{
     verdict::authorize,
 };
 use crate::{
-    budget::Owner,
+    budget::{Held, Owner},
     listen,
     mesh::Workload,
     policy::{Connection, Permit},
@@ -214,25 +214,78 @@ async fn shake(
 }
 
 /// Carries one CONNECT to the application.
-async fn stream(pod: Arc<Pod>, caller: Arc<Caller>, incoming: Incoming) {
-    let _held = pod.share().hold(Owner::Flow);
-    // Boxed, so that the space of the set-up is given back before bytes move.
-    let Some(opened) = Box::pin(open(&pod, &caller, incoming)).await else {
-        return;
-    };
+fn stream(
+    pod: Arc<Pod>,
+    caller: Arc<Caller>,
+    incoming: Incoming,
+) -> impl Future<Output = ()> + Send {
+    // Boxed, so that the space of the set-up is given back before bytes move; and made here, because the future below would
+    // keep room for all that it is handed, as long as it lives.
+    let set_up = Box::pin(set_up(pod, caller, incoming));
+    async move {
+        let Some((flow, ends)) = set_up.await else {
+            return;
+        };
+        let end = flow.relay(ends).await;
+        let cut = flow.caller.is_cut();
+        flow.told.close(report::unless_cut(cut, end));
+    }
+}
+
+/// A flow that is open.
+struct Flow {
+    pod: Arc<Pod>,
+    caller: Arc<Caller>,
+    told: Box<Told>,
+    _held: Held,
+}
+
+/// What bytes move between.
+struct Ends {
+    downstream: Stream,
+    upstream: Socket,
+}
+
+/// Opens a flow, with its ends in a box that is gone before bytes move. `None` if the stream ended here.
+async fn set_up(
+    pod: Arc<Pod>,
+    caller: Arc<Caller>,
+    incoming: Incoming,
+) -> Option<(Flow, Box<Ends>)> {
+    let held = pod.share().hold(Owner::Flow);
     let Opened {
         told,
         downstream,
         upstream,
-    } = opened;
-    let pump = relay::pump(
+    } = open(&pod, &caller, incoming).await?;
+    let flow = Flow {
+        pod,
+        caller,
+        told,
+        _held: held,
+    };
+    let ends = Box::new(Ends {
         downstream,
-        Socket::new(upstream),
-        told.access.meter(),
-        &pod.shared().buffers,
-    );
-    let end = Guarded::new(&told, pump).await;
-    told.close(report::unless_cut(caller.is_cut(), end));
+        upstream: Socket::new(upstream),
+    });
+    Some((flow, ends))
+}
+
+impl Flow {
+    /// Moves bytes until the flow ends. No `async fn`, which would hold the ends twice.
+    #[expect(
+        clippy::boxed_local,
+        reason = "the caller's future would hold what is in the box"
+    )]
+    fn relay(&self, ends: Box<Ends>) -> Guarded<'_, Stream, Socket> {
+        let Ends {
+            downstream,
+            upstream,
+        } = *ends;
+        let (told, buffers) = (&*self.told, &self.pod.shared().buffers);
+        let pump = relay::pump(downstream, upstream, told.access.meter(), buffers);
+        Guarded::new(told, pump)
+    }
 }
 
 struct Opened {

@@ -3,8 +3,14 @@
 mod plan;
 mod reach;
 
-use std::{net::SocketAddr, sync::Arc};
+use std::{
+    net::SocketAddr,
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll},
+};
 
+use futures_util::future::BoxFuture;
 use tokio::{
     net::TcpStream,
     time::{Instant, timeout},
@@ -21,7 +27,7 @@ use crate::{
     mesh::Workload,
     relay::{self, Socket},
     telemetry::{Access, Attempt, Reason, Reporter, Trace, TracePhase},
-    tunnel::Opening,
+    tunnel::{Fate, Opening, Stream},
 };
 pub(super) use plan::Call;
 use plan::{Plan, Unplanned, decide};
@@ -38,32 +44,99 @@ pub(super) fn carry(
 }
 
 /// Carries one connection to where `route` says.
-pub(super) async fn carry_to(pod: Arc<Pod>, downstream: TcpStream, call: Call) {
+pub(super) fn carry_to(
+    pod: Arc<Pod>,
+    downstream: TcpStream,
+    call: Call,
+) -> impl Future<Output = ()> + Send {
+    // Boxed, so that the space of the set-up is given back before bytes move; and made here, because the future below would
+    // keep room for all that it is handed, as long as it lives.
+    let set_up = Box::pin(set_up(pod, downstream, call));
+    async move {
+        let Some((flow, ends)) = set_up.await else {
+            return;
+        };
+        let end = flow.relay(ends).await;
+        flow.told.close(end);
+    }
+}
+
+/// A flow that is open.
+struct Flow {
+    pod: Arc<Pod>,
+    told: Box<Told>,
+}
+
+/// What bytes move between.
+struct Ends {
+    downstream: Socket,
+    upstream: Upstream,
+}
+
+/// Opens a flow, with its ends in a box that is gone before bytes move. `None` if the connection ended here.
+async fn set_up(pod: Arc<Pod>, downstream: TcpStream, call: Call) -> Option<(Flow, Box<Ends>)> {
     if listen::is_probe(call.to) {
-        return;
+        return None;
     }
     // A connection that is not carried is reset.
     let downstream = Socket::new(downstream);
-    // Boxed, so that the space of the set-up is given back before bytes move.
-    let Some(opened) = Box::pin(open(&pod, call)).await else {
-        return;
-    };
-    let Opened { told, upstream } = opened;
-    let (meter, buffers) = (told.access.meter(), &pod.shared().buffers);
-    let end = match upstream {
-        Upstream::Socket(stream) => {
-            let pump = relay::pump(downstream, Socket::new(stream), meter, buffers);
-            Guarded::new(&told, pump).await
+    let Opened { told, upstream } = open(&pod, call).await?;
+    let ends = Box::new(Ends {
+        downstream,
+        upstream,
+    });
+    Some((Flow { pod, told }, ends))
+}
+
+impl Flow {
+    /// Moves bytes until the flow ends. No `async fn`, which would hold the ends twice.
+    #[expect(
+        clippy::boxed_local,
+        reason = "the caller's future would hold what is in the box"
+    )]
+    fn relay(&self, ends: Box<Ends>) -> Relaying<'_> {
+        let Ends {
+            downstream,
+            upstream,
+        } = *ends;
+        let (told, buffers) = (&*self.told, &self.pod.shared().buffers);
+        let meter = told.access.meter();
+        match upstream {
+            Upstream::Socket(stream) => {
+                let pump = relay::pump(downstream, Socket::new(stream), meter, buffers);
+                Relaying::Socket(Guarded::new(told, pump))
+            }
+            Upstream::Tunnel(stream, fate) => {
+                let pump = relay::pump(downstream, stream, meter, buffers);
+                Relaying::Tunnel(Guarded::new(told, pump), fate)
+            }
+            // Boxed, since its space is not for those that go through a tunnel.
+            Upstream::Neighbour(visit) => {
+                Relaying::Neighbour(Box::pin(visit.carry(downstream, told, buffers)))
+            }
         }
-        Upstream::Tunnel(stream, fate) => {
-            let pump = relay::pump(downstream, stream, meter, buffers);
-            let end = Guarded::new(&told, pump).await;
-            report::unless_cut(fate.is_cut(), end)
+    }
+}
+
+/// Bytes on their way.
+enum Relaying<'a> {
+    Socket(Guarded<'a, Socket, Socket>),
+    Tunnel(Guarded<'a, Socket, Stream>, Fate),
+    Neighbour(BoxFuture<'a, Result<(), Failure>>),
+}
+
+impl Future for Relaying<'_> {
+    type Output = Result<(), Failure>;
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        match self.get_mut() {
+            Self::Socket(relaying) => Pin::new(relaying).poll(cx),
+            Self::Tunnel(relaying, fate) => Pin::new(relaying)
+                .poll(cx)
+                .map(|end| report::unless_cut(fate.is_cut(), end)),
+            Self::Neighbour(relaying) => relaying.as_mut().poll(cx),
         }
-        // Boxed, since its space is not for those that go through a tunnel.
-        Upstream::Neighbour(visit) => Box::pin(visit.carry(downstream, &told, buffers)).await,
-    };
-    told.close(end);
+    }
 }
 
 struct Opened {

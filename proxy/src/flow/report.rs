@@ -47,7 +47,7 @@ pub(super) fn note(log: AuthorizationLog, note: &Note) {
 pub(super) struct Told {
     pub(super) access: Access,
     pub(super) entry: Entry,
-    _ports: [Option<PortLease>; 2],
+    _ports: Box<[PortLease]>,
 }
 
 impl Told {
@@ -56,7 +56,7 @@ impl Told {
         Box::new(Self {
             access,
             entry,
-            _ports: ports,
+            _ports: ports.into_iter().flatten().collect(),
         })
     }
 

@@ -140,7 +140,8 @@ pub struct Facts {
     watch: Watch,
     began: Instant,
     verdict: OnceLock<Note>,
-    revoked: OnceLock<Revocation>,
+    /// Boxed, since it is rare.
+    revoked: OnceLock<Box<Revocation>>,
     /// The task of the flow.
     task: AtomicWaker,
 }
@@ -178,7 +179,7 @@ impl Facts {
     /// Ends the flow. Its task sees it at its next step.
     pub(super) fn revoke(&self, why: Revocation) {
         // The first reason is the one that is told.
-        let _ = self.revoked.set(why);
+        let _ = self.revoked.set(Box::new(why));
         self.task.wake();
     }
 }
@@ -214,7 +215,7 @@ impl Entry {
         // First the task, then the look: a revocation in between wakes it.
         self.facts.task.register(cx.waker());
         match self.facts.revoked.get() {
-            Some(why) => Poll::Ready(why.clone()),
+            Some(why) => Poll::Ready(Revocation::clone(why)),
             None => Poll::Pending,
         }
     }

@@ -149,4 +149,4 @@ async fn the_own_record_is_waited_for_within_the_deadline_of_the_connection() {
 }
 
 /// Bytes of the future of one open flow.
-const BUDGET: usize = 768;
+const BUDGET: usize = 480;
