@@ -112,7 +112,7 @@ async fn another_user_keeps_what_it_needs_and_no_more() {
         let user = ["--reuid=65534", "--regid=65534", "--clear-groups"];
         let wrapper = [&["setpriv"], &user[..], &[&*inherited, &*ambient]].concat();
         let options = ProxyOptions::new(&stage.world, stage.world.node(0)).wrapped(&wrapper);
-        let proxy = options.start(stage.world.node(0)).unwrap();
+        let mut proxy = options.start(stage.world.node(0)).unwrap();
         proxy
             .log()
             .wait("the start", |line| line.raw.contains("state manager"))
@@ -127,6 +127,9 @@ async fn another_user_keeps_what_it_needs_and_no_more() {
         );
         let metrics = proxy.metrics().await.unwrap();
         assert!(metrics.sum("process_open_fds", &[]) > 0.0);
+        // The next one takes the same ports.
+        proxy.signal(Signal::SIGTERM).unwrap();
+        proxy.exit(wait::SOON).await.unwrap();
     }
 }
 
