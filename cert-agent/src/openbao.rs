@@ -53,6 +53,7 @@ mod account;
 mod client;
 mod dial;
 mod failure;
+mod secret;
 mod settings;
 #[cfg(test)]
 mod tests;
@@ -61,7 +62,8 @@ mod trust;
 mod wire;
 
 pub use account::KubernetesApi;
-pub use settings::{Jwt, Login, Roots, Settings, SettingsError, is_path};
+pub use dial::Roots;
+pub use settings::{Jwt, Login, Settings, SettingsError, is_path};
 pub use trust::{Crls, TrustRoots};
 
 use std::{fmt, sync::Arc, time::Duration};

@@ -13,10 +13,9 @@ use zeroize::Zeroizing;
 
 use super::{
     client::{Answer, authority, exchange},
-    dial::{Dial, TlsDialler, in_full},
+    dial::{Dial, Roots, TlsDialler, in_full},
     failure::{Failure, Step},
-    settings::Roots,
-    token, wire,
+    secret, wire,
 };
 use crate::{SpiffeId, TlsOptions};
 
@@ -70,7 +69,7 @@ impl KubernetesApi {
     /// # Cancel safety
     /// The connection is closed; a token that was made is lost, and ends by itself.
     pub(super) async fn token_of(&self, id: &SpiffeId) -> Result<Zeroizing<String>, Failure> {
-        let own = token::read(&self.token).await?;
+        let own = secret::read(&self.token).await?;
         let answer = timeout(LIMIT, Box::pin(self.ask(id, own.trim())))
             .await
             .unwrap_or_else(|_| {
@@ -81,7 +80,7 @@ impl KubernetesApi {
             return wire::requested_token(&answer.body);
         }
         let failure = self.refused(id, &answer);
-        Err(token::without(failure, own.trim()))
+        Err(secret::without(failure, own.trim()))
     }
 
     async fn ask(&self, id: &SpiffeId, own: &str) -> Result<Answer, Failure> {

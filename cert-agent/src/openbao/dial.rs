@@ -1,6 +1,6 @@
 //! A connection to OpenBao: TCP and TLS with the trust roots as they are at that moment.
 
-use std::{error::Error as _, io, sync::Arc};
+use std::{error::Error as _, fmt, io, path::PathBuf, sync::Arc};
 
 use bytes::Bytes;
 use http::Uri;
@@ -13,8 +13,30 @@ use tokio::{
 };
 use tokio_rustls::TlsConnector;
 
-use super::settings::Roots;
 use crate::{BoxFuture, TlsOptions, file};
+
+/// Where the trust roots of the server come from.
+#[derive(Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Roots {
+    /// A PEM file, read for each connection; it need not be there from the start. If it becomes unusable, what was read
+    /// last stays in force.
+    File(PathBuf),
+    /// The trust store of the operating system.
+    System,
+    /// PEM text.
+    Pem(String),
+}
+
+impl fmt::Debug for Roots {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::File(path) => f.debug_tuple("File").field(path).finish(),
+            Self::System => f.write_str("System"),
+            Self::Pem(text) => write!(f, "Pem({} bytes)", text.len()),
+        }
+    }
+}
 
 /// Opens connections. Tests have one without TCP and TLS.
 pub(super) trait Dial: Send + Sync {

@@ -1,10 +1,10 @@
 //! What an operator tells about an OpenBao server.
 
-use std::{fmt, path::PathBuf, time::Duration};
+use std::{path::PathBuf, time::Duration};
 
 use http::{HeaderValue, Uri, uri::PathAndQuery};
 
-use super::account::KubernetesApi;
+use super::{account::KubernetesApi, dial::Roots};
 use crate::TlsOptions;
 
 /// Where certificates come from and how this process proves who it is.
@@ -161,29 +161,6 @@ pub enum Jwt {
     Directory(PathBuf),
     /// That of the workload, which Kubernetes makes when it is needed: one login for each certificate.
     Requested(KubernetesApi),
-}
-
-/// Where the trust roots of the server come from.
-#[derive(Clone, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum Roots {
-    /// A PEM file, read for each connection; it need not be there from the start. If it becomes unusable, what was read
-    /// last stays in force.
-    File(PathBuf),
-    /// The trust store of the operating system.
-    System,
-    /// PEM text.
-    Pem(String),
-}
-
-impl fmt::Debug for Roots {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::File(path) => f.debug_tuple("File").field(path).finish(),
-            Self::System => f.write_str("System"),
-            Self::Pem(text) => write!(f, "Pem({} bytes)", text.len()),
-        }
-    }
 }
 
 /// Why settings cannot be used.

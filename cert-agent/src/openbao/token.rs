@@ -1,7 +1,7 @@
 //! Tokens for calls: one for all identities, got when first needed, replaced before it ends or when it is refused, by one
 //! login at a time; or, where each workload logs in for itself, one for each certificate, which is not kept.
 
-use std::{fmt::Display, path::Path, time::Duration};
+use std::time::Duration;
 
 use bytes::Bytes;
 use http::HeaderValue;
@@ -12,10 +12,11 @@ use zeroize::Zeroizing;
 use super::{
     client::{Call, Client},
     failure::{Failure, Step},
+    secret::{failed, read, without},
     settings::{Jwt, Login},
     wire::{self, AppRoleLogin, JwtLogin, LoggedIn},
 };
-use crate::{Retry, SpiffeId, file};
+use crate::{Retry, SpiffeId};
 
 /// The token of this process.
 pub(super) struct Tokens {
@@ -250,38 +251,7 @@ fn with_jwt<'a>(
     Ok((mount, body, jwt))
 }
 
-/// The text of a file with a secret.
-pub(super) async fn read(path: &Path) -> Result<Zeroizing<String>, Failure> {
-    let unreadable =
-        |error: &dyn Display| failed(format!("cannot read {}: {error}", path.display()));
-    let bytes = file::read(path, MAX_SECRET).await;
-    let text = String::from_utf8(bytes.map_err(|error| unreadable(&error))?);
-    let text = text.map_err(|error| {
-        let told = unreadable(&error.utf8_error());
-        drop(Zeroizing::new(error.into_bytes()));
-        told
-    })?;
-    let text = Zeroizing::new(text);
-    if text.trim().is_empty() {
-        return Err(failed(format!("{} is empty", path.display())));
-    }
-    Ok(text)
-}
-
-fn failed(reason: String) -> Failure {
-    Failure::without_answer(Step::Login, reason)
-}
-
-/// Whatever the server says, it does not say what was shown to it.
-pub(super) fn without(mut failure: Failure, secret: &str) -> Failure {
-    if !secret.is_empty() && failure.reason.contains(secret) {
-        failure.reason = failure.reason.replace(secret, "<redacted>");
-    }
-    failure
-}
-
 const MAX_ANSWER: usize = 64 * 1024;
-const MAX_SECRET: u64 = 64 * 1024;
 /// Between a login that failed and the next one, whoever asks.
 const MIN_SPACING: Duration = Duration::from_secs(1);
 /// How long a refusal is not taken for one of the token.
