@@ -1,17 +1,22 @@
 //! The real `culvert` binary, as a process in a node's proxy namespace.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, HashMap},
+    ffi::OsString,
     net::{Ipv4Addr, SocketAddr},
     path::{Path, PathBuf},
     process::{Command, ExitStatus, Stdio},
     sync::OnceLock,
+    thread,
     time::Duration,
 };
 
 use anyhow::{Context, bail, ensure};
 use nix::{
-    sys::signal::{Signal, kill},
+    sys::{
+        signal::{Signal, kill},
+        wait::{Id, WaitPidFlag, waitid},
+    },
     unistd::Pid,
 };
 use tokio::task::JoinSet;
@@ -387,19 +392,23 @@ impl Proxy<'_> {
         Ok(line.trim().trim_end_matches(" kB").parse::<u64>()? * 1024)
     }
 
-    /// How often its threads have gone to sleep so far, which is how often they were woken up.
+    /// How often each of its threads, by id, has gone to sleep so far, which is how often it was woken up.
     ///
     /// # Errors
     /// When it is gone.
-    pub fn sleeps(&self) -> anyhow::Result<u64> {
-        let mut sleeps = 0;
+    pub fn sleeps(&self) -> anyhow::Result<HashMap<OsString, u64>> {
+        let mut sleeps = HashMap::new();
         for task in std::fs::read_dir(format!("/proc/{}/task", self.pid))? {
-            let status = std::fs::read_to_string(task?.path().join("status"))?;
+            let task = task?;
+            // A thread may end meanwhile.
+            let Ok(status) = std::fs::read_to_string(task.path().join("status")) else {
+                continue;
+            };
             let switches = status
                 .lines()
                 .find_map(|line| line.strip_prefix("voluntary_ctxt_switches:"))
                 .context("no voluntary_ctxt_switches")?;
-            sleeps += switches.trim().parse::<u64>()?;
+            sleeps.insert(task.file_name(), switches.trim().parse()?);
         }
         Ok(sleeps)
     }
@@ -428,10 +437,15 @@ impl Drop for Proxy<'_> {
         reason = "the log of the proxy is what one wants to see of a failed test"
     )]
     fn drop(&mut self) {
-        if std::thread::panicking() {
+        if thread::panicking() {
             let end = self.running.child.try_wait();
             let (label, tail) = (&self.label, self.log.tail(60));
             eprintln!("--- proxy {label}, exit {end:?}, log\n{tail}");
+        }
+        // The next one may need the same ports. It stays to be reaped.
+        if self.running.child.start_kill().is_ok() {
+            let pid = Id::Pid(Pid::from_raw(self.pid.cast_signed()));
+            let _gone = waitid(pid, WaitPidFlag::WEXITED | WaitPidFlag::WNOWAIT);
         }
     }
 }
