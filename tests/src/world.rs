@@ -98,6 +98,10 @@ impl World {
     }
 }
 
+/// The address of a node's bridge. Without one of its own it takes that of a port, and may take that of another one with each pod
+/// that joins: what the other pods send to the node is lost then until they have noticed.
+const BRIDGE: &str = "02:00:00:00:00:01";
+
 /// One node: a bridge for its pods, an uplink, and a namespace for its proxy.
 #[derive(Debug)]
 pub struct Node {
@@ -132,7 +136,7 @@ impl Node {
         node.netns.sysctl("ipv6/conf/all/forwarding", "1")?;
         let host = index + 1;
         let mut batch = format!(
-            "link set lo up\nlink add name pods type bridge forward_delay 0 mcast_snooping 0\nlink set pods up\nlink set uplink up\n\
+            "link set lo up\nlink add name pods address {BRIDGE} type bridge forward_delay 0 mcast_snooping 0\nlink set pods up\nlink set uplink up\n\
              addr add 10.20.{index}.1/24 dev pods\naddr add fd20:0:0:{index:x}::1/64 dev pods nodad\n\
              addr add 172.31.0.{host}/24 dev uplink\naddr add fd31::{host:x}/64 dev uplink nodad\n"
         );
