@@ -16,6 +16,7 @@ mod policy;
 mod port;
 mod service;
 mod state;
+mod turns;
 mod workload;
 
 pub use convert::{Invalid, Rejection};
@@ -36,7 +37,7 @@ pub use workload::{
 use std::{ops::Deref, sync::Arc, time::SystemTime};
 
 use cert_agent::SpiffeId;
-use parking_lot::{Mutex, RwLock, RwLockWriteGuard};
+use parking_lot::Mutex;
 use tokio::{
     sync::watch,
     time::{Instant, timeout_at},
@@ -47,6 +48,7 @@ use crate::config::WorkloadRef;
 use intake::{Intake, Taken};
 use intern::Pool;
 use state::{Effects, Record, Step};
+use turns::Turns;
 
 /// From where the mesh is looked at.
 #[derive(Debug, Clone)]
@@ -67,7 +69,7 @@ pub struct Mesh {
 
 #[derive(Debug)]
 struct Shared {
-    state: RwLock<State>,
+    state: Turns<State>,
     /// Held for the whole of a write; taken before the state.
     pool: Mutex<Pool>,
     changes: watch::Sender<u64>,
@@ -105,7 +107,7 @@ impl Mesh {
     pub fn new(view: View) -> Self {
         Self {
             shared: Arc::new(Shared {
-                state: RwLock::new(State::new(view)),
+                state: Turns::new(State::new(view)),
                 pool: Mutex::default(),
                 changes: watch::Sender::new(0),
             }),
@@ -151,7 +153,8 @@ impl Mesh {
     }
 
     /// Applies what the control plane told. Updates wait for each other; readers wait only while records that
-    /// really changed are put in place, and of a large batch they may see the first part before the last.
+    /// really changed are put in place, and of a large batch they may see the first part before the last. Blocks the thread, which
+    /// must be none that serves connections.
     pub fn apply(&self, batch: &Batch) -> Report {
         self.write(|intake| {
             for resource in batch.resources() {
@@ -186,18 +189,23 @@ impl Mesh {
         })
     }
 
-    /// Says that what is held was told at `told`, before this process started: it may have changed since.
+    /// Says that what is held was told at `told`, before this process started: it may have changed since. Waits for an update that
+    /// is being taken in, as [`Self::apply`] does.
     pub fn recall(&self, told: SystemTime) {
         self.set_recalled(Some(told));
     }
 
-    /// Says that the control plane has answered, and what is held is what it knows.
+    /// Says that the control plane has answered, and what is held is what it knows. Waits as [`Self::recall`] does.
     pub fn confirm(&self) {
         self.set_recalled(None);
     }
 
     fn set_recalled(&self, told: Option<SystemTime>) {
-        self.shared.state.write().set_recalled(told);
+        {
+            // An update that is taken in looks at the state all the while: who waited for that inside the lock would keep all others out.
+            let _writing = self.shared.pool.lock();
+            self.shared.state.write(|state| state.set_recalled(told));
+        }
         let changes = &self.shared.changes;
         changes.send_modify(|generation| *generation += 1);
     }
@@ -274,13 +282,16 @@ impl Mesh {
         let mut more = steps.iter().filter(puts).count();
         let mut steps = steps.into_iter().peekable();
         while steps.peek().is_some() {
-            let mut state = self.shared.state.write();
-            state.reserve_for(std::mem::take(&mut more));
-            state.apply(steps.by_ref().take(STEPS_AT_ONCE), &mut effects);
-            RwLockWriteGuard::unlock_fair(state);
+            self.shared.state.write(|state| {
+                state.reserve_for(std::mem::take(&mut more));
+                state.apply(steps.by_ref().take(STEPS_AT_ONCE), &mut effects);
+            });
             let released = effects.old.len();
             effects.old.clear();
             pool.release(released);
+            if steps.peek().is_some() {
+                Turns::<State>::pause();
+            }
         }
         let [identities_appeared, identities_departed] = effects.identities(&self.read());
         if effects.total() > 0 {
@@ -300,8 +311,8 @@ impl Mesh {
 
 /// How many records are copied out before writers are let in.
 const PAGE: usize = 1024;
-/// How many records are put in place before readers are let in: a fraction of a millisecond.
-const STEPS_AT_ONCE: usize = 256;
+/// How many records are put in place in one turn: some 30 µs.
+const STEPS_AT_ONCE: usize = 32;
 
 #[cfg(test)]
 mod tests;

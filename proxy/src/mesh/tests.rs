@@ -9,6 +9,7 @@ use crate::config::WorkloadRef;
 
 mod fixture;
 mod histories;
+mod large;
 mod sources;
 
 use fixture::*;

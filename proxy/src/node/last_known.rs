@@ -107,7 +107,10 @@ pub(super) fn enough(client: &Client, mesh: &Mesh) -> impl Future<Output = ()> +
 pub(super) async fn confirm(mut synced: watch::Receiver<bool>, mesh: Mesh) {
     // Without a client nothing will be confirmed.
     if synced.wait_for(|synced| *synced).await.is_ok() && mesh.read().recalled().is_some() {
-        mesh.confirm();
+        // An update may be under way that it waits for.
+        if let Err(error) = spawn_blocking(move || mesh.confirm()).await {
+            std::panic::resume_unwind(error.into_panic());
+        }
         tracing::info!(
             "the control plane has answered: the state of the mesh is no longer the recalled one"
         );

@@ -75,7 +75,7 @@ impl State {
     fn index_workload(&mut self, id: u32, old: Option<&Workload>, new: Option<&Workload>) {
         let profiles = (old.map(|old| &old.profile), new.map(|new| &new.profile));
         let same_profile = matches!(profiles, (Some(old), Some(new)) if Arc::ptr_eq(old, new));
-        if !same_profile || old.map(Workload::addresses) != new.map(Workload::addresses) {
+        if old.map(address_place) != new.map(address_place) {
             for key in old.into_iter().flat_map(address_keys) {
                 self.by_address.remove(key, id);
             }
@@ -133,9 +133,14 @@ impl State {
 }
 
 fn address_keys(workload: &Workload) -> impl Iterator<Item = (&str, IpAddr)> {
+    let (network, ips) = address_place(workload);
+    ips.iter().map(move |ip| (network, *ip))
+}
+
+/// The network and the addresses that a workload is found by.
+fn address_place(workload: &Workload) -> (&str, &[IpAddr]) {
     let found = workload.owns_addresses().then(|| workload.addresses());
-    let ips = found.unwrap_or_default().iter().copied();
-    ips.map(|ip| (&**workload.network(), ip))
+    (workload.network(), found.unwrap_or_default())
 }
 
 fn hostname_key(workload: &Workload) -> Option<&str> {

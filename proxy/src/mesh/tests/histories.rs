@@ -43,16 +43,23 @@ fn services() -> impl Strategy<Value = pb::Service> {
         prop_oneof![select(&IPS), select(&RANGES)],
     );
     let name = (select(&NAMESPACES), select(&HOSTS));
-    (name, vec(address, 0..3), any::<bool>(), 0..2_i32, 0..9_u32).prop_map(
-        |((namespace, host), addresses, canonical, visibility, fault)| pb::Service {
-            addresses: addresses
-                .iter()
-                .map(|(net, ip)| network_address(net, ip))
-                .collect(),
-            canonical,
-            visibility,
-            ports: port_list(&[(80, if fault == 0 { 65_536 } else { 80 })]),
-            ..service(namespace, host, &[])
+    let choices = (any::<bool>(), 0..2_i32, 0..2_i32, 0..9_u32);
+    (name, vec(address, 0..3), choices).prop_map(
+        |((namespace, host), addresses, (canonical, visibility, health_policy, fault))| {
+            pb::Service {
+                load_balancing: Some(pb::LoadBalancing {
+                    health_policy,
+                    ..pb::LoadBalancing::default()
+                }),
+                addresses: addresses
+                    .iter()
+                    .map(|(net, ip)| network_address(net, ip))
+                    .collect(),
+                canonical,
+                visibility,
+                ports: port_list(&[(80, if fault == 0 { 65_536 } else { 80 })]),
+                ..service(namespace, host, &[])
+            }
         },
     )
 }
@@ -356,6 +363,8 @@ impl Model {
             let linked = sorted(linked.collect());
             let known = self.services.get(&key);
             answers.note(("endpoints", &key), known.map(|_| linked.clone()));
+            let usable = known.map(|s| self.usable_endpoints(&key, s));
+            answers.note(("usable", &key), usable);
             answers.note(
                 ("staged", &key),
                 Some(linked).filter(|linked| known.is_none() && !linked.is_empty()),
@@ -365,6 +374,17 @@ impl Model {
                 answers.note(("host", host, client), by_host);
             }
         }
+    }
+
+    /// Whom the service may choose by what is known of their health now, and by what it says of health now.
+    fn usable_endpoints(&self, key: &str, service: &pb::Service) -> Vec<String> {
+        let policy = service.load_balancing.as_ref().unwrap().health_policy();
+        let all = policy == pb::load_balancing::HealthPolicy::AllowAll;
+        let usable = self
+            .workloads
+            .iter()
+            .filter(|w| w.services.contains_key(key) && (all || w.status == 0));
+        sorted(usable.map(|w| w.uid.clone()).collect())
     }
 
     fn answer_by_name(&self, answers: &mut Answers) {
@@ -441,6 +461,7 @@ impl Answers {
                 ("endpoints", &name),
                 known.map(|s| targets(state.endpoints(s))),
             );
+            self.note(("usable", &name), known.map(|s| usable(state, s)));
             self.note(("staged", &name), staged.get(&name));
             for client in clients() {
                 self.note(
@@ -485,6 +506,14 @@ fn targets<'a>(endpoints: impl Iterator<Item = Endpoint<'a>>) -> Vec<(String, u3
     sorted(endpoints.map(target).collect())
 }
 
+fn usable(state: &State, service: &Service) -> Vec<String> {
+    let all = service.load_balancing.health_policy == HealthPolicy::AllowAll;
+    let usable = state
+        .endpoints(service)
+        .filter(|e| all || e.workload.health() == Health::Healthy);
+    sorted(usable.map(|e| e.workload.uid().to_owned()).collect())
+}
+
 fn policy_name(applicable: Applicable<'_>) -> String {
     match applicable {
         Applicable::Policy(policy) => policy.key.to_string(),
@@ -510,7 +539,7 @@ fn pairs<'a>(
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(1024))]
+    #![proptest_config(ProptestConfig::with_cases(2048))]
 
     #[test]
     fn any_history_ends_where_the_model_and_a_full_load_do(history in histories()) {
