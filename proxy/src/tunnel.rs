@@ -10,6 +10,7 @@ pub mod client;
 mod cut;
 mod error;
 mod flood;
+mod frames;
 #[cfg(any(test, fuzzing))]
 #[doc(hidden)]
 pub mod fuzzing;
@@ -38,7 +39,7 @@ pub use self::{
     error::{ConnectError, OpenError, ServeError},
     flood::Flood,
     pool::{Credentials, Dial, Fate, Key, Nested, Opening, Pool, PoolMetrics},
-    server::{Connect, Incoming, Responder, serve},
+    server::{Connect, Host, Incoming, Responder, serve},
     stream::{Buffered, Stream},
     tls::{AcceptError, RecordError, Tls, accept},
 };

@@ -246,6 +246,7 @@ async fn n13_giant_headers_are_refused() {
             assert_eq!(answer.status.as_u16(), 431);
         }
     }
+    calm.hit("header_bytes").await;
     calm.unharmed().await;
 }
 
@@ -260,7 +261,9 @@ async fn n14_ten_thousand_requests_at_once_are_two_hundred_and_refusals() {
         .collect();
     // The library takes a thousand errors on streams from a peer, and no more.
     told(calm.flood(&requests).await);
-    calm.hit("http2").await;
+    for limit in ["streams", "http2"] {
+        calm.hit(limit).await;
+    }
     assert!(stalled.peers().len() <= 200, "{}", stalled.peers().len());
     calm.unharmed().await;
 }

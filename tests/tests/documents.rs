@@ -1,6 +1,16 @@
 //! What the documents show must work.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    reason = "test code: a panic is a failed test"
+)]
 
-use std::{fs, path::Path};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
 
 #[test]
 fn the_mesh_in_the_readme_is_accepted() {
@@ -27,17 +37,45 @@ fn anchor(heading: &str) -> String {
     text.to_lowercase().replace(' ', "-")
 }
 
-#[test]
-fn links_between_the_documents_lead_somewhere() {
+/// All documents, by where they are.
+fn documents() -> Vec<(PathBuf, String)> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
-    let documents = [".", "deploy", "deploy/chart", "benches"].map(|it| root.join(it));
-    let documents = documents
+    let directories = [".", "deploy", "deploy/chart", "benches"].map(|it| root.join(it));
+    let files = directories
         .iter()
         .flat_map(|it| fs::read_dir(it).expect("a directory"));
-    let paths = documents.map(|it| it.expect("an entry").path());
-    let mut links = 0;
-    for path in paths.filter(|path| path.extension().is_some_and(|it| it == "md")) {
+    let paths = files.map(|it| it.expect("an entry").path());
+    let documents = paths.filter(|path| path.extension().is_some_and(|it| it == "md"));
+    let read = |path: PathBuf| {
         let text = fs::read_to_string(&path).expect("a document");
+        (path, text)
+    };
+    documents.map(read).collect()
+}
+
+#[test]
+fn every_row_of_a_table_has_as_many_cells_as_its_head() {
+    let cells = |row: &str| row.replace("\\|", "").matches('|').count();
+    let mut rows = 0;
+    for (path, text) in documents() {
+        let mut head = None;
+        for line in text.lines() {
+            if !line.starts_with('|') {
+                head = None;
+                continue;
+            }
+            let expected = *head.get_or_insert_with(|| cells(line));
+            assert_eq!(cells(line), expected, "{}: {line}", path.display());
+            rows += 1;
+        }
+    }
+    assert!(rows > 300, "{rows}");
+}
+
+#[test]
+fn links_between_the_documents_lead_somewhere() {
+    let mut links = 0;
+    for (path, text) in documents() {
         for link in text
             .split("](")
             .skip(1)

@@ -37,7 +37,7 @@ use crate::{
         self, Authority, AuthorityError, ClientAddress, InboundQuery, InboundRefusal, InboundRoute,
     },
     telemetry::{
-        Access, Attempt, Labels, Party, Reason, Reporter, Route, Security, Step, Trace,
+        Access, Attempt, Labels, Limit, Party, Reason, Reporter, Route, Security, Step, Trace,
         TraceContext, TracePhase,
     },
     tunnel::{
@@ -85,12 +85,9 @@ async fn connection(
         let first = move || caller.cut.store(true, Ordering::Release);
         Cut::new(tracker, tls.peer_certificates(), first)
     };
-    let handler = {
-        let pod = Arc::clone(&pod);
-        move |incoming| stream(Arc::clone(&pod), Arc::clone(&caller), incoming)
-    };
+    let streams = Streams(Arc::clone(&pod), caller);
     let retire = draining.child_token();
-    let serving = Box::pin(tunnel::serve(tls, &settings, retire.clone(), cut, handler));
+    let serving = Box::pin(tunnel::serve(tls, &settings, retire.clone(), cut, streams));
     match age.retire(&retire, serving).await {
         Ok(()) => {}
         Err(error @ ServeError::PrefaceTimeout(_)) => {
@@ -103,6 +100,19 @@ async fn connection(
             }
             tracing::debug!(%peer, error = &error as &dyn Error, "HBONE connection ended");
         }
+    }
+}
+
+/// The streams of a connection.
+struct Streams(Arc<Pod>, Arc<Caller>);
+
+impl tunnel::Host for Streams {
+    fn carry(&self, incoming: Incoming) -> impl Future<Output = ()> + Send + 'static {
+        stream(Arc::clone(&self.0), Arc::clone(&self.1), incoming)
+    }
+
+    fn limited(&self, limit: Limit) {
+        self.0.shared().limits.hit(limit, &self.1.peer);
     }
 }
 

@@ -40,18 +40,24 @@ pub enum Limit {
     ControlFrames,
     /// Streams that a peer opened and reset: its connection ends.
     Resets,
+    /// Streams that a peer may have open on one connection: a further one is refused.
+    Streams,
+    /// The header list of a request: the stream is refused.
+    HeaderBytes,
     /// What the HTTP/2 library bounds by itself, such as CONTINUATION and empty DATA frames: the connection ends.
     Http2,
 }
 
 impl Limit {
-    const ALL: [Self; 7] = [
+    const ALL: [Self; 9] = [
         Self::Descriptors,
         Self::FlowsPerPod,
         Self::HandshakesPerPod,
         Self::HandshakesPerPeer,
         Self::ControlFrames,
         Self::Resets,
+        Self::Streams,
+        Self::HeaderBytes,
         Self::Http2,
     ];
 
@@ -65,6 +71,8 @@ impl Limit {
             Self::HandshakesPerPeer => "handshakes_per_peer",
             Self::ControlFrames => "control_frames",
             Self::Resets => "resets",
+            Self::Streams => "streams",
+            Self::HeaderBytes => "header_bytes",
             Self::Http2 => "http2",
         }
     }

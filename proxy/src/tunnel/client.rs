@@ -110,7 +110,7 @@ pub(super) async fn handshake<T: AsyncRead + AsyncWrite + Unpin>(
     config: &config::Tunnel,
 ) -> Result<(Sender, Driver<T>), OpenError> {
     let opening = async {
-        let (io, turn) = turnwise(io, Watch::new(0, config));
+        let (io, turn) = turnwise(io, Watch::new(0, config), None);
         let (send, connection) = Builder::new()
             .enable_push(false)
             .initial_window_size(config.stream_window)

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
+use super::frames::{CONTINUATION, DATA, Frames, HEADERS, RST_STREAM, WINDOW_UPDATE};
 use crate::{config, telemetry::Limit};
 
 /// Streams of a connection whose reset is remembered for a second: what a peer sends on them meanwhile is no offence.
@@ -45,11 +46,7 @@ impl std::fmt::Display for Flood {
 /// Follows the frames that a peer sends, without keeping them.
 #[derive(Debug)]
 pub(super) struct Watch {
-    /// Bytes to pass over before the next frame begins.
-    skip: usize,
-    /// What has come of the head of a frame.
-    head: [u8; HEAD],
-    filled: usize,
+    frames: Frames,
     control: Pace,
     resets: Pace,
     found: Option<Flood>,
@@ -59,9 +56,7 @@ impl Watch {
     /// Of a peer that sends so many bytes before its first frame.
     pub(super) fn new(before: usize, limits: &config::Tunnel) -> Self {
         Self {
-            skip: before,
-            head: [0; HEAD],
-            filled: 0,
+            frames: Frames::after(before),
             control: Pace::new(limits.max_control_frames),
             resets: Pace::new(limits.max_resets),
             found: None,
@@ -75,29 +70,12 @@ impl Watch {
 
     /// Takes in what the peer sent; `sent` counts the bytes that it was sent so far.
     pub(super) fn follow(&mut self, mut bytes: &[u8], sent: u64) {
-        while !bytes.is_empty() {
-            let passed = self.skip.min(bytes.len());
-            self.skip -= passed;
-            bytes = bytes.get(passed..).unwrap_or_default();
-            let wanted = self.head.get_mut(self.filled..).unwrap_or_default();
-            let count = wanted.len().min(bytes.len());
-            let (now, later) = bytes.split_at(count);
-            for (to, from) in wanted.iter_mut().zip(now) {
-                *to = *from;
-            }
-            self.filled += count;
-            bytes = later;
-            if self.filled == HEAD {
-                self.filled = 0;
-                self.frame(sent);
-            }
+        while let Some(frame) = self.frames.next(&mut bytes) {
+            self.frame(frame.kind, sent);
         }
     }
 
-    fn frame(&mut self, sent: u64) {
-        let [high, middle, low, kind, ..] = self.head;
-        let length = u32::from_be_bytes([0, high, middle, low]);
-        self.skip = usize::try_from(length).unwrap_or(usize::MAX);
+    fn frame(&mut self, kind: u8, sent: u64) {
         let found = match kind {
             // Empty DATA and CONTINUATION are the library's; how many streams there are at a time is bounded.
             DATA | HEADERS | CONTINUATION => None,
@@ -152,14 +130,6 @@ impl Pace {
 const SPAN: Duration = Duration::from_secs(10);
 /// For every so many bytes that a peer is sent it may update a window; ours and others' do so for a multiple of it.
 const SENT_FOR_AN_UPDATE: u64 = 512;
-
-/// Bytes of the head of a frame (RFC 9113 §4.1).
-const HEAD: usize = 9;
-const DATA: u8 = 0;
-const HEADERS: u8 = 1;
-const RST_STREAM: u8 = 3;
-const WINDOW_UPDATE: u8 = 8;
-const CONTINUATION: u8 = 9;
 
 #[cfg(test)]
 mod tests;

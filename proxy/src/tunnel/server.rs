@@ -23,6 +23,7 @@ use super::{
     cut::Cut,
     error::{Malformed, ServeError},
     flood::{Flood, KEPT_RESETS, Watch},
+    frames::Refusals,
     headers::{self, Baggage, TraceParent},
     keepalive::Keepalive,
     queue::{Queued, SEND_BUFFER},
@@ -33,6 +34,7 @@ use super::{
 use crate::{
     budget::{Pressure, pressure},
     config,
+    telemetry::Limit,
 };
 
 /// What a client says before its first frame (RFC 9113 §3.4).
@@ -148,7 +150,28 @@ impl Responder {
     }
 }
 
-/// Serves one established session: gives each CONNECT to `handler`, which runs as a task of its
+/// What a served connection is for.
+pub trait Host {
+    /// Carries one CONNECT, as a task of its own.
+    fn carry(&self, incoming: Incoming) -> impl Future<Output = ()> + Send + 'static;
+
+    /// The client was turned away by a limit, which its connection outlives.
+    fn limited(&self, limit: Limit) {
+        let _ = limit;
+    }
+}
+
+impl<H, F> Host for H
+where
+    H: Fn(Incoming) -> F,
+    F: Future<Output = ()> + Send + 'static,
+{
+    fn carry(&self, incoming: Incoming) -> impl Future<Output = ()> + Send + 'static {
+        self(incoming)
+    }
+}
+
+/// Serves one established session: gives each CONNECT to `host`, which carries it as a task of its
 /// own until the connection or this future ends. After `stop` the client is told to go away, and
 /// open streams run on until they end or this future is dropped. When `cut` fires, all is over at once.
 ///
@@ -156,19 +179,19 @@ impl Responder {
 /// If the client breaks the protocol, floods or falls silent, or the connection is cut.
 /// # Cancel safety
 /// Dropping the future ends the connection and all its streams.
-pub async fn serve<T, H, F>(
+pub async fn serve<T, H>(
     io: T,
     config: &config::Tunnel,
     stop: CancellationToken,
     cut: Cut,
-    handler: H,
+    host: H,
 ) -> Result<(), ServeError>
 where
     T: AsyncRead + AsyncWrite + Unpin,
-    H: Fn(Incoming) -> F,
-    F: Future<Output = ()> + Send + 'static,
+    H: Host,
 {
-    let (io, turn) = turnwise(io, Watch::new(PREFACE_BYTES, config));
+    let watch = Watch::new(PREFACE_BYTES, config);
+    let (io, turn) = turnwise(io, watch, Some(Refusals::new()));
     let handshake = Builder::new()
         .initial_window_size(config.stream_window)
         .initial_connection_window_size(config.connection_window)
@@ -189,7 +212,7 @@ where
         keepalive: pings.map(|pings| Keepalive::new(pings, config)),
         window: Window::new(config),
         streams: JoinSet::new(),
-        handler,
+        host,
     };
     let end = tokio::select! {
         biased; // a cut connection carries nothing more
@@ -250,7 +273,7 @@ struct Serving<T, H> {
     keepalive: Option<Keepalive>,
     window: Window,
     streams: JoinSet<()>,
-    handler: H,
+    host: H,
 }
 
 /// Why a connection is at work no more.
@@ -262,11 +285,10 @@ enum End {
     Cut,
 }
 
-impl<T, H, F> Serving<T, H>
+impl<T, H> Serving<T, H>
 where
     T: AsyncRead + AsyncWrite + Unpin,
-    H: Fn(Incoming) -> F,
-    F: Future<Output = ()> + Send + 'static,
+    H: Host,
 {
     /// Runs the connection to its end, a graceful one after `stop`.
     async fn run(&mut self, stop: &CancellationToken) -> End {
@@ -296,6 +318,9 @@ where
             }
         }
         let received = self.turn.poll_end(cx).received;
+        for limit in self.turn.refusals() {
+            self.host.limited(limit);
+        }
         if let Some(flood) = self.turn.flood() {
             return Poll::Ready(End::Flooded(flood));
         }
@@ -310,7 +335,7 @@ where
 
     fn take(&mut self, request: http::Request<RecvStream>, send: SendResponse<Queued>) {
         if let Some(incoming) = check(request, send) {
-            self.streams.spawn((self.handler)(incoming));
+            self.streams.spawn(self.host.carry(incoming));
         }
     }
 }

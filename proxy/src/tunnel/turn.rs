@@ -15,7 +15,11 @@ use std::{
 use parking_lot::Mutex;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
-use super::flood::{Flood, Watch};
+use super::{
+    flood::{Flood, Watch},
+    frames::Refusals,
+};
+use crate::telemetry::Limit;
 
 /// Writes of this size and more are passed on at once: they fill records by themselves.
 const LARGE: usize = 16 << 10;
@@ -43,6 +47,8 @@ struct Writer<T> {
     moved: Moved,
     /// Looks at what is read.
     watch: Watch,
+    /// Looks at what is written, if that is of interest.
+    refusals: Option<Refusals>,
     /// Whether a flush waits for the end of the turn.
     lazy: bool,
 }
@@ -60,14 +66,20 @@ impl Moved {
     }
 }
 
-/// Splits `io`, on which `watch` looks at what the peer sends. Flushes are passed on until [`Turn::defer`].
-pub(super) fn turnwise<T>(io: T, watch: Watch) -> (Turnwise<T>, Turn<T>) {
+/// Splits `io`, on which `watch` looks at what the peer sends, and `refusals` at what it is sent. Flushes are passed on until
+/// [`Turn::defer`].
+pub(super) fn turnwise<T>(
+    io: T,
+    watch: Watch,
+    refusals: Option<Refusals>,
+) -> (Turnwise<T>, Turn<T>) {
     let writer = Arc::new(Mutex::new(Writer {
         io,
         pending: Vec::new(),
         written: 0,
         moved: Moved::default(),
         watch,
+        refusals,
         lazy: false,
     }));
     let turn = Turn {
@@ -104,6 +116,13 @@ impl<T: AsyncWrite + Unpin> Turn<T> {
     /// What the peer does too much of, if it does: then nothing more is read from it.
     pub(super) fn flood(&self) -> Option<Flood> {
         self.writer.lock().watch.found()
+    }
+
+    /// The limits that the library has turned the peer away by since this was last asked.
+    pub(super) fn refusals(&self) -> Vec<Limit> {
+        let mut writer = self.writer.lock();
+        let refusals = writer.refusals.as_mut();
+        refusals.map_or_else(Vec::new, Refusals::found)
     }
 
     /// Writes what the turn has encoded, and tells what was moved so far. While the transport takes no
@@ -156,6 +175,14 @@ impl<T: AsyncWrite + Unpin> Writer<T> {
             bytes
         };
         self.moved.sent += u64::try_from(taken).unwrap_or(0);
+        if let Some(refusals) = &mut self.refusals {
+            let mut rest = taken;
+            for buf in bufs {
+                let sent = buf.get(..rest).unwrap_or(buf);
+                refusals.follow(sent);
+                rest -= sent.len();
+            }
+        }
         Poll::Ready(Ok(taken))
     }
 }

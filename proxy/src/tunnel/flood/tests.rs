@@ -19,7 +19,7 @@ fn watch(before: usize) -> Watch {
 fn frame(kind: u8, length: usize) -> Vec<u8> {
     let [.., high, middle, low] = length.to_be_bytes();
     let mut frame = vec![high, middle, low, kind, 0, 0, 0, 0, 1];
-    frame.resize(HEAD + length, kind);
+    frame.resize(9 + length, kind);
     frame
 }
 

@@ -10,8 +10,9 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     config,
+    telemetry::{Limit, Limits},
     tunnel::{
-        Cut, ServeError,
+        Cut, Host, Incoming, ServeError,
         client::handshake,
         serve,
         testing::{Tasks, client, echo, request, serve_in, soon},
@@ -163,6 +164,65 @@ fn connect(stream: u8) -> Vec<u8> {
     let block = b"\x02\x07CONNECT\x01\x03a:1";
     let length = u8::try_from(block.len()).unwrap();
     [&[0, 0, length, HEADERS, 4, 0, 0, 0, stream], &block[..]].concat()
+}
+
+/// Accepts a stream, and does nothing with it.
+async fn held(incoming: Incoming) {
+    let _stream = incoming.responder.accept(None);
+    std::future::pending::<()>().await;
+}
+
+/// Carries nothing, and keeps what it hears of limits.
+struct Limited(Limits);
+
+impl Host for Limited {
+    fn carry(&self, incoming: Incoming) -> impl Future<Output = ()> + Send + 'static {
+        held(incoming)
+    }
+
+    fn limited(&self, limit: Limit) {
+        self.0.hit(limit, &"peer");
+    }
+}
+
+#[tokio::test]
+async fn streams_and_headers_beyond_the_limits_are_counted_while_the_connection_goes_on() {
+    let limits = Limits::default();
+    let (tasks, host) = (Tasks::default(), Limited(limits.clone()));
+    let (mut peer, far) = duplex(64 << 10);
+    tasks.spawn(async move {
+        let config = config::Tunnel {
+            server_max_streams: 3,
+            server_max_header_bytes: 4096,
+            ..config::Tunnel::default()
+        };
+        let _ = serve(far, &config, CancellationToken::new(), Cut::never(), host).await;
+    });
+    // A literal field without a name of 126 times x, as often as it takes to exceed the list.
+    let field = [&[0, 1, b'n', 126][..], &[b'x'; 126]].concat();
+    let block = [&b"\x02\x07CONNECT\x01\x03a:1"[..], &field.repeat(40)].concat();
+    let [.., high, low] = block.len().to_be_bytes();
+    let long = [&[0, high, low, HEADERS, 4, 0, 0, 0, 3], &*block].concat();
+    let malformed = b"\x00\x00\x01\x01\x04\x00\x00\x00\x05\x86";
+    let open = [PREFACE, EMPTY_SETTINGS, &connect(1)].concat();
+    peer.write_all(&open).await.unwrap();
+    assert_eq!(next(&mut peer, HEADERS).await.stream, 1);
+    peer.write_all(&long).await.unwrap();
+    assert_eq!(next(&mut peer, HEADERS).await.stream, 3, "431");
+    assert_eq!(next(&mut peer, RST_STREAM).await.stream, 3);
+    peer.write_all(malformed).await.unwrap();
+    assert_eq!(next(&mut peer, RST_STREAM).await.stream, 5);
+    let streams: Vec<u8> = (7..17).step_by(2).flat_map(connect).collect();
+    peer.write_all(&streams).await.unwrap();
+    for refused in [11, 13, 15] {
+        let reset = next(&mut peer, RST_STREAM).await;
+        assert_eq!((reset.stream, reset.payload), (refused, vec![0, 0, 0, 7]));
+    }
+    let ping = [0, 0, 8, PING, 0, 0, 0, 0, 0, 1, 2, 3, 4, 5, 6, 7, 8];
+    peer.write_all(&ping).await.unwrap();
+    next(&mut peer, PING).await;
+    let hits = [Limit::HeaderBytes, Limit::Streams, Limit::Http2].map(|one| limits.hits(one));
+    assert_eq!(hits, [1, 3, 0]);
 }
 
 #[tokio::test]
