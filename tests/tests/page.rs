@@ -15,6 +15,7 @@ use testkit::{
     proxy::ADMIN_PORT,
     stage::Pair,
     traffic::{self, Behaviour},
+    wait,
 };
 
 #[tokio::test]
@@ -47,6 +48,13 @@ async fn the_page_names_everything_and_escapes_it() {
         !page.body.contains("http://") && !page.body.contains("https://"),
         "an external asset"
     );
+    assert!(page.body.contains("itself</b><span>signs certificates"));
+    let tried = async || {
+        let live = cluster.proxy(0).get(ADMIN_PORT, "/live").await.ok()?;
+        let rules = "open</span></td><td><span class=\"good\">work for IPv4";
+        live.body.contains(rules).then_some(())
+    };
+    wait::until(wait::SOON, "listeners and rules of the pod", tried).await;
     let live = cluster.proxy(0).get(ADMIN_PORT, "/live").await.unwrap();
     assert!(
         live.body.contains("1 of 1") && !live.body.contains("<html"),

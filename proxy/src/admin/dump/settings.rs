@@ -173,6 +173,11 @@ impl Settings {
         self.local_node.as_deref()
     }
 
+    /// Who signs certificates; `None` if this process does.
+    pub(in crate::admin) fn authority(&self) -> Option<&str> {
+        self.ca_address.as_deref()
+    }
+
     pub(in crate::admin) fn cluster_domain(&self) -> &str {
         &self.cluster_domain
     }

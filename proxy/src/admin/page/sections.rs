@@ -14,6 +14,7 @@ use crate::{
     },
     budget::{self, Pressure},
     flow::FlowTable,
+    listen::Redirection,
 };
 
 pub(super) fn all(console: &Console) -> Markup {
@@ -47,28 +48,36 @@ fn tiles(console: &Console, pods: &[ShownPod], identities: &[IdentityStatus]) ->
         .iter()
         .map(|pod| pod.flows.as_deref().map_or(0, FlowTable::len))
         .sum();
-    let held = identities
-        .iter()
-        .filter(|one| one.state == CertificateState::Available)
-        .count();
-    let failing = identities
-        .iter()
-        .filter(|one| one.last_failure.is_some())
-        .count();
     let counts = console.shared.mesh.read().counts();
+    let known = format!(
+        "{} / {} / {}",
+        counts.workloads, counts.services, counts.policies
+    );
     html! {
         section.tiles {
             (tile(&ready, "this node", class))
             (control_plane(console))
+            (authority(console.settings.authority(), identities))
             (tile(&format!("{up} of {}", pods.len()), "pods served", if up == pods.len() { "" } else { "warn" }))
             (tile(&open.to_string(), "open flows", ""))
             (memory())
-            (tile(&format!("{held} of {}", identities.len()), "certificates held", if held == identities.len() { "good" } else { "warn" }))
-            (tile(&failing.to_string(), "identities that fail", if failing == 0 { "" } else { "bad" }))
-            (tile(&counts.workloads.to_string(), "workloads known", ""))
-            (tile(&format!("{} / {}", counts.services, counts.policies), "services / policies", ""))
+            (certificates(identities))
+            (tile(&known, "workloads / services / policies known", ""))
         }
     }
+}
+
+fn certificates(identities: &[IdentityStatus]) -> Markup {
+    let count = |such: fn(&&IdentityStatus) -> bool| identities.iter().filter(such).count();
+    let held = count(|one| one.state == CertificateState::Available);
+    let failing = count(|one| one.last_failure.is_some());
+    let all = identities.len();
+    let (what, class) = match failing {
+        0 if held == all => ("certificates held".to_owned(), "good"),
+        0 => ("certificates held".to_owned(), "warn"),
+        _ => (format!("certificates held, {failing} fail"), "bad"),
+    };
+    tile(&format!("{held} of {all}"), &what, class)
 }
 
 fn memory() -> Markup {
@@ -102,6 +111,25 @@ fn control_plane(console: &Console) -> Markup {
         format!(", serving what was known {age} ago")
     });
     tile(state, &format!("{address}, {heard}{recalled}"), class)
+}
+
+/// Who signs certificates, and whether they come.
+fn authority(address: Option<&str>, identities: &[IdentityStatus]) -> Markup {
+    let Some(address) = address else {
+        return tile("itself", "signs certificates", "warn");
+    };
+    let failing = identities.iter().any(|one| one.last_failure.is_some());
+    let last = identities.iter().filter_map(|one| one.obtained_at).max();
+    let (state, class) = match (failing, last) {
+        (true, _) => ("fails", "bad"),
+        (false, Some(_)) => ("signs", "good"),
+        (false, None) => ("was not heard", ""),
+    };
+    let since = last.and_then(|at| at.elapsed().ok());
+    let since = since.map_or_else(String::new, |age| {
+        format!(", last certificate {} ago", span(age))
+    });
+    tile(state, &format!("{address}{since}"), class)
 }
 
 /// Connections that did not come to be, with the question to ask about each.
@@ -195,21 +223,42 @@ fn pod_table(pods: &[ShownPod]) -> Markup {
             @if pods.is_empty() { p.dim { "none" } }
             @else {
                 div.wide { table {
-                    thead { tr { th { "pod" } th { "service account" } th { "listeners" } th.num { "flows" } } }
+                    thead { tr { th { "pod" } th { "service account" } th { "listeners" } th { "rules" } th.num { "flows" } } }
                     tbody { @for pod in pods {
                         tr {
                             td { (pod.who.namespace) "/" (pod.who.name) }
                             td { (pod.who.service_account) }
                             td { @match pod.phase {
-                                PodPhase::Up => span.good { "up" },
-                                PodPhase::Pending => span.bad { "cannot be bound, tried again" },
+                                PodPhase::Up => span.good { "open" },
+                                PodPhase::Pending => span.bad { "cannot be opened, tried again" },
                             } }
+                            td { (rules(pod)) }
                             td.num { (pod.flows.as_deref().map_or(0, FlowTable::len)) }
                         }
                     } }
                 } }
             }
         }
+    }
+}
+
+/// Whether the pod's connections come here, as far as that was tried.
+fn rules(pod: &ShownPod) -> Markup {
+    let Some(probed) = pod.probed else {
+        return html! { span.dim { "not tried yet" } };
+    };
+    let families = [("IPv4", probed.ipv4), ("IPv6", probed.ipv6)];
+    let which = |wanted| {
+        let such = families.into_iter().filter(|(_, rules)| *rules == wanted);
+        such.map(|(family, _)| family)
+            .collect::<Vec<_>>()
+            .join(", ")
+    };
+    let (work, missing) = (which(Redirection::Works), which(Redirection::Missing));
+    html! {
+        @if !work.is_empty() { span.good { "work for " (work) } " " }
+        @if !missing.is_empty() { span.bad { "missing for " (missing) } }
+        @if work.is_empty() && missing.is_empty() { span.dim { "unknown" } }
     }
 }
 

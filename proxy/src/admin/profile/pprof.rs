@@ -113,6 +113,7 @@ impl Builder {
     pub(super) fn build(mut self, images: &[Image]) -> Vec<u8> {
         let names = self.names(images);
         for (index, image) in images.iter().enumerate() {
+            let named = |frame: &Frame| matches!(frame, Frame::At(at) if image.memory.contains(at));
             let filename = self.text(&image.path.display().to_string());
             self.profile.mapping.push(Mapping {
                 id: number(index),
@@ -120,7 +121,8 @@ impl Builder {
                 memory_limit: image.memory.end,
                 file_offset: image.offset,
                 filename,
-                has_functions: true,
+                // Where there are no names, `pprof` looks for them in a file that it is given.
+                has_functions: names.keys().any(named),
             });
         }
         let mut functions = Numbers::default();

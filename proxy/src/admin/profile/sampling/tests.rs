@@ -73,6 +73,7 @@ fn busy_threads_are_found_with_those_who_called_them() {
     let profile = Profile::decode(&*encoded).unwrap();
     assert_eq!((profile.period, profile.sample_type.len()), (2_000_000, 2));
     assert_eq!(profile.string_table[0], "");
+    assert!(profile.mapping.iter().any(|image| image.has_functions));
     let named: Vec<_> = profile
         .sample
         .iter()
