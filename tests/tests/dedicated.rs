@@ -154,6 +154,7 @@ async fn metrics_are_scraped_through_a_tunnel_by_those_who_may() {
     let mut own = Workload::of(&stranger);
     own.uid = "Kubernetes//Pod/istio-system/culvert-1".to_owned();
     own.name = "culvert-1".to_owned();
+    own.workload_name = "ztunnel".to_owned();
     own.namespace = "istio-system".to_owned();
     own.service_account = "culvert".to_owned();
     own.workload_ips = vec![address];
@@ -183,6 +184,7 @@ async fn metrics_are_scraped_through_a_tunnel_by_those_who_may() {
     let tunnelled = [
         ("reporter", "destination"),
         ("source_workload", "prometheus-deploy"),
+        ("destination_workload", "ztunnel"),
         ("connection_security_policy", "mutual_tls"),
     ];
     let one = |count| count == 1.0;
