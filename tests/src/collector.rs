@@ -9,9 +9,10 @@ use opentelemetry_proto::tonic::{
         ExportTraceServiceRequest, ExportTraceServiceResponse,
         trace_service_server::{TraceService, TraceServiceServer},
     },
-    common::v1::{KeyValue, any_value::Value},
-    trace::v1::Span,
+    common::v1::{KeyValue, any_value},
+    trace::v1::{Span, span::Event},
 };
+use serde_json::{Value, json};
 use tokio::{net::TcpListener, sync::watch, task::JoinSet};
 use tonic::{Request, Response, Status, service::Routes};
 use tower::Service as _;
@@ -51,13 +52,43 @@ impl Taken {
     }
 }
 
+/// An identifier as OTLP writes it in JSON.
+fn hexadecimal(id: &[u8]) -> String {
+    id.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+fn listed(attributes: &[KeyValue]) -> Value {
+    let one = |it: &KeyValue| json!({"key": it.key, "value": find(attributes, &it.key)});
+    attributes.iter().map(one).collect()
+}
+
+impl From<&Taken> for Value {
+    /// With the names that OTLP has in JSON; values are text.
+    fn from(taken: &Taken) -> Self {
+        let span = &taken.span;
+        let event = |it: &Event| json!({"name": it.name, "timeUnixNano": it.time_unix_nano});
+        json!({
+            "resource": listed(&taken.resource),
+            "traceId": hexadecimal(&span.trace_id),
+            "spanId": hexadecimal(&span.span_id),
+            "parentSpanId": hexadecimal(&span.parent_span_id),
+            "name": span.name,
+            "kind": span.kind,
+            "startTimeUnixNano": span.start_time_unix_nano,
+            "endTimeUnixNano": span.end_time_unix_nano,
+            "attributes": listed(&span.attributes),
+            "events": span.events.iter().map(event).collect::<Self>(),
+        })
+    }
+}
+
 fn find(attributes: &[KeyValue], key: &str) -> Option<String> {
     let found = attributes.iter().find(|one| one.key == key)?;
     let value = found.value.as_ref()?.value.as_ref()?;
-    if let Value::StringValue(text) = value {
+    if let any_value::Value::StringValue(text) = value {
         return Some(text.clone());
     }
-    if let Value::IntValue(number) = value {
+    if let any_value::Value::IntValue(number) = value {
         return Some(number.to_string());
     }
     Some(format!("{value:?}"))

@@ -169,6 +169,10 @@ async fn while_the_peer_node_is_cut_off_the_own_goes_on_and_flows_outlast_it() {
     assert!(cluster.proxy(0).is_ready().await);
     stage.link("up");
     carries(&mut lasting).await;
+    // A peer that is silent for long is given up, and its flows with it; nothing else is.
+    stage.link("down");
+    tokio::time::sleep(wait::outage()).await;
+    stage.link("up");
     traffic.end().await;
     let again = async || stage.echoes(stage.far.at(8080)).await.then_some(());
     wait::until(A_PAUSE, "new flows reach it", again).await;

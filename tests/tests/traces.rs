@@ -7,8 +7,9 @@
     reason = "test code: a panic is a failed test"
 )]
 
-use std::{collections::BTreeSet, sync::Arc};
+use std::{collections::BTreeSet, path::Path, sync::Arc};
 
+use serde_json::Value;
 use testkit::{
     Cluster, Collector, Mesh, Node, Pod, PodSpec, ProxyOptions, World,
     collector::Taken,
@@ -145,6 +146,32 @@ async fn both_sides_of_a_flow_tell_one_trace() {
     assert_eq!(phases(&collector.taken(), &second), names(&reused));
     let log = cluster.proxy(0).log().tail(usize::MAX);
     assert!(!log.contains("s3cret"), "{log}");
+    keep(&capture(&taken, &source));
+}
+
+/// The trace of a span, as JSON.
+fn capture(taken: &[Taken], source: &Taken) -> Value {
+    let first = |one: &&Taken| one.span.trace_id == source.span.trace_id;
+    let capture: Value = taken.iter().filter(first).map(Value::from).collect();
+    for side in ["outbound", "inbound"] {
+        let span = |one: &&Value| one["name"] == side;
+        let span = capture.as_array().unwrap().iter().find(span).unwrap();
+        assert_eq!(span["traceId"], capture[0]["traceId"]);
+        assert_eq!(span["spanId"].as_str().unwrap().len(), 16);
+    }
+    capture
+}
+
+/// With `TESTKIT_CAPTURES` set to a directory, the trace is left there for people to look at.
+#[expect(
+    clippy::disallowed_methods,
+    reason = "test runs are steered by the environment"
+)]
+fn keep(capture: &Value) {
+    if let Some(directory) = std::env::var_os("TESTKIT_CAPTURES") {
+        let file = Path::new(&directory).join("trace.json");
+        std::fs::write(file, format!("{capture:#}\n")).unwrap();
+    }
 }
 
 #[tokio::test]

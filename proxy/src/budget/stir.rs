@@ -14,6 +14,9 @@ use tokio::{
 };
 
 /// Tells a task that looks after something again and again whether anything has happened to it. For one task.
+///
+/// The load in [`Self::note`] is relaxed, so what happens just as the task looks away may go unnoticed until more does, at most
+/// for the longest rest. What it looks after bears that: it happens again and again, or can wait.
 #[derive(Debug, Default)]
 pub struct Stir {
     state: AtomicU8,

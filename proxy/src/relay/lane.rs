@@ -1,4 +1,7 @@
 //! One direction of a flow.
+//!
+//! A lane belongs to the task of its flow, which polls both; nothing of it is shared but the pools of buffers and pipes, behind
+//! a lock. So there is no synchronisation to try.
 
 use std::task::{Context, Poll, ready};
 
