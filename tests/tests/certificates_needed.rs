@@ -7,7 +7,7 @@
     reason = "test code: a panic is a failed test"
 )]
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use base64::{Engine as _, prelude::BASE64_STANDARD};
 use testkit::{
@@ -48,10 +48,15 @@ impl Stage {
     }
 
     async fn start(&self) -> NodeRun<'_> {
+        self.start_with(|options| options).await
+    }
+
+    async fn start_with(&self, set: impl FnOnce(ProxyOptions) -> ProxyOptions) -> NodeRun<'_> {
         let node = self.world.node(0);
         let options = ProxyOptions::new(&self.world, node)
             .follow(&self.istiod)
             .certified_by(&self.istiod);
+        let options = set(options);
         let pods: Vec<&Pod> = self.pods.iter().map(Arc::as_ref).collect();
         NodeRun::start(&self.world, node, &options, &pods)
             .await
@@ -136,4 +141,22 @@ async fn an_account_that_comes_back_at_once_finds_its_certificate() {
         .put(&Mesh::of(&[&stage.pods[0], &stage.pods[1]]));
     stage.echoes().await;
     assert_eq!(stage.asked(), [id]);
+}
+
+/// `CA_CERT_WATCHER=false`.
+#[tokio::test]
+async fn without_the_watcher_new_trust_roots_wait_for_the_next_connection() {
+    let stage = Stage::new();
+    let life = Duration::from_secs(8);
+    stage.istiod.sign_for_at_most(life);
+    let unwatched = |options: ProxyOptions| options.env("CA_CERT_WATCHER", "false");
+    let _run = stage.start_with(unwatched).await;
+    let id = stage.pods[0].spiffe_id();
+    let first = stage.istiod.certified(&id, 1).await[0].connection;
+    stage.istiod.replace_root().unwrap();
+    let renewed = stage.istiod.certified_within(2 * life, &id, 2).await;
+    assert_eq!(renewed[1].connection, first, "it is used on");
+    stage.istiod.cut();
+    let renewed = stage.istiod.certified_within(2 * life, &id, 3).await;
+    assert_ne!(renewed[2].connection, first, "made with the new roots");
 }

@@ -261,6 +261,7 @@ async fn what_is_held_outlasts_a_sealed_server() {
     bao.seal().await.unwrap();
     sealed("no certificate").await;
     assert!(!stage.echoes().await);
+    tokio::time::sleep(wait::outage()).await;
     traffic::ping(&mut open, b"meanwhile").await.unwrap();
     bao.unseal().await.unwrap();
     wait::until(Duration::from_secs(5), "the pods talk again", async || {

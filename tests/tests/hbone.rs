@@ -15,7 +15,7 @@ use testkit::{
     mesh::{Match, Policy},
     raw::{
         Hello, RawClient,
-        frames::{END_STREAM, kind, setting},
+        frames::{END_STREAM, Frame, kind, setting},
     },
     stage::ForeignClient,
     traffic::Behaviour,
@@ -465,4 +465,28 @@ async fn ipv6_pods_are_served_alike() {
         .unwrap();
     assert_eq!(tunnel.status.as_u16(), 200);
     assert_eq!(app.accepted(1).await[0].ip(), foreign.peer.ip6());
+}
+
+#[tokio::test]
+async fn a_connection_of_age_takes_no_new_streams_and_ends_with_its_last() {
+    let foreign = ForeignClient::new().unwrap();
+    let settings = [("HBONE_MAX_AGE", "3s")];
+    let cluster = foreign.cluster_with(&settings).await.unwrap();
+    let mut talk = foreign.talk_over(cluster, Behaviour::Echo).await;
+    let mut open = talk.tunnel().await;
+    open.ping(b"young").await.unwrap();
+    let goaway = |frame: &Frame| frame.kind == kind::GOAWAY;
+    let told = talk.client.frames.wait("no more streams", goaway).await;
+    assert_eq!(told.error_code(), Some(0), "in peace");
+    // What is open goes on, and what is new takes a new connection.
+    open.ping(b"of age").await.unwrap();
+    let young = foreign.client().await;
+    let mut other = young.tunnel(&talk.target).await.unwrap();
+    other.ping(b"elsewhere").await.unwrap();
+    assert!(talk.client.tunnel(&talk.target).await.is_err());
+    open.finish().unwrap();
+    open.read_to_end().await.unwrap();
+    drop(open);
+    talk.client.ended(Duration::from_secs(5)).await.unwrap();
+    other.ping(b"still there").await.unwrap();
 }

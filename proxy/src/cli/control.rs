@@ -24,6 +24,7 @@ pub(super) fn parse(reader: &mut Reader<'_>, proxy: &ProxyConfig) -> ControlPlan
         local: local(reader),
         on_demand: reader.boolean("XDS_ON_DEMAND", false),
         certificates: certificates(reader),
+        watches_ca_roots: reader.boolean("CA_CERT_WATCHER", true),
         secret_ttl: reader.duration("SECRET_TTL").unwrap_or(DEFAULT_TTL),
         token: token(reader),
         preferred_service_namespace: reader.name("PREFERED_SERVICE_NAMESPACE"),

@@ -60,6 +60,8 @@ pub struct ControlPlane {
     pub on_demand: bool,
     /// Who signs certificates.
     pub certificates: CertificateSource,
+    /// `CA_CERT_WATCHER`: a file of trust roots of the authority that changes takes the connection to it out of use.
+    pub watches_ca_roots: bool,
     /// `SECRET_TTL`, default 24 h: requested certificate lifetime.
     #[serde(serialize_with = "show::duration")]
     pub secret_ttl: Duration,

@@ -97,23 +97,32 @@ fn istio(config: &Config, address: &Address) -> IstioCa<Server> {
     let mut target = target(config, address);
     // Within the deadline of a request, istio-csr allows none.
     target.ping_interval = None;
-    IstioCa::new(Server(target), options)
+    let watches_roots = config.control.watches_ca_roots;
+    let server = Server {
+        target,
+        watches_roots,
+    };
+    IstioCa::new(server, options)
 }
 
 /// The certificate authority, as a server of the control plane.
-struct Server(Target);
+struct Server {
+    target: Target,
+    /// Without, roots that change count for the next connection.
+    watches_roots: bool,
+}
 
 impl Connect for Server {
     fn connect(&self) -> BoxFuture<'_, Result<Channel, ConnectError>> {
-        Box::pin(async { Ok(self.0.connect().await?) })
+        Box::pin(async { Ok(self.target.connect().await?) })
     }
 
     fn metadata(&self) -> BoxFuture<'_, Result<MetadataMap, ConnectError>> {
-        Box::pin(async { Ok(self.0.metadata().await?) })
+        Box::pin(async { Ok(self.target.metadata().await?) })
     }
 
     fn is_current(&self) -> BoxFuture<'_, bool> {
-        Box::pin(self.0.is_current())
+        Box::pin(async { !self.watches_roots || self.target.is_current().await })
     }
 }
 

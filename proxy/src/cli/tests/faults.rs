@@ -115,6 +115,7 @@ const KEYS: &[&str] = &[
     "ALT_XDS_HOSTNAME",
     "ALT_CA_HOSTNAME",
     "AUTH_TOKEN",
+    "CA_CERT_WATCHER",
     "SECRET_TTL",
     "XDS_ON_DEMAND",
     "XDS_HEADER_X",

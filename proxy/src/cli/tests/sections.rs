@@ -278,6 +278,8 @@ fn addresses() {
     let host = alternative.control.xds.unwrap().alternative_host;
     assert_eq!(host.as_deref(), Some("x.example"));
     assert!(given(&[("ALT_CA_HOSTNAME", "not a name")]).read().is_err());
+    let watches = |pairs| given(pairs).config().control.watches_ca_roots;
+    assert!(watches(&[]) && !watches(&[("CA_CERT_WATCHER", "false")]));
 }
 
 #[test]
