@@ -260,6 +260,7 @@ async fn what_is_held_outlasts_a_sealed_server() {
     traffic::ping(&mut open, b"before").await.unwrap();
     bao.seal().await.unwrap();
     sealed("no certificate").await;
+    tokio::time::sleep(wait::outage()).await;
     assert!(!stage.echoes().await);
     tokio::time::sleep(wait::outage()).await;
     traffic::ping(&mut open, b"meanwhile").await.unwrap();

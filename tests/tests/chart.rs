@@ -23,7 +23,7 @@ const ALL: &[&str] = &[
     "--set=otlp.endpoint=http://tempo:4317,memoryBudget=64Mi,workerThreads=50%,metrics.labels=minimal",
     "--set=state.keys=true,coreDumps=true,limits.flowsPerPod=2000000,limits.handshakesPerPod=100,limits.handshakesPerPeer=10",
     "--set=limits.streamsPerConnection=50,limits.headerBytes=4096,limits.controlFramesPerSecond=5,limits.resetsPerSecond=7",
-    "--set=limits.descriptorReserve=0",
+    "--set=limits.descriptorReserve=0,limits.listenBacklog=256",
 ];
 
 fn render(arguments: &[&str]) -> Vec<Value> {
@@ -353,6 +353,7 @@ fn everything_switched_on_is_valid_and_takes_effect() {
         ("MAX_FLOWS_PER_POD", "2000000"),
         ("HTTP2_MAX_RESETS", "7"),
         ("DESCRIPTOR_RESERVE", "0"),
+        ("LISTEN_BACKLOG", "256"),
         ("SAME_NODE_NAMESPACES", "shop=direct"),
         ("OPENBAO_ROOT_MOUNTS", "pki-root"),
         ("OTEL_TRACES_SAMPLER_ARG", "1"),

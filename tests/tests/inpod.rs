@@ -318,11 +318,12 @@ async fn captured_pods_work_on_while_the_agent_is_away() {
 
     drop((agent, session));
     proxy.unready().await;
-    traffic::ping(&mut held.kept, b"established").await.unwrap();
-    assert_eq!(
-        trio.other.ask(held.server.address, b"new").await.unwrap(),
-        b"new"
-    );
+    for word in [b"at first", b"later on"] {
+        traffic::ping(&mut held.kept, word).await.unwrap();
+        let answer = trio.other.ask(held.server.address, word).await;
+        assert_eq!(answer.unwrap(), word);
+        tokio::time::sleep(wait::outage()).await;
+    }
 
     let mut agent =
         Agent::bind(&ProxyOptions::agent_socket(&trio.world, trio.world.node(0))).unwrap();

@@ -74,6 +74,7 @@ The variables of the proxy, as a list in JSON under the key `env`. Each is there
   (list "HTTP2_MAX_CONTROL_FRAMES" $v.limits.controlFramesPerSecond)
   (list "HTTP2_MAX_RESETS" $v.limits.resetsPerSecond)
   (list "DESCRIPTOR_RESERVE" $v.limits.descriptorReserve)
+  (list "LISTEN_BACKLOG" $v.limits.listenBacklog)
   (list "SAME_NODE" (ternary "" $v.sameNode.mode (eq $v.sameNode.mode "hbone")))
   (list "SAME_NODE_NAMESPACES" (join "," $namespaces))
   (list "METRICS_LABELS" (ternary "" $v.metrics.labels (eq $v.metrics.labels "full")))
