@@ -4,7 +4,6 @@ mod choice;
 
 use std::{
     error::Error,
-    fmt,
     net::SocketAddr,
     sync::Arc,
     time::{Duration, SystemTime},
@@ -19,9 +18,9 @@ use super::{
     Reason, Trace, Traffic,
     labels::{Kept, Reporter, Security},
     refusals::{Phase, Refusal, in_words},
+    route::{HboneTarget, Route},
     traffic::{Meter, Watch},
 };
-pub(super) use choice::Lasting;
 use choice::Told;
 
 /// Reports one flow: `connection opened` when made, `connection complete` when it ends, and the
@@ -47,33 +46,6 @@ struct Line<'a> {
     route: &'a Route,
     /// How the bytes go, where that is not the usual way.
     path: Option<&'static str>,
-}
-
-/// What the access log tells beyond the metric labels.
-#[derive(Debug, Clone)]
-pub struct Route {
-    /// The peer that connected, IPv4-mapped addresses unmapped.
-    pub source: SocketAddr,
-    /// Outbound: the address dialled. Inbound HBONE: the pod's HBONE address. Inbound plaintext:
-    /// the original destination.
-    pub destination: SocketAddr,
-    /// The CONNECT authority, HBONE only.
-    pub hbone: Option<HboneTarget>,
-    /// Name of the source pod, or workload name of a source known from its baggage; `None` tells
-    /// the canonical service.
-    pub source_pod: Option<Arc<str>>,
-    /// The same for the destination.
-    pub destination_pod: Option<Arc<str>>,
-}
-
-/// The authority of a CONNECT.
-#[derive(Debug, Clone, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum HboneTarget {
-    /// An address.
-    Address(SocketAddr),
-    /// A host name and port, across networks.
-    Host(Arc<str>, u16),
 }
 
 /// One line with the fields that every access line has, then the given ones.
@@ -282,15 +254,6 @@ impl Drop for Access {
                 (Reason::Drained, Cancelled::Drain)
             };
             self.report(Some((reason, &why)));
-        }
-    }
-}
-
-impl fmt::Display for HboneTarget {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Address(address) => address.fmt(f),
-            Self::Host(name, port) => write!(f, "{name}:{port}"),
         }
     }
 }

@@ -1,6 +1,7 @@
 //! The `istio_tcp_*` families: one table of series, each holding its labels once.
 
 mod families;
+mod lasting;
 
 use std::{
     fmt,
@@ -13,8 +14,8 @@ use std::{
 use prometheus_client::registry::Registry;
 use tokio::time::Instant;
 
+use self::lasting::Lasting;
 use super::{
-    access::Lasting,
     labels::{Label, Labels, Reporter, ResponseFlag},
     latency::{Latencies, Step},
     names::{Fold, Names, Pool},

@@ -1,19 +1,15 @@
 //! Which flows the access log tells, and what it tells while they last.
 
-use std::time::Duration;
-
-use parking_lot::Mutex;
 use rand::RngExt as _;
-use slab::Slab;
 use tokio::{
     task::yield_now,
     time::{Instant, interval_at},
 };
 
-use super::{Line, Route};
+use super::Line;
 use crate::{
     config::AccessLog,
-    telemetry::{Names, Traffic, Watch},
+    telemetry::{Names, Traffic},
 };
 
 /// What is told of a flow.
@@ -26,10 +22,6 @@ pub(super) enum Told {
     /// Nothing.
     Nothing,
 }
-
-/// Flows whose progress is told.
-#[derive(Debug, Default)]
-pub(in crate::telemetry) struct Lasting(Mutex<Slab<(Watch, Route)>>);
 
 impl Told {
     /// Decides for one flow; `percent` is a random number below 100.
@@ -54,25 +46,6 @@ impl Told {
 /// A random number below 100.
 pub(super) fn percent() -> u8 {
     rand::rng().random_range(0..100)
-}
-
-impl Lasting {
-    pub(super) fn enter(&self, flow: Watch, route: Route) -> usize {
-        self.0.lock().insert((flow, route))
-    }
-
-    pub(super) fn leave(&self, key: usize) {
-        let _gone = self.0.lock().try_remove(key);
-    }
-
-    /// Those that have been open for `age`.
-    fn older_than(&self, age: Duration) -> Vec<(Watch, Route)> {
-        let flows = self.0.lock();
-        let old = flows.iter().map(|(_, flow)| flow);
-        old.filter(|(flow, _)| flow.opened().elapsed() >= age)
-            .cloned()
-            .collect()
-    }
 }
 
 impl Traffic {

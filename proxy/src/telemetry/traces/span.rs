@@ -15,7 +15,7 @@ use super::{
     proto::{self, any_value::Value, span::Kind},
 };
 use crate::telemetry::{
-    Kept, Reason, Reporter, Security, access::Route, names::Names, refusals::in_words,
+    Kept, Reason, Reporter, Security, names::Names, refusals::in_words, route::Route,
 };
 
 /// The span of one flow; nothing at all where nobody takes it. Dropped without a report, it is not told.
