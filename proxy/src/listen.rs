@@ -31,6 +31,7 @@ pub use connect::{ConnectError, LocalAddress, Upstream, connect};
 pub use descriptors::Descriptors;
 pub use dns::{DnsSockets, bind_dns, dns_client};
 pub use netns::{Netns, NetnsId};
+pub use options::watch_peer;
 pub use ports::{PortLease, SourcePorts};
 pub use privilege::{Need, Shortage, shortages};
 pub use probe::{Probed, Redirection, is_probe, mtu, probe};

@@ -14,14 +14,16 @@ use std::{
 
 use serde_json::Value;
 use testkit::{
-    Cluster, Mesh, Pod, PodSpec, Proxy,
+    Cluster, Istiod, Mesh, Pod, PodSpec, Proxy, ProxyOptions,
     mesh::{Match, Policy, StringMatch},
     proxy,
     raw::{Hello, RawClient},
     stage::Pair,
     traffic::{self, Behaviour},
     wait,
+    world::Node,
 };
+use tonic::Status;
 
 /// Runs `culvert explain` beside a proxy; its standard output.
 async fn explain(stage: &Pair, from: &str, to: &str, output: &str) -> anyhow::Result<String> {
@@ -185,6 +187,32 @@ async fn refusals_are_those_of_the_data_path() {
     }
     let told = explained(&stage, "shop/web", &Pair::SERVICE.to_string()).await;
     assert_eq!(told["endpoints"][0]["because"], "unhealthy");
+}
+
+/// A tunnel takes a certificate of the source; without one no policy is asked.
+#[tokio::test]
+async fn a_certificate_that_cannot_be_had_is_the_reason() {
+    let stage = Pair::new().unwrap();
+    let home = stage.world.node(0).pod(&PodSpec::plain("ca")).unwrap();
+    let ca = Istiod::options().start(&stage.world, &home).unwrap();
+    ca.refuse_to_sign(Status::invalid_argument("not for you"));
+    let mesh_file = ProxyOptions::mesh_file(&stage.world);
+    stage.mesh().write(&mesh_file).unwrap();
+    let options = |node: &Node| ProxyOptions::new(&stage.world, node).certified_by(&ca);
+    let cluster = Cluster::run(&stage.world, options, &[&stage.web, &stage.api]).await;
+    let cluster = cluster.unwrap();
+    assert!(!admitted(&stage.web, Pair::SERVICE).await);
+    let told = explained(&stage, "shop/web", "api:80").await;
+    assert_eq!(told["route"]["kind"], "hbone");
+    assert_eq!(told["outcome"]["allowed"], false);
+    let certificate = told["from"]["certificate"].as_str().unwrap();
+    assert!(certificate.starts_with("Unavailable: "), "{certificate}");
+    let because = told["outcome"]["because"].as_str().unwrap();
+    assert!(because.contains("not for you"), "{because}");
+    assert_eq!(
+        told["outcome"]["reason"],
+        reason(cluster.proxy(0), "connection complete", 0).await
+    );
 }
 
 #[tokio::test]

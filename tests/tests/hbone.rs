@@ -18,7 +18,7 @@ use testkit::{
         frames::{END_STREAM, Frame, kind, setting},
     },
     stage::ForeignClient,
-    traffic::Behaviour,
+    traffic::{self, Behaviour},
     wait,
 };
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
@@ -375,7 +375,7 @@ async fn ends_and_resets_of_the_application_reach_the_client() {
     tunnel.finish().unwrap();
     assert_eq!(
         tunnel.read_to_end().await.unwrap(),
-        testkit::traffic::receipt(b"request"),
+        traffic::receipt(b"request"),
         "half-close"
     );
 
@@ -409,10 +409,10 @@ async fn a_stalled_stream_does_not_stop_its_neighbour() {
     let talk = foreign.talk(Behaviour::Echo).await;
     let _stall = foreign.api.serve(8081, Behaviour::Stall).unwrap();
     let mut stalled = talk.client.tunnel(&foreign.target(8081)).await.unwrap();
-    let flood = testkit::traffic::pattern(16 << 20);
+    let flood = traffic::pattern(16 << 20);
     let filled = tokio::time::timeout(Duration::from_secs(2), stalled.write(&flood)).await;
     assert!(filled.is_err(), "back-pressure does not reach the client");
-    talk.carries(&testkit::traffic::pattern(2 << 20)).await;
+    talk.carries(&traffic::pattern(2 << 20)).await;
 }
 
 #[tokio::test]

@@ -419,6 +419,23 @@ async fn a_peer_that_answers_no_ping_loses_its_streams() {
 }
 
 #[tokio::test]
+async fn a_peer_that_says_nothing_for_long_is_kept_while_its_host_lives() {
+    let foreign = Foreign::new();
+    let env = [("HBONE_PEER_TIMEOUT", "4s")].into();
+    let cluster = Cluster::start_with(&foreign.world, &foreign.mesh(), &[&foreign.web], &env)
+        .await
+        .unwrap();
+    let mut talk = foreign.talk_over(cluster).await;
+    let incoming = talk.connection.next().await.unwrap();
+    let (mut received, _send) = incoming.accept().unwrap();
+    let pause = Duration::from_secs(9);
+    talk.connection.pause(pause).await.unwrap();
+    talk.call.write_all(b"late").await.unwrap();
+    let data = tokio::time::timeout(pause * 2, received.data()).await;
+    assert_eq!(data.unwrap().unwrap().unwrap(), "late");
+}
+
+#[tokio::test]
 async fn a_server_that_stays_silent_is_given_up_and_blocks_no_other() {
     let foreign = Foreign::new();
     let other = foreign.world.node(0).pod(&PodSpec::plain("other")).unwrap();

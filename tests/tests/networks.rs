@@ -333,6 +333,12 @@ async fn two_networks_meet_through_a_gateway_that_sees_nothing() {
         metrics.sum("istio_tcp_connections_opened_total", &labels),
         1.0
     );
+    let ask = format!("/debug/explain?from=shop/web&to={}:80", IpAddr::from(VIP));
+    let told = cluster.proxy(0).document(&ask).await.unwrap();
+    assert_eq!(told["from"]["network"], "east");
+    assert_eq!(told["endpoints"][0]["network"], "west");
+    assert_eq!(told["route"]["kind"], "double-hbone");
+    assert_eq!(told["route"]["network"], "west");
 
     // Policy at the far end sees the real client.
     west.policy(Policy::deny("web", vec![Match::pod(&stage.web)]));

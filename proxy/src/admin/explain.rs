@@ -8,7 +8,7 @@ mod verdict;
 
 use std::{net::SocketAddr, sync::Arc};
 
-use cert_agent::SpiffeId;
+use cert_agent::{CertificateState, IdentityStatus, SpiffeId};
 use http::{Response, StatusCode};
 use serde::Serialize;
 
@@ -95,6 +95,8 @@ struct Source {
 #[derive(Debug, Serialize)]
 struct Endpoint {
     workload: String,
+    #[serde(skip_serializing_if = "str::is_empty")]
+    network: Arc<str>,
     addresses: Vec<std::net::IpAddr>,
     eligible: bool,
     /// Its target port if it is eligible, else why it is not.
@@ -113,6 +115,9 @@ struct Route {
     /// Who is there.
     #[serde(skip_serializing_if = "Option::is_none")]
     workload: Option<String>,
+    /// The network of who is there.
+    #[serde(skip_serializing_if = "str::is_empty")]
+    network: Arc<str>,
     /// `workload`, `waypoint` or `gateway`.
     #[serde(skip_serializing_if = "Option::is_none")]
     via: Option<&'static str>,
@@ -183,7 +188,11 @@ fn explain(console: &Console, from: &str, to: &str) -> Result<Explanation, Uncle
         Verdict::of(&state, target.workload, &connection)
     });
     let behind = Behind::all(&state, &meaning, &outbound);
-    let outcome = outcome(&outbound, policy.as_ref());
+    let held = held(console, &source);
+    let outcome = match unproven(&outbound, &source, held.as_ref()) {
+        Some(outcome) => outcome,
+        None => outcome(&outbound, policy.as_ref()),
+    };
     let owner = match (&meaning.service, &meaning.workload) {
         (Some(service), _) => format!("service {}", service.key()),
         (None, Some(workload)) => format!("workload {}", workload.uid()),
@@ -193,7 +202,7 @@ fn explain(console: &Console, from: &str, to: &str) -> Result<Explanation, Uncle
     let around = meaning.around.iter();
     drop(state);
     Ok(Explanation {
-        from: Source::of(console, &source),
+        from: Source::of(&source, held.as_ref()),
         to,
         owner,
         waypoints: meaning.waypoints.iter().map(ToString::to_string).collect(),
@@ -204,6 +213,33 @@ fn explain(console: &Console, from: &str, to: &str) -> Result<Explanation, Uncle
         behind,
         outcome,
     })
+}
+
+/// What is known of the certificate of `workload`.
+fn held(console: &Console, workload: &Workload) -> Option<IdentityStatus> {
+    let identity = workload.identity()?;
+    let mut held = console.shared.agent.snapshot().into_iter();
+    held.find(|held| held.identity == *identity)
+}
+
+/// How a tunnel ends whose source has nothing to prove its identity with.
+fn unproven(
+    outbound: &Outbound,
+    source: &Workload,
+    held: Option<&IdentityStatus>,
+) -> Option<Outcome> {
+    if !matches!(outbound, Outbound::Hbone(_) | Outbound::Nested { .. }) {
+        return None;
+    }
+    if source.identity().is_none() {
+        let because = "the source has no identity that a certificate could carry";
+        return Some(Outcome::refused(Reason::NoIdentity, &because));
+    }
+    let CertificateState::Unavailable(why) = &held?.state else {
+        return None;
+    };
+    let because = format!("the source has no certificate: {why}");
+    Some(Outcome::refused(Reason::NoCertificate, &because))
 }
 
 fn outcome(outbound: &Outbound, policy: Option<&Verdict>) -> Outcome {
@@ -292,11 +328,9 @@ impl Behind {
 }
 
 impl Source {
-    fn of(console: &Console, workload: &Workload) -> Self {
+    fn of(workload: &Workload, held: Option<&IdentityStatus>) -> Self {
         let identity = workload.identity();
-        let held = console.shared.agent.snapshot().into_iter();
-        let certificate = identity.map(|identity| {
-            let held = held.clone().find(|held| held.identity == *identity);
+        let certificate = identity.map(|_| {
             held.map_or_else(
                 || "not held: this node does not keep it".to_owned(),
                 |held| held.state.to_string(),
@@ -316,6 +350,7 @@ impl Endpoint {
     fn of((workload, fit): &(Arc<Workload>, Result<route::Fit, route::Unfit>)) -> Self {
         Self {
             workload: workload.uid().to_owned(),
+            network: Arc::clone(workload.network()),
             addresses: workload.addresses().to_vec(),
             eligible: fit.is_ok(),
             because: match fit {
@@ -387,6 +422,7 @@ impl Route {
             kind,
             dialled: Some(to),
             workload: workload.map(|workload| workload.uid().to_owned()),
+            network: workload.map_or_else(Arc::default, |workload| Arc::clone(workload.network())),
             ..Self::default()
         }
     }
@@ -396,6 +432,7 @@ impl Route {
             kind,
             dialled: Some(hop.to),
             workload: Some(hop.workload.uid().to_owned()),
+            network: Arc::clone(hop.workload.network()),
             via: Some(match hop.via {
                 Via::Workload => "workload",
                 Via::Waypoint => "waypoint",

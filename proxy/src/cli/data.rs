@@ -149,6 +149,7 @@ pub(super) fn sockets(reader: &mut Reader<'_>, mode: &ProxyMode) -> Sockets {
             .boolean("KEEPALIVE_ENABLED", true)
             .then_some(keepalive),
         user_timeout: user_timeout.then(|| time_to_dead(keepalive)),
+        tunnel_timeout: tunnel_timeout(reader),
         connect_timeout: Duration::from_secs(10),
         backlog: reader.integer("LISTEN_BACKLOG", &(1..=65535), 128),
     }
@@ -175,6 +176,18 @@ fn keepalive(reader: &mut Reader<'_>) -> Keepalive {
 /// long as an idle connection.
 fn time_to_dead(keepalive: Keepalive) -> Duration {
     keepalive.time + keepalive.interval * keepalive.retries
+}
+
+fn tunnel_timeout(reader: &mut Reader<'_>) -> Option<Duration> {
+    let limits = Duration::from_secs(2)..=Duration::from_hours(1);
+    let timeout = reader.typed("HBONE_PEER_TIMEOUT", |text| {
+        value::duration(text)
+            .ok()
+            .filter(|timeout| timeout.is_zero() || limits.contains(timeout))
+            .ok_or_else(|| Reject::new("not a time for a peer to answer", "0, or 2s to 1h"))
+    });
+    let timeout = timeout.unwrap_or(Duration::from_secs(15));
+    (!timeout.is_zero()).then_some(timeout)
 }
 
 pub(super) fn tunnel(reader: &mut Reader<'_>) -> Tunnel {

@@ -92,6 +92,10 @@ pub struct Sockets {
     /// `USER_TIMEOUT_ENABLED` with the keepalive values; `None` when off.
     #[serde(serialize_with = "show::optional_duration")]
     pub user_timeout: Option<Duration>,
+    /// `HBONE_PEER_TIMEOUT`, 2 s to 1 h: how long the host of a tunnel's peer may leave bytes unacknowledged, or probes of an
+    /// idle tunnel; 15 s. `None` leaves all to PINGs.
+    #[serde(serialize_with = "show::optional_duration")]
+    pub tunnel_timeout: Option<Duration>,
     /// Longest wait for a TCP connection, socket creation and bind included, and for an application
     /// to take its PROXY header; 10 s.
     #[serde(serialize_with = "show::duration")]

@@ -363,7 +363,10 @@ impl tunnel::Dial for Dialer {
                 .timed((Step::Connect, Reporter::Source), connecting)
                 .await
             {
-                Ok(upstream) => Ok(upstream.stream),
+                Ok(upstream) => {
+                    listen::watch_peer(&upstream.stream, &self.shared.settings.sockets)?;
+                    Ok(upstream.stream)
+                }
                 Err(error @ listen::ConnectError::Timeout { .. }) => {
                     Err(io::Error::new(io::ErrorKind::TimedOut, error))
                 }

@@ -79,6 +79,7 @@ fn sockets() -> config::Sockets {
         ipv6: true,
         keepalive: None,
         user_timeout: None,
+        tunnel_timeout: Some(Duration::from_secs(15)),
         connect_timeout: Duration::from_secs(1),
         backlog: 16,
     }

@@ -12,7 +12,7 @@ use tokio::net::TcpListener;
 
 use super::{
     netns::Netns,
-    options::{set_liveness, set_mark, set_transparent, tcp_socket},
+    options::{set_liveness, set_mark, set_transparent, set_tunnel_liveness, tcp_socket},
     watch::Watch,
 };
 use crate::config::{OriginalSource, Ports, Sockets};
@@ -111,8 +111,7 @@ pub fn bind(netns: &Netns, sockets: &Sockets, ports: &Ports) -> Result<PodListen
     let make = Make { netns, sockets };
     let (outbound, first) = make.listener(ports.outbound, Liveness::Probed)?;
     let (inbound_plaintext, second) = make.listener(ports.inbound_plaintext, Liveness::Probed)?;
-    // HTTP/2 pings watch over HBONE connections.
-    let (hbone, third) = make.listener(ports.hbone, Liveness::LeftToPings)?;
+    let (hbone, third) = make.listener(ports.hbone, Liveness::Tunnel)?;
     Ok(PodListeners {
         outbound: outbound.into(),
         inbound_plaintext: inbound_plaintext.into(),
@@ -139,8 +138,10 @@ pub fn bind_socks5(netns: &Netns, sockets: &Sockets, port: u16) -> Result<TcpLis
 /// `SO_MARK`, `TCP_NODELAY`, keepalive and user timeout from their listener, so they are set once.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Liveness {
+    /// As configured for what applications see.
     Probed,
-    LeftToPings,
+    /// As tunnels have it, beside their PINGs.
+    Tunnel,
 }
 
 struct Make<'a> {
@@ -205,7 +206,7 @@ impl Make<'_> {
         socket.set_tcp_nodelay(true)?;
         match liveness {
             Liveness::Probed => set_liveness(socket, self.sockets),
-            Liveness::LeftToPings => Ok(()),
+            Liveness::Tunnel => set_tunnel_liveness(socket, self.sockets),
         }
     }
 

@@ -1,8 +1,9 @@
 //! The options that every socket of the data plane carries.
 
-use std::{io, net::IpAddr};
+use std::{io, net::IpAddr, time::Duration};
 
 use socket2::{Domain, Protocol, SockRef, Socket, TcpKeepalive, Type};
+use tokio::net::TcpStream;
 
 use super::netns::Netns;
 use crate::config::Sockets;
@@ -30,6 +31,36 @@ pub(super) fn set_liveness(socket: &Socket, sockets: &Sockets) -> io::Result<()>
     }
     if sockets.user_timeout.is_some() {
         socket.set_tcp_user_timeout(sockets.user_timeout)?;
+    }
+    Ok(())
+}
+
+/// As [`set_tunnel_liveness`], for a connection that is to carry a tunnel.
+///
+/// # Errors
+/// If the kernel refuses an option.
+pub fn watch_peer(stream: &TcpStream, sockets: &Sockets) -> io::Result<()> {
+    set_tunnel_liveness(&SockRef::from(stream), sockets)
+}
+
+/// Has the kernel notice that the host at the other end of a tunnel is gone: when it has acknowledged nothing for
+/// `sockets.tunnel_timeout`, be it data or the probes of an idle connection. This wakes nobody up.
+///
+/// An end that is alive but says nothing is left to PINGs, which are slower to give up. Only one that has not even read for
+/// that long, so that its window is full, counts as gone too; that never happens to tunnels between proxies that work, since
+/// they read whatever their streams are doing.
+pub(super) fn set_tunnel_liveness(socket: &Socket, sockets: &Sockets) -> io::Result<()> {
+    let Some(timeout) = sockets.tunnel_timeout else {
+        return Ok(());
+    };
+    socket.set_tcp_user_timeout(Some(timeout))?;
+    if sockets.keepalive.is_some() {
+        // The user timeout ends the probing; their number is that of the time that is left.
+        let probes = TcpKeepalive::new()
+            .with_time(timeout / 2)
+            .with_interval((timeout / 4).max(Duration::from_secs(1)))
+            .with_retries(2);
+        socket.set_tcp_keepalive(&probes)?;
     }
     Ok(())
 }

@@ -51,6 +51,7 @@ pub(crate) fn sockets() -> Sockets {
             retries: 9,
         }),
         user_timeout: None,
+        tunnel_timeout: Some(Duration::from_secs(15)),
         connect_timeout: Duration::from_secs(10),
         backlog: 128,
     }

@@ -17,7 +17,7 @@ use tokio::{
 };
 
 use super::{
-    error::{ConnectError, OpenError},
+    error::{ConnectError, OpenError, is_hangup},
     flood::{Flood, KEPT_RESETS, Watch},
     headers::{BAGGAGE, FORWARDED, NETWORK, TRACEPARENT},
     keepalive::Keepalive,
@@ -211,9 +211,12 @@ impl Sender {
     }
 }
 
-/// The peer refused the stream, or was closing before it saw it.
+/// The peer refused the stream, or was closing before it saw it; or it has hung up, as one does that was started anew while
+/// its connections were idle. It may then have seen the request, but nothing of the application's.
 fn is_unhandled(error: &h2::Error) -> bool {
-    error.is_remote() && (error.is_go_away() || error.reason() == Some(h2::Reason::REFUSED_STREAM))
+    is_hangup(error)
+        || error.is_remote()
+            && (error.is_go_away() || error.reason() == Some(h2::Reason::REFUSED_STREAM))
 }
 
 /// The work of one client connection: frames, PINGs, windows.
@@ -285,7 +288,7 @@ impl<T: AsyncRead + AsyncWrite + Unpin> Driver<T> {
         let Some(keepalive) = &mut self.keepalive else {
             return Poll::Pending;
         };
-        let dead = keepalive.poll_dead(cx);
+        let dead = keepalive.poll_dead(cx, moved.received);
         let seen = (open, moved.received);
         self.window.follow(&mut self.connection, keepalive, seen);
         dead

@@ -173,6 +173,15 @@ impl ServeError {
     }
 }
 
+/// Whether the peer, or its kernel, closed the transport.
+pub(super) fn is_hangup(error: &h2::Error) -> bool {
+    use io::ErrorKind::{BrokenPipe, ConnectionReset, NotConnected, UnexpectedEof};
+    let kind = error.get_io().map(io::Error::kind);
+    kind.is_some_and(|kind| {
+        [BrokenPipe, ConnectionReset, NotConnected, UnexpectedEof].contains(&kind)
+    })
+}
+
 /// A request that is answered with 400 before anybody sees it.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum Malformed {

@@ -11,10 +11,12 @@ use tokio::time::{Instant, Sleep, sleep};
 
 use crate::config;
 
-/// Asks the peer for a sign of life every so often, whatever the traffic.
+/// Asks the peer for a sign of life every so often, whatever the traffic; anything that comes is one.
 pub(super) struct Keepalive {
     pings: PingPong,
     asked: bool,
+    /// Bytes received when the wait for an answer began.
+    heard: u64,
     timer: Pin<Box<Sleep>>,
     interval: Duration,
     limit: Duration,
@@ -26,6 +28,7 @@ impl Keepalive {
         Self {
             pings,
             asked: false,
+            heard: 0,
             timer: Box::pin(sleep(config.ping_interval)),
             interval: config.ping_interval,
             limit: config.ping_timeout,
@@ -45,8 +48,8 @@ impl Keepalive {
         self.asked
     }
 
-    /// Ready when the peer is dead. Poll it from the task that drives the connection.
-    pub(super) fn poll_dead(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+    /// Ready when the peer is dead. Poll it from the task that drives the connection, which has `received` so many bytes so far.
+    pub(super) fn poll_dead(&mut self, cx: &mut Context<'_>, received: u64) -> Poll<()> {
         loop {
             let wait = if self.asked {
                 match self.pings.poll_pong(cx) {
@@ -57,7 +60,11 @@ impl Keepalive {
                     Poll::Ready(Err(_)) => return Poll::Ready(()),
                     Poll::Pending => {
                         ready!(self.timer.as_mut().poll(cx));
-                        return Poll::Ready(());
+                        if received == self.heard {
+                            return Poll::Ready(());
+                        }
+                        self.heard = received;
+                        self.limit
                     }
                 }
             } else {
@@ -66,6 +73,7 @@ impl Keepalive {
                     return Poll::Ready(());
                 }
                 self.asked = true;
+                self.heard = received;
                 self.limit
             };
             self.timer.as_mut().reset(Instant::now() + wait);

@@ -21,7 +21,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::{
     cut::Cut,
-    error::{Malformed, ServeError},
+    error::{Malformed, ServeError, is_hangup},
     flood::{Flood, KEPT_RESETS, Watch},
     frames::Refusals,
     headers::{self, Baggage, TraceParent},
@@ -310,6 +310,7 @@ where
         while let Poll::Ready(accepted) = self.connection.poll_accept(cx) {
             match accepted {
                 Some(Ok((request, send))) => self.take(request, send),
+                // With no stream open, that is as good as an orderly end.
                 Some(Err(error)) if self.streams.is_empty() && is_hangup(&error) => {
                     return Poll::Ready(End::Closed);
                 }
@@ -327,7 +328,7 @@ where
         let Some(keepalive) = &mut self.keepalive else {
             return Poll::Pending;
         };
-        let dead = keepalive.poll_dead(cx);
+        let dead = keepalive.poll_dead(cx, received);
         let seen = (self.streams.len(), received);
         self.window.follow(&mut self.connection, keepalive, seen);
         dead.map(|()| End::Silent)
@@ -365,15 +366,6 @@ fn target<'a>(method: &Method, uri: &'a Uri) -> Result<&'a str, Malformed> {
         return Err(Malformed::Method(method.clone()));
     }
     Ok(headers::authority(uri)?)
-}
-
-/// The client closed the transport; with no stream open, that is as good as an orderly end.
-fn is_hangup(error: &h2::Error) -> bool {
-    use std::io::ErrorKind::{BrokenPipe, ConnectionReset, NotConnected, UnexpectedEof};
-    let kind = error.get_io().map(std::io::Error::kind);
-    kind.is_some_and(|kind| {
-        [BrokenPipe, ConnectionReset, NotConnected, UnexpectedEof].contains(&kind)
-    })
 }
 
 /// Tells the client why nothing more comes, if it still reads.

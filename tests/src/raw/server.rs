@@ -1,6 +1,6 @@
 //! An HBONE server on the `h2` library: a foreign peer for the proxy's outbound side.
 
-use std::{future::pending, net::SocketAddr, time::Duration};
+use std::{net::SocketAddr, time::Duration};
 
 use anyhow::Context;
 use bytes::Bytes;
@@ -66,7 +66,7 @@ pub struct Incoming {
 #[derive(Debug)]
 enum Order {
     Goaway,
-    Freeze,
+    Freeze(Duration),
 }
 
 impl RawServer {
@@ -164,7 +164,7 @@ async fn drive(
         tokio::select! {
             order = orders.recv() => match order {
                 Some(Order::Goaway) => connection.graceful_shutdown(),
-                Some(Order::Freeze) => pending().await,
+                Some(Order::Freeze(time)) => tokio::time::sleep(time).await,
                 None => return,
             },
             request = connection.accept() => match request {
@@ -204,7 +204,15 @@ impl ServerConnection {
     /// # Errors
     /// When the connection ended.
     pub async fn freeze(&self) -> anyhow::Result<()> {
-        Ok(self.orders.send(Order::Freeze).await?)
+        self.pause(Duration::MAX).await
+    }
+
+    /// As [`Self::freeze`], for `time`.
+    ///
+    /// # Errors
+    /// When the connection ended.
+    pub async fn pause(&self, time: Duration) -> anyhow::Result<()> {
+        Ok(self.orders.send(Order::Freeze(time)).await?)
     }
 
     /// Waits until the proxy ends the connection.

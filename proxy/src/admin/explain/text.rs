@@ -21,8 +21,10 @@ impl fmt::Display for Explanation {
             let mark = if endpoint.eligible { '+' } else { '-' };
             writeln!(
                 f,
-                "endpoint {mark} {}: {}",
-                endpoint.workload, endpoint.because
+                "endpoint {mark} {}{}: {}",
+                endpoint.workload,
+                On(&endpoint.network),
+                endpoint.because
             )?;
         }
         writeln!(f, "route      {}", self.route)?;
@@ -81,7 +83,7 @@ impl fmt::Display for Source {
         if let Some(identity) = &self.identity {
             write!(f, " as {identity}")?;
         }
-        Ok(())
+        On(&self.network).fmt(f)
     }
 }
 
@@ -92,11 +94,24 @@ impl fmt::Display for Route {
             write!(f, " to {dialled}")?;
         }
         if let Some(workload) = &self.workload {
-            write!(f, ", {} {workload}", self.via.unwrap_or("workload"))?;
+            let via = self.via.unwrap_or("workload");
+            write!(f, ", {via} {workload}{}", On(&self.network))?;
         }
         if let Some(authority) = &self.authority {
             write!(f, ", asking for {authority}")?;
         }
         Ok(())
+    }
+}
+
+/// A network that has a name.
+struct On<'a>(&'a str);
+
+impl fmt::Display for On<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0 {
+            "" => Ok(()),
+            network => write!(f, " on network {network}"),
+        }
     }
 }

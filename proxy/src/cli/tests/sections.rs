@@ -37,6 +37,7 @@ fn the_defaults_are_those_of_the_contract() {
     let sockets = &config.sockets;
     assert_eq!(sockets.mark, Some(1337));
     assert!(sockets.reuse_port && sockets.ipv6 && sockets.user_timeout.is_none());
+    assert_eq!(sockets.tunnel_timeout, Some(Duration::from_secs(15)));
     assert_eq!(sockets.original_source, OriginalSource::Auto);
     let keepalive = Keepalive {
         time: Duration::from_secs(180),
@@ -444,6 +445,14 @@ fn sockets() {
         Some(Duration::from_secs(32_767 + 127))
     );
     assert_eq!(of(&[("PACKET_MARK", "4294967295")]).mark, Some(u32::MAX));
+    for (text, timeout) in [("0", None), ("2s", Some(2)), ("1h", Some(3600))] {
+        let told = of(&[("HBONE_PEER_TIMEOUT", text)]).tunnel_timeout;
+        assert_eq!(told, timeout.map(Duration::from_secs), "{text}");
+    }
+    for bad in ["", "1s", "61m", "soon"] {
+        let faulty = given(&[("HBONE_PEER_TIMEOUT", bad)]).faulty();
+        assert_eq!(faulty, ["HBONE_PEER_TIMEOUT".to_owned()].into(), "{bad}");
+    }
 }
 
 type Variables<'a> = &'a [(&'a str, &'a str)];

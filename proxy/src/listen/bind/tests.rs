@@ -36,11 +36,12 @@ async fn accepted_sockets_carry_the_options() {
     let pod = fresh_netns();
     let mut settings = sockets();
     settings.user_timeout = Some(Duration::from_secs(1800));
+    settings.tunnel_timeout = Some(Duration::from_secs(12));
     let listeners = bind(&pod, &settings, &ports()).unwrap();
-    for (listener, probed) in [
-        (&listeners.outbound, true),
-        (&listeners.inbound_plaintext, true),
-        (&listeners.hbone, false),
+    for (listener, timeout, probes) in [
+        (&listeners.outbound, 1800, [180, 180, 9]),
+        (&listeners.inbound_plaintext, 1800, [180, 180, 9]),
+        (&listeners.hbone, 12, [6, 3, 2]),
     ] {
         let port = listener.local_addr().unwrap().port();
         let _client = dial(&pod, "127.0.0.1", port).unwrap();
@@ -49,14 +50,17 @@ async fn accepted_sockets_carry_the_options() {
         assert_eq!(socket.mark().unwrap(), 1337);
         assert!(socket.tcp_nodelay().unwrap());
         assert!(socket.ip_transparent_v4().unwrap());
-        assert_eq!(socket.keepalive().unwrap(), probed);
-        let timeout = probed.then_some(Duration::from_secs(1800));
-        assert_eq!(socket.tcp_user_timeout().unwrap(), timeout);
-        if probed {
-            assert_eq!(socket.tcp_keepalive_time().unwrap().as_secs(), 180);
-            assert_eq!(socket.tcp_keepalive_interval().unwrap().as_secs(), 180);
-            assert_eq!(socket.tcp_keepalive_retries().unwrap(), 9);
-        }
+        assert_eq!(
+            socket.tcp_user_timeout().unwrap(),
+            Some(Duration::from_secs(timeout))
+        );
+        assert!(socket.keepalive().unwrap());
+        let [time, interval] = [
+            socket.tcp_keepalive_time().unwrap().as_secs(),
+            socket.tcp_keepalive_interval().unwrap().as_secs(),
+        ];
+        let retries = socket.tcp_keepalive_retries().unwrap();
+        assert_eq!([time, interval, retries.into()], probes);
     }
 }
 

@@ -325,6 +325,30 @@ async fn a_request_that_a_goaway_left_out_moves_to_a_new_connection() {
     assert_eq!(got.unwrap().unwrap(), "x");
 }
 
+#[tokio::test]
+async fn a_request_to_a_server_that_has_hung_up_is_put_again_once() {
+    let hanging_up = |often: usize| -> Serving {
+        let served = AtomicUsize::new(0);
+        Arc::new(move |tls| {
+            let hang_up = served.fetch_add(1, SeqCst) < often;
+            Box::pin(async move {
+                if !hang_up {
+                    return echoing()(tls).await;
+                }
+                let mut server = h2::server::handshake(tls).await.unwrap();
+                let asked = server.accept().await;
+                assert!(asked.unwrap().is_ok());
+            })
+        })
+    };
+    for (often, served) in [(1, true), (2, false)] {
+        let pool = World::new(hanging_up(often)).await.pool();
+        let answer = soon(pool.connect(&key("client"), &request())).await;
+        assert_eq!(answer.is_ok(), served, "{answer:?}");
+        assert_eq!(pool.dial.dials.load(SeqCst), 2);
+    }
+}
+
 #[tokio::test(start_paused = true)]
 async fn new_streams_stay_off_connections_that_carry_bulk() {
     async fn bulk(answer: &mut Answer) {

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt, DuplexStream, duplex},
-    time::Instant,
+    time::{Instant, sleep},
 };
 use tokio_util::sync::CancellationToken;
 
@@ -327,4 +327,22 @@ async fn a_server_that_stops_answering_pings_loses_its_streams() {
         }
     };
     assert_eq!(start.elapsed().as_secs(), 30, "{error}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_peer_that_sends_is_alive_though_it_answers_no_ping() {
+    let tasks = Tasks::default();
+    let (near, mut peer) = duplex(64 << 10);
+    peer.write_all(EMPTY_SETTINGS).await.unwrap();
+    let _sender = client(&tasks, near).await;
+    let start = Instant::now();
+    for _ in 0..12 {
+        sleep(Duration::from_secs(5)).await;
+        peer.write_all(&[0, 0, 0, 0x20, 0, 0, 0, 0, 0])
+            .await
+            .unwrap();
+    }
+    let mut all = Vec::new();
+    soon(peer.read_to_end(&mut all)).await.unwrap();
+    assert_eq!(start.elapsed().as_secs(), 90, "20 s without a byte");
 }
