@@ -6,6 +6,7 @@ mod identity;
 mod openbao;
 mod sections;
 mod traces;
+mod values;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
