@@ -26,6 +26,8 @@ pub(super) struct Agent {
     delay: Duration,
     /// Attempts since the last connection that came to life.
     failures: u32,
+    /// When the packet that is to be answered came.
+    heard: Instant,
 }
 
 #[derive(Debug)]
@@ -69,6 +71,7 @@ impl Agent {
             },
             delay: FIRST_DELAY,
             failures: 0,
+            heard: Instant::now(),
         }
     }
 
@@ -97,7 +100,10 @@ impl Agent {
                     Err(error) => self.back_off(&error),
                 },
                 Link::Open(socket) => match receive(socket).await {
-                    Ok(Some(packet)) => return Heard::Packet(packet),
+                    Ok(Some(packet)) => {
+                        self.heard = Instant::now();
+                        return Heard::Packet(packet);
+                    }
                     Ok(None) => {
                         warn!("the CNI agent closed the connection");
                         self.hang_up();
@@ -114,12 +120,17 @@ impl Agent {
         }
     }
 
-    /// Answers the last packet. An error means that the connection is gone.
+    /// Answers the last packet, unless that comes too late: the agent would take it for the answer to its next request. An error
+    /// means that the connection is gone.
     pub(super) async fn answer(&mut self, result: Result<(), &str>) -> io::Result<()> {
         let Link::Open(socket) = &self.link else {
             return Err(io::ErrorKind::NotConnected.into());
         };
-        let sent = send(socket, &zds::answer(result)).await;
+        let sent = if self.heard.elapsed() < LATEST_ANSWER {
+            send(socket, &zds::answer(result)).await
+        } else {
+            Err(io::ErrorKind::TimedOut.into())
+        };
         if let Err(error) = &sent {
             let error = error as &dyn Error;
             warn!(error, "cannot answer the CNI agent");
@@ -246,5 +257,10 @@ const CONTROL_BYTES: usize = 128;
 const FIRST_DELAY: Duration = Duration::from_millis(20);
 /// Pods cannot start while there is no connection, so the wait stays short.
 const LAST_DELAY: Duration = Duration::from_secs(1);
+/// The agent gives up on an answer after five seconds, but goes on to wait for the next one.
+const LATEST_ANSWER: Duration = Duration::from_millis(4500);
 /// The agent waits this long for an answer.
 const SEND_LIMIT: Duration = Duration::from_secs(5);
+
+#[cfg(test)]
+mod tests;
