@@ -15,6 +15,7 @@ mod doctor;
 mod environment;
 mod explain;
 mod fault;
+mod files;
 mod identity;
 mod limits;
 mod metrics;
@@ -72,7 +73,7 @@ pub fn configuration(environment: &Environment<'_>, arguments: &str) -> Result<C
         tls: trust::tls(&mut reader, &control.certificates),
         inbound: data::inbound(&mut reader),
         same_node: data::same_node(&mut reader),
-        ports: runtime::ports(&proxy),
+        ports: runtime::ports(&mut reader, &proxy),
         runtime: runtime::threads(&mut reader, &proxy, arguments),
         drain: runtime::drain(&mut reader),
         logging: runtime::logging(&reader),
@@ -83,5 +84,7 @@ pub fn configuration(environment: &Environment<'_>, arguments: &str) -> Result<C
         control,
         capture,
     };
+    runtime::check_filter(&mut reader);
+    files::check(&mut reader, &config.control);
     reader.finish(config)
 }

@@ -43,7 +43,14 @@ fn run() -> anyhow::Result<ExitCode> {
         return Err(start_again(&arguments)).context("cannot start again with fewer privileges");
     }
     // Held to the end: dropping it writes out what is queued.
-    let logs = logging::init(&cli::logging(&environment))?;
+    let logs = match logging::init(&cli::logging(&environment)) {
+        Err(bad) if matches!(command, Ok(Command::Proxy { .. })) => {
+            // One of the faults of the settings, if there are others.
+            cli::configuration(&environment, &shown.to_string_lossy())?;
+            return Err(bad.into());
+        }
+        logs => logs?,
+    };
     match command? {
         Command::Proxy { .. } => proxy(&environment, &shown.to_string_lossy(), &logs),
         Command::Version { .. } => say(&cli::build_info(&environment).to_string()),

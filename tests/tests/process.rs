@@ -53,7 +53,10 @@ async fn bad_configuration_is_reported_all_at_once() {
         .clone()
         .env("KEEPALIVE_ENABLED", "1")
         .env("SECRET_TTL", "soon")
-        .env("PROXY_MODE", "other");
+        .env("PROXY_MODE", "other")
+        .env("RUST_LOG", "info,loud")
+        .env("FAKE_CA_ROOT_KEY", "/nowhere/key.pem")
+        .env("LOCAL_XDS_PATH", "/nowhere/mesh.yaml");
     let (code, text) = outcome(&bad, &world).await;
     assert_eq!(code, Some(1));
     for word in [
@@ -63,6 +66,9 @@ async fn bad_configuration_is_reported_all_at_once() {
         "soon",
         "PROXY_MODE",
         "other",
+        "loud",
+        "/nowhere/key.pem",
+        "/nowhere/mesh.yaml",
     ] {
         assert!(
             text.contains(word.trim_matches('"')),
@@ -106,6 +112,41 @@ async fn missing_privileges_are_named() {
         code == Some(1) && text.contains("PROXY_WORKLOAD_INFO"),
         "{text}"
     );
+}
+
+#[tokio::test]
+async fn who_insists_on_clients_addresses_does_not_start_without() {
+    let world = World::new(1).unwrap();
+    Mesh::default()
+        .write(&ProxyOptions::mesh_file(&world))
+        .unwrap();
+    // Where no packet is marked, a proxy for one workload asks for no privilege.
+    let options = ProxyOptions::new(&world, world.node(0))
+        .env("PROXY_MODE", "dedicated")
+        .env("PROXY_WORKLOAD_INFO", "shop/web/web");
+    let options = bounded(options, "-net_admin,-net_raw");
+    let (code, text) = outcome(&options.clone().env("ENABLE_ORIG_SRC", "true"), &world).await;
+    let told = "cannot make transparent the listener on port 15001";
+    assert!(code == Some(1) && text.contains(told), "{code:?} {text}");
+    for (key, value) in [("ENABLE_ORIG_SRC", "false"), ("RUST_LOG", "info")] {
+        let mut proxy = options
+            .clone()
+            .env(key, value)
+            .start(world.node(0))
+            .unwrap();
+        proxy.ready().await;
+        proxy.signal(Signal::SIGTERM).unwrap();
+        assert!(proxy.exit(wait::SOON).await.unwrap().success());
+    }
+}
+
+#[tokio::test]
+async fn certificates_of_its_own_making_are_warned_of() {
+    let stage = Stage::new();
+    let run = stage.start(&stage.options()).await;
+    let warning =
+        |line: &testkit::Line| line.level == "warn" && line.message.starts_with("FAKE_CA is on");
+    assert_eq!(run.proxy.log().since(0, warning).len(), 1);
 }
 
 #[tokio::test]

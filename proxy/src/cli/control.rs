@@ -11,7 +11,7 @@ use super::{
     proxy_config::{ProxyConfig, Setting},
     reader::Reader,
     server::{looks_like_pem, roots, uri},
-    value::Reject,
+    value::{self, Reject},
 };
 use crate::config::{
     Address, AuthToken, CertificateSource, ControlPlane, Header, LastKnown, MeshSource,
@@ -25,7 +25,9 @@ pub(super) fn parse(reader: &mut Reader<'_>, proxy: &ProxyConfig) -> ControlPlan
         on_demand: reader.boolean("XDS_ON_DEMAND", false),
         certificates: certificates(reader),
         watches_ca_roots: reader.boolean("CA_CERT_WATCHER", true),
-        secret_ttl: reader.duration("SECRET_TTL").unwrap_or(DEFAULT_TTL),
+        secret_ttl: reader
+            .typed("SECRET_TTL", value::seconds)
+            .unwrap_or(DEFAULT_TTL),
         token: token(reader),
         preferred_service_namespace: reader.name("PREFERED_SERVICE_NAMESPACE"),
         crl_path: reader.path("CRL_PATH"),

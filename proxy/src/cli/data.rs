@@ -1,6 +1,6 @@
 //! The sections of the data plane: capture, sockets, HBONE, TLS, inbound, flows within the node.
 
-use std::{collections::BTreeMap, net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
+use std::{collections::BTreeMap, fmt, net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
 
 use super::{
     fault::Given,
@@ -123,17 +123,24 @@ fn dns_address(text: &str) -> Result<DnsCapture, Reject> {
             .map(DnsCapture::Loopback)
             .map_err(|_| reject());
     }
-    let address: SocketAddr = text.parse().map_err(|_| reject())?;
-    Ok(DnsCapture::At(address))
+    let address = text.parse::<SocketAddr>().ok();
+    // Port 0 would be another port for each socket.
+    let address = address.filter(|address| address.port() > 0);
+    address.map(DnsCapture::At).ok_or_else(reject)
 }
 
 pub(super) fn sockets(reader: &mut Reader<'_>, mode: &ProxyMode) -> Sockets {
     let mark = reader.typed("PACKET_MARK", |text| value::integer(text, &(0..=u32::MAX)));
     let default_mark = match mode {
-        ProxyMode::Shared => Some(1337),
+        ProxyMode::Shared => Some(CNI_MARK),
         ProxyMode::Dedicated(_) => None,
     };
     let keepalive = keepalive(reader);
+    if mark.is_some_and(|mark| mark & MARK_MASK != CNI_MARK) && *mode == ProxyMode::Shared {
+        tracing::warn!(
+            "PACKET_MARK is not the mark that the CNI agent's rules look for: the proxy's own packets will be redirected to it"
+        );
+    }
     let user_timeout = reader.boolean("USER_TIMEOUT_ENABLED", false);
     let original_source = match reader.typed("ENABLE_ORIG_SRC", value::boolean) {
         None => OriginalSource::Auto,
@@ -155,21 +162,30 @@ pub(super) fn sockets(reader: &mut Reader<'_>, mode: &ProxyMode) -> Sockets {
     }
 }
 
-/// Values outside of what the kernel takes are brought to its limits: an option that it refuses
-/// would otherwise silently mean no keepalive at all.
+/// Values outside of what the kernel takes are brought to its limits, with a word about it: an option that it refuses would otherwise
+/// mean no keepalive at all.
 fn keepalive(reader: &mut Reader<'_>) -> Keepalive {
-    let seconds = |value: Option<Duration>| {
-        value
-            .unwrap_or(Duration::from_mins(3))
-            .clamp(Duration::from_secs(1), Duration::from_secs(32_767))
+    let (shortest, longest) = (Duration::from_secs(1), Duration::from_secs(32_767));
+    let seconds = |asked: Option<Duration>, key| {
+        let asked = asked.unwrap_or(Duration::from_mins(3));
+        brought(key, asked, asked.clamp(shortest, longest))
     };
+    let time = reader.duration("KEEPALIVE_TIME");
+    let interval = reader.duration("KEEPALIVE_INTERVAL");
+    let retries = reader.integer("KEEPALIVE_RETRIES", &(0..=u32::MAX), 9);
     Keepalive {
-        time: seconds(reader.duration("KEEPALIVE_TIME")),
-        interval: seconds(reader.duration("KEEPALIVE_INTERVAL")),
-        retries: reader
-            .integer("KEEPALIVE_RETRIES", &(0..=u32::MAX), 9)
-            .clamp(1, 127),
+        time: seconds(time, "KEEPALIVE_TIME"),
+        interval: seconds(interval, "KEEPALIVE_INTERVAL"),
+        retries: brought("KEEPALIVE_RETRIES", retries, retries.clamp(1, 127)),
     }
+}
+
+/// What is used in place of what was asked for; tells of it if that is something else.
+fn brought<T: Copy + PartialEq + fmt::Debug>(key: &str, asked: T, used: T) -> T {
+    if asked != used {
+        tracing::warn!("{key}: the kernel does not take {asked:?}, {used:?} is used");
+    }
+    used
 }
 
 /// How long keepalive takes to find a silent peer dead: data that stays unacknowledged gets as
@@ -191,11 +207,25 @@ fn tunnel_timeout(reader: &mut Reader<'_>) -> Option<Duration> {
 }
 
 pub(super) fn tunnel(reader: &mut Reader<'_>) -> Tunnel {
+    let stream_window = reader.integer("HTTP2_STREAM_WINDOW_SIZE", &WINDOW, 4 << 20);
+    let connection_window = reader.integer("HTTP2_CONNECTION_WINDOW_SIZE", &WINDOW, 16 << 20);
+    if connection_window / 4 < stream_window {
+        tracing::warn!(
+            stream_window,
+            connection_window,
+            "HTTP2_CONNECTION_WINDOW_SIZE is less than four of HTTP2_STREAM_WINDOW_SIZE: few slow streams hold up all others"
+        );
+    }
+    let streams = "POOL_MAX_STREAMS_PER_CONNECTION";
+    let pool_max_streams = reader.integer(streams, &(1..=u16::MAX), WAYPOINT_STREAMS);
+    if pool_max_streams > WAYPOINT_STREAMS {
+        tracing::warn!("{streams} is more than the {WAYPOINT_STREAMS} that waypoints admit");
+    }
     Tunnel {
-        stream_window: reader.integer("HTTP2_STREAM_WINDOW_SIZE", &WINDOW, 4 << 20),
-        connection_window: reader.integer("HTTP2_CONNECTION_WINDOW_SIZE", &WINDOW, 16 << 20),
+        stream_window,
+        connection_window,
         frame_size: reader.integer("HTTP2_FRAME_SIZE", &FRAME, 1 << 20),
-        pool_max_streams: reader.integer("POOL_MAX_STREAMS_PER_CONNECTION", &(1..=u16::MAX), 100),
+        pool_max_streams,
         pool_idle_release: reader
             .duration("POOL_UNUSED_RELEASE_TIMEOUT")
             .unwrap_or(Duration::from_mins(5)),
@@ -266,7 +296,12 @@ pub(super) fn inbound(reader: &mut Reader<'_>) -> Inbound {
 const DEFAULT_DNS: DnsCapture = DnsCapture::Loopback(15053);
 /// `sun_path` less its closing zero byte.
 const MAX_SOCKET_PATH_BYTES: usize = 107;
+/// The rules in pods take packets for the proxy's whose mark has these low bits.
+const CNI_MARK: u32 = 0x539;
+const MARK_MASK: u32 = 0xfff;
 const POSITIVE: std::ops::RangeInclusive<u32> = 1..=1_000_000;
+/// Streams that a waypoint admits on one connection.
+const WAYPOINT_STREAMS: u16 = 100;
 /// What fits into less than 4 KiB leaves out what other proxies send.
 const HEADERS: std::ops::RangeInclusive<u32> = 4096..=16_777_216;
 /// Flow-control windows (RFC 9113 §6.9.1); a window of zero could never be used.

@@ -1,6 +1,6 @@
 //! The section [`Identity`]: who this proxy is.
 
-use std::{collections::BTreeMap, path::Path, sync::Arc};
+use std::{collections::BTreeMap, net::IpAddr, path::Path, sync::Arc};
 
 use super::{
     fault::Given,
@@ -20,7 +20,7 @@ pub(super) fn parse(reader: &mut Reader<'_>, proxy: &ProxyConfig) -> Identity {
         node_name: reader.name("NODE_NAME"),
         pod_name: or(reader.name("POD_NAME"), ""),
         pod_namespace: or(reader.name("POD_NAMESPACE"), ""),
-        instance_ip: or(reader.name("INSTANCE_IP"), "1.1.1.1"),
+        instance_ip: or(instance_ip(reader), "1.1.1.1"),
         network: or(reader.name("NETWORK"), ""),
         cluster_id: or(cluster_id, "Kubernetes"),
         cluster_domain: cluster_domain(reader),
@@ -28,6 +28,15 @@ pub(super) fn parse(reader: &mut Reader<'_>, proxy: &ProxyConfig) -> Identity {
         metadata: metadata(reader, proxy),
         json_metadata: json_metadata(reader),
     }
+}
+
+/// As it was written: the control plane compares texts.
+fn instance_ip(reader: &mut Reader<'_>) -> Option<Arc<str>> {
+    let text = reader.text("INSTANCE_IP")?;
+    let outcome = text.parse::<IpAddr>();
+    let outcome = outcome.map(|_| text.into());
+    let outcome = outcome.map_err(|_| Reject::new("not an address", "an IPv4 or IPv6 address"));
+    reader.keep("INSTANCE_IP", Given::Value(text.to_owned()), outcome)
 }
 
 /// Charts do not tell of a cluster's own domain; the search list that Kubernetes gives to the proxy's pod does.

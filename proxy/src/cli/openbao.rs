@@ -5,7 +5,12 @@ use std::{net::IpAddr, path::PathBuf, time::Duration};
 use cert_agent::openbao::is_path;
 use http::Uri;
 
-use super::{fault::Given, reader::Reader, server, value::Reject};
+use super::{
+    fault::Given,
+    reader::Reader,
+    server,
+    value::{self, Reject},
+};
 use crate::config::{OpenBao, OpenBaoJwt, OpenBaoLogin};
 
 /// What is given is checked in any case; what is missing is a fault only if OpenBao is `wanted`.
@@ -19,7 +24,9 @@ pub(super) fn parse(reader: &mut Reader<'_>, wanted: bool) -> Option<OpenBao> {
     let role = require(reader, wanted, role, "OPENBAO_ROLE", "a role of the engine");
     let root_mounts = root_mounts(reader);
     let login = login(reader, wanted);
-    let poll_interval = poll_interval(reader);
+    let poll_interval = reader
+        .typed("OPENBAO_POLL_INTERVAL", value::seconds)
+        .unwrap_or(DEFAULT_POLL);
     if !wanted {
         return None;
     }
@@ -210,22 +217,6 @@ fn file(reader: &mut Reader<'_>, key: &str) -> Option<PathBuf> {
     reader.keep(key, Given::Secret, outcome)
 }
 
-fn poll_interval(reader: &mut Reader<'_>) -> Duration {
-    let key = "OPENBAO_POLL_INTERVAL";
-    let Some(interval) = reader.duration(key) else {
-        return DEFAULT_POLL;
-    };
-    if interval < MIN_POLL {
-        let given = Given::Value(reader.text(key).unwrap_or_default().to_owned());
-        reader.fault(
-            key,
-            given,
-            Reject::new("too short", "a duration of 1s or more"),
-        );
-    }
-    interval
-}
-
 const ADDRESS: &str = "host:port or https://host:port";
 const API_SERVER: &str = "the API server's address and port, which Kubernetes sets in each pod";
 const FILE: &str = "a path that begins with /, ./ or ../";
@@ -234,4 +225,3 @@ const DEFAULT_JWT: &str = "/var/run/secrets/tokens/openbao-token";
 const DEFAULT_JWTS: &str = "/var/run/secrets/openbao/workloads";
 const DEFAULT_ACCOUNT: &str = "/var/run/secrets/kubernetes.io/serviceaccount";
 const DEFAULT_POLL: Duration = Duration::from_mins(5);
-const MIN_POLL: Duration = Duration::from_secs(1);

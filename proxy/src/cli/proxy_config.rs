@@ -99,8 +99,8 @@ impl ProxyConfig {
         if let Some(address) = layer.text("discoveryAddress") {
             self.discovery_address = Some(address);
         }
-        self.admin_port = layer.integer("proxyAdminPort").or(self.admin_port);
-        self.stats_port = layer.integer("statsPort").or(self.stats_port);
+        self.admin_port = layer.port("proxyAdminPort").or(self.admin_port);
+        self.stats_port = layer.port("statsPort").or(self.stats_port);
         self.concurrency = layer.integer("concurrency").or(self.concurrency);
         self.metadata.extend(layer.metadata());
     }
@@ -137,12 +137,24 @@ impl<'d> Layer<'_, '_, 'd> {
 
     fn integer(&mut self, key: &str) -> Option<u16> {
         let value = self.get(key)?;
-        let number = value.as_u64().and_then(|n| u16::try_from(n).ok());
+        let number = number(value);
         if number.is_none() {
             let given = scalar(value).map_or(Given::Nothing, Given::Value);
             self.fault(key, given, "an integer from 0 to 65535");
         }
         number
+    }
+
+    /// A port on which a server of the process itself may listen.
+    fn port(&mut self, key: &str) -> Option<u16> {
+        let value = self.get(key)?;
+        let port = number(value).filter(|port| *port > 0 && !TAKEN.contains(port));
+        if port.is_none() {
+            let given = scalar(value).map_or(Given::Nothing, Given::Value);
+            let accepted = format!("a port from 1 to 65535, but for those of the mesh: {TAKEN:?}");
+            self.fault(key, given, &accepted);
+        }
+        port
     }
 
     /// `proxyMetadata`. Values may be any scalar; the whole key may be missing.
@@ -171,6 +183,10 @@ impl<'d> Layer<'_, '_, 'd> {
     }
 }
 
+fn number(value: &Value) -> Option<u16> {
+    value.as_u64().and_then(|n| u16::try_from(n).ok())
+}
+
 /// A string, or a number or boolean in its YAML form.
 fn scalar(value: &Value) -> Option<String> {
     match value {
@@ -185,4 +201,6 @@ fn scalar(value: &Value) -> Option<String> {
 pub(super) const META_PREFIX: &str = "ISTIO_META_";
 /// Absolute: where the process was started must not matter.
 pub(super) const MESH_CONFIG: &str = "/etc/istio/config/mesh";
+/// Ports that other servers of the process have, or that mean something else everywhere in the mesh.
+const TAKEN: [u16; 6] = [15_001, 15_006, 15_008, 15_021, 15_053, 15_080];
 const PROXY_CONFIG: &str = "PROXY_CONFIG";

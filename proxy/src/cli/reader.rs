@@ -31,6 +31,11 @@ impl<'a> Reader<'a> {
         Faults::of(self.faults).map_or(Ok(config), Err)
     }
 
+    /// Whether anything was at fault so far.
+    pub(super) const fn is_at_fault(&self) -> bool {
+        !self.faults.is_empty()
+    }
+
     pub(super) const fn environment(&self) -> &'a Environment<'a> {
         self.environment
     }

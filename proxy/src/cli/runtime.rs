@@ -3,16 +3,29 @@
 use std::time::Duration;
 
 use super::{
+    fault::Given,
     proxy_config::ProxyConfig,
     reader::Reader,
-    value::{self, Threads},
+    value::{self, Reject, Threads},
 };
-use crate::config::{Drain, LogFormat, Logging, Ports, Runtime};
+use crate::{
+    config::{Drain, LogFormat, Logging, Ports, Runtime},
+    telemetry::logging::Filter,
+};
 
-pub(super) fn ports(proxy: &ProxyConfig) -> Ports {
+pub(super) fn ports(reader: &mut Reader<'_>, proxy: &ProxyConfig) -> Ports {
+    let (admin, stats) = (
+        proxy.admin_port.unwrap_or(15_000),
+        proxy.stats_port.unwrap_or(15_020),
+    );
+    if admin == stats {
+        let reject = Reject::new("one port for two servers", "two different ports");
+        let keys = "proxyAdminPort and statsPort";
+        reader.fault(keys, Given::Value(admin.to_string()), reject);
+    }
     Ports {
-        admin: proxy.admin_port.unwrap_or(15_000),
-        stats: proxy.stats_port.unwrap_or(15_020),
+        admin,
+        stats,
         readiness: 15_021,
         outbound: 15_001,
         inbound_plaintext: 15_006,
@@ -61,6 +74,16 @@ pub(super) fn drain(reader: &mut Reader<'_>) -> Drain {
     Drain {
         deadline: deadline.unwrap_or(default),
     }
+}
+
+/// A filter that cannot be used keeps the log from being set up; it is told with what else is wrong.
+pub(super) fn check_filter(reader: &mut Reader<'_>) {
+    reader.typed("RUST_LOG", |text| {
+        Filter::initial(text).map_err(|error| {
+            let accepted = "levels and TARGET=LEVEL, separated by commas, such as info,access=off";
+            Reject::new(error.to_string(), accepted)
+        })
+    });
 }
 
 pub(super) fn logging(reader: &Reader<'_>) -> Logging {

@@ -58,6 +58,15 @@ pub(super) fn duration(text: &str) -> Result<Duration, Reject> {
     })
 }
 
+/// A duration that is not nothing when it is told in whole seconds.
+pub(super) fn seconds(text: &str) -> Result<Duration, Reject> {
+    let duration = duration(text)?;
+    if duration < Duration::from_secs(1) {
+        return Err(Reject::new("too short", "a duration of 1s or more"));
+    }
+    Ok(duration)
+}
+
 /// A Kubernetes CPU quantity such as `2`, `1.5` or `500m`, rounded up to whole CPUs.
 pub(super) fn cpus(text: &str) -> Result<usize, Reject> {
     let quantity = match text.strip_suffix('m') {

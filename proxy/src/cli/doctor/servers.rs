@@ -1,8 +1,6 @@
 //! Servers that the proxy calls, called as the proxy calls them, and what their clocks say.
 
 use std::{
-    error::Error,
-    fmt::Write as _,
     future::poll_fn,
     time::{Duration, SystemTime},
 };
@@ -16,6 +14,7 @@ use xds_client::transport::{ConnectError, Target};
 
 use super::{finding::Finding, token::rounded};
 use crate::{
+    cli::fault::chain,
     config::{Address, CertificateSource, Config},
     node,
 };
@@ -131,18 +130,6 @@ fn skew(name: &str, theirs: SystemTime, ours: SystemTime) -> Option<Finding> {
     } else {
         None
     }
-}
-
-/// An error with its causes on one line.
-pub(super) fn chain(error: &dyn Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        // Writing to a string does not fail.
-        let _ = write!(text, ": {error}");
-        cause = error.source();
-    }
-    text
 }
 
 const ANSWER_LIMIT: Duration = Duration::from_secs(5);

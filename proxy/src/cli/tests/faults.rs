@@ -2,7 +2,8 @@
 
 use proptest::{collection::btree_map, prelude::*};
 
-use super::given;
+use super::{Given, given};
+use crate::config::Ports;
 
 #[test]
 fn tells_all_faults_together() {
@@ -18,6 +19,7 @@ fn tells_all_faults_together() {
         ("OPENBAO_ROOT_MOUNTS", "pki, a?b"),
         ("FAKE_CA_ROOT_KEY", "-----BEGIN PRIVATE KEY-----"),
         ("HTTP2_FRAME_SIZE", "16383"),
+        ("INSTANCE_IP", "node-1"),
         ("ISTIO_META_DNS_CAPTURE", "no"),
         ("ENABLE_PROXY", "false"),
         ("LOCAL_XDS", "{}"),
@@ -25,6 +27,7 @@ fn tells_all_faults_together() {
         ("PACKET_MARK", ""),
         ("PROXY_CONFIG", "concurrency: x\nproxyMetadata: {A: [1]}"),
         ("PROXY_MODE", "both"),
+        ("RUST_LOG", "info,loud"),
         ("SECRET_TTL", "tomorrow\nor later"),
         ("XDS_ADDRESS", "ftp://istiod"),
         ("ZTUNNEL_RESOURCE_CPU_LIMIT", "-1"),
@@ -36,6 +39,93 @@ fn tells_all_faults_together() {
     .read()
     .unwrap_err();
     assert_eq!(faults.to_string(), include_str!("faults.txt").trim_end());
+}
+
+#[test]
+fn tells_the_faults_of_files_with_the_others() {
+    let mesh = "workloads: [{uid: a, protcol: TCP}, {uid: b, name: [1]}]";
+    let variables = [
+        ("FAKE_CA", "true"),
+        ("FAKE_CA_ROOT_CERT", "/c.pem"),
+        ("FAKE_CA_ROOT_KEY", "/k.pem"),
+        ("LOCAL_XDS_PATH", "/mesh.yaml"),
+    ];
+    let told = |surroundings: Given| surroundings.read().unwrap_err().to_string();
+    let faults = told(given(&variables).file("/mesh.yaml", mesh));
+    for part in [
+        "has 4 faults",
+        "FAKE_CA_ROOT_CERT=\"/c.pem\": cannot be read",
+        "FAKE_CA_ROOT_KEY=\"/k.pem\": cannot be read",
+        "LOCAL_XDS_PATH: a: workloads[0]: unknown field `protcol`",
+        "LOCAL_XDS_PATH: b: workloads[1]: ",
+    ] {
+        assert!(faults.contains(part), "{part} is not in\n{faults}");
+    }
+    let pems = given(&variables).file("/c.pem", "no").file("/k.pem", "PEM");
+    let faults = told(pems);
+    for part in [
+        "has 2 faults",
+        "FAKE_CA_ROOT_CERT and FAKE_CA_ROOT_KEY: ",
+        "LOCAL_XDS_PATH=\"/mesh.yaml\": cannot be read",
+    ] {
+        assert!(faults.contains(part), "{part} is not in\n{faults}");
+    }
+    let text = [("LOCAL_XDS", "workloads: 1"), ("RUST_LOG", "loud")];
+    let faults = given(&text).faulty();
+    assert_eq!(faults, ["LOCAL_XDS", "RUST_LOG"].map(str::to_owned).into());
+    // Alone, it is told by who loads it.
+    given(&[("LOCAL_XDS", "workloads: 1")]).config();
+}
+
+#[test]
+fn refuses_what_makes_no_sense() {
+    let dns = "ISTIO_META_DNS_PROXY_ADDR";
+    for (key, value) in [
+        ("SECRET_TTL", "0"),
+        ("SECRET_TTL", "999ms"),
+        ("OPENBAO_POLL_INTERVAL", "0s"),
+        ("INSTANCE_IP", "10.0.0"),
+        (dns, "127.0.0.1:0"),
+        (dns, "localhost:0"),
+        ("RUST_LOG", "info,access=loud"),
+    ] {
+        assert_eq!(given(&[(key, value)]).faulty(), [key.to_owned()].into());
+    }
+    given(&[("INSTANCE_IP", "fd00::9"), ("SECRET_TTL", "1s")]).config();
+}
+
+#[test]
+fn keeps_the_ports_of_the_process_apart() {
+    let Ports {
+        readiness,
+        outbound,
+        inbound_plaintext,
+        hbone,
+        socks5,
+        ..
+    } = given(&[]).config().ports;
+    for key in ["proxyAdminPort", "statsPort"] {
+        for port in [
+            0,
+            readiness,
+            outbound,
+            inbound_plaintext,
+            hbone,
+            socks5,
+            15053,
+        ] {
+            let document = format!("{key}: {port}");
+            let faults = given(&[("PROXY_CONFIG", &document)]).faulty();
+            assert_eq!(faults, [format!("PROXY_CONFIG: {key}")].into(), "{port}");
+        }
+    }
+    for document in ["statsPort: 15000", "{proxyAdminPort: 9, statsPort: 9}"] {
+        let faults = given(&[("PROXY_CONFIG", document)]).faulty();
+        assert_eq!(faults, ["proxyAdminPort and statsPort".to_owned()].into());
+    }
+    let swapped = "{proxyAdminPort: 15020, statsPort: 15000}";
+    let ports = given(&[("PROXY_CONFIG", swapped)]).config().ports;
+    assert_eq!((ports.admin, ports.stats), (15020, 15000));
 }
 
 #[test]

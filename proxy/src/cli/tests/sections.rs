@@ -288,12 +288,15 @@ fn certificates() {
     let fake = ("FAKE_CA", "true");
     let fresh = source(&[fake, ("CA_ADDRESS", "")]);
     assert!(matches!(fresh, CertificateSource::InProcess { root: None }));
-    let files = [
+    let files = given(&[
         fake,
         ("FAKE_CA_ROOT_CERT", "c.pem"),
         ("FAKE_CA_ROOT_KEY", "/k.pem"),
-    ];
-    let CertificateSource::InProcess { root } = source(&files) else {
+    ]);
+    let directory = tempfile::tempdir().unwrap();
+    let [certificate, key] = authority(directory.path());
+    let files = files.file("c.pem", &certificate).file("/k.pem", &key);
+    let CertificateSource::InProcess { root } = files.config().control.certificates else {
         panic!("FAKE_CA=true signs in this process");
     };
     assert_eq!(root, Some(("c.pem".into(), "/k.pem".into())));
@@ -307,6 +310,14 @@ fn certificates() {
             .is_err()
     );
     assert!(given(&[fake, ("CA_ADDRESS", "a b")]).read().is_err());
+}
+
+/// A CA's certificate and key, by way of these files.
+fn authority(directory: &Path) -> [String; 2] {
+    let authority = testkit::Authority::new("a root").unwrap();
+    authority.write(directory).unwrap();
+    let (certificate, key) = testkit::Authority::files(directory);
+    [certificate, key].map(|file| std::fs::read_to_string(file).unwrap())
 }
 
 #[test]
