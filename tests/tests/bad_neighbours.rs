@@ -15,6 +15,7 @@
 //! | 29 | messages of the CNI agent that make no sense | refused; it is dialled again |
 //! | 30 | garbage in place of the mesh file | what was known stays |
 //! | 31 | silent, at every port but that of HBONE | closed in time |
+//! | 32 | an application that opens more than its share | the rest waits, in its own pod |
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,
@@ -23,13 +24,14 @@
     reason = "test code: a panic is a failed test"
 )]
 
-use std::{net::SocketAddr, time::Duration};
+use std::{collections::BTreeMap, net::SocketAddr, time::Duration};
 
 use hickory_proto::rr::RecordType;
 use testkit::{
-    dns,
+    Cluster, Mesh, PodSpec, World, dns,
     stage::{Calm, ForeignClient, Named, RESOLVER},
-    traffic, wait,
+    traffic::{self, Behaviour},
+    wait,
 };
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
@@ -85,6 +87,10 @@ async fn n31_silence_holds_up_nobody() {
         }
         for port in PROXYS {
             silent.push(proxys(&foreign, port).await);
+        }
+        // These two are for what is redirected to them.
+        for to in [foreign.api.at(15001), foreign.api.at(15006)] {
+            foreign.peer.turned_away(to).await.unwrap();
         }
     }
     calm.proxy().ready().await;
@@ -283,4 +289,38 @@ async fn n30_garbage_in_place_of_the_mesh_changes_nothing() {
         log.wait_from(mark, "a complaint", complains).await;
         calm.unharmed().await;
     }
+}
+
+#[tokio::test]
+async fn n32_who_takes_more_than_its_share_waits_alone() {
+    let world = World::new(1).unwrap();
+    let pod = |spec| world.node(0).pod(&spec).unwrap();
+    let greedy = pod(PodSpec::captured("greedy"));
+    let other = pod(PodSpec::captured("other"));
+    let outside = pod(PodSpec::plain("outside"));
+    let mesh = Mesh::of(&[&greedy, &other]);
+    let env = BTreeMap::from([("MAX_FLOWS_PER_POD", "20")]);
+    let pods = [&greedy, &other];
+    let cluster = Cluster::start_with(&world, &mesh, &pods, &env)
+        .await
+        .unwrap();
+    let app = outside.serve(7000, Behaviour::Whoami).unwrap();
+    let mut open = Vec::new();
+    for _ in 0..60 {
+        open.push(greedy.connect(app.address).await.unwrap());
+    }
+    let limit = [("limit", "flows_per_pod")];
+    let proxy = cluster.proxy(0);
+    proxy
+        .metric("culvert_limits_hit_total", &limit, |hits| hits > 0.0)
+        .await;
+    assert_eq!(app.accepted(20).await.len(), 20);
+    let inside = greedy.serve(8080, Behaviour::Echo).unwrap();
+    for (from, to) in [(&other, app.address), (&outside, inside.address)] {
+        from.ask(to, b"as ever").await.unwrap();
+    }
+    assert_eq!(app.accepted(21).await.len(), 21);
+    // Those that waited take the places of those that go, which are counted a few at a time.
+    open.drain(..20);
+    app.accepted(21 + 12).await;
 }

@@ -18,7 +18,6 @@ use testkit::{
     traffic::{self, Behaviour},
     wait,
 };
-use tokio::net::TcpStream;
 
 struct Pods {
     web: Arc<Pod>,
@@ -191,18 +190,20 @@ async fn a_pod_reaches_itself_through_its_service() {
     let world = World::new(2).unwrap();
     let Pods { web, api, .. } = pods(&world);
     let mut mesh = Mesh::of(&[&web, &api]);
-    let vip = "10.96.0.7".parse().unwrap();
-    mesh.service("api", vip, &[(80, 8080)], &[&api]);
+    let (vip, vip6) = ("10.96.0.7".parse().unwrap(), "fd96::7".parse().unwrap());
+    let service = mesh.service("api", vip, &[(80, 8080)], &[&api]);
+    service.vips.push(format!("/{vip6}"));
     let _cluster = Cluster::start(&world, &mesh, &[&web, &api]).await.unwrap();
     let _app = api.serve(8080, Behaviour::Whoami).unwrap();
-    assert_eq!(
-        api.seen_as(SocketAddr::new(vip, 80)).await.unwrap().ip(),
-        api.ip4()
-    );
-    assert_eq!(
-        web.seen_as(SocketAddr::new(vip, 80)).await.unwrap().ip(),
-        web.ip4()
-    );
+    for (to, from, seen) in [
+        (vip, &api, api.ip4()),
+        (vip, &web, web.ip4()),
+        (vip6, &api, api.ip6()),
+        (vip6, &web, web.ip6()),
+    ] {
+        let to = SocketAddr::new(to, 80);
+        assert_eq!(from.seen_as(to).await.unwrap().ip(), seen, "{to}");
+    }
 }
 
 #[tokio::test]
@@ -280,100 +281,6 @@ async fn an_ingress_pod_takes_plaintext_directly_and_hbone_through_the_proxy() {
         line.is_access("connection complete") && line.field("direction") == "inbound"
     });
     assert_eq!(inbound.len(), 1, "plaintext did not pass the proxy");
-}
-
-/// A captured pod with few ephemeral ports, its application, and a client outside the mesh.
-struct Narrow<'a> {
-    _cluster: Cluster<'a>,
-    _api: Arc<Pod>,
-    client: Arc<Pod>,
-    app: traffic::Server,
-}
-
-impl<'a> Narrow<'a> {
-    async fn start(world: &'a World, ports: &str) -> Self {
-        let api = world.node(0).pod(&PodSpec::captured("api")).unwrap();
-        let client = world.node(0).pod(&PodSpec::plain("client")).unwrap();
-        let cluster = Cluster::start(world, &Mesh::of(&[&api]), &[&api])
-            .await
-            .unwrap();
-        let app = api.serve(8080, Behaviour::Whoami).unwrap();
-        api.netns()
-            .sysctl("ipv4/ip_local_port_range", ports)
-            .unwrap();
-        Self {
-            _cluster: cluster,
-            _api: api,
-            client,
-            app,
-        }
-    }
-}
-
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn upstream_ports_never_collide_with_captured_clients() {
-    let world = World::new(1).unwrap();
-    // So few that any scheme which draws from the range of the clients meets them soon.
-    let Narrow {
-        _cluster,
-        _api,
-        client,
-        app,
-    } = Narrow::start(&world, "40000 40399").await;
-    let mut held = Vec::new();
-    for port in 40_000..40_200 {
-        held.push(greeted(&client, port, app.address).await);
-    }
-    for port in 40_200..40_400 {
-        drop(greeted(&client, port, app.address).await);
-    }
-    for stream in &mut held {
-        traffic::ping(stream, b"never reset").await.unwrap();
-    }
-    assert_eq!(app.peers().len(), 400);
-    assert!(
-        app.peers().iter().all(|peer| peer.ip() == client.ip4()),
-        "the application saw another client"
-    );
-}
-
-/// Connects from a chosen port and reads the greeting, so that the upstream exists.
-async fn greeted(client: &Pod, port: u16, to: SocketAddr) -> TcpStream {
-    let connecting = client.connect_from(client.at(port), to);
-    let mut stream = wait::soon("connect", connecting)
-        .await
-        .unwrap_or_else(|error| panic!("port {port}: {error}"));
-    let mut greeting = [0; 64];
-    let reading = tokio::io::AsyncReadExt::read(&mut stream, &mut greeting);
-    assert!(
-        wait::soon("greeting", reading).await.unwrap() > 0,
-        "port {port}: closed"
-    );
-    stream
-}
-
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn more_connections_than_ephemeral_ports_keep_the_address_of_the_client() {
-    let world = World::new(1).unwrap();
-    let Narrow {
-        _cluster,
-        _api,
-        client,
-        app,
-    } = Narrow::start(&world, "50000 50063").await;
-    let mut held = Vec::new();
-    for _ in 0..300 {
-        held.push(client.connect(app.address).await.unwrap());
-    }
-    assert!(
-        app.accepted(300)
-            .await
-            .iter()
-            .all(|peer| peer.ip() == client.ip4())
-    );
-    for stream in &mut held {
-        stream.readable().await.unwrap();
-    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

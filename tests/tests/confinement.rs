@@ -81,9 +81,17 @@ async fn carries(stage: &Pair, wrapper: &[&str]) {
 #[tokio::test]
 async fn three_capabilities_and_a_root_that_cannot_be_written_are_enough() {
     let stage = Pair::new().unwrap();
-    let narrow = "mount -o remount,bind,ro / && ! touch /written 2>/dev/null && \
-        exec setpriv --bounding-set=-all,+net_admin,+net_raw,+sys_admin --inh-caps=-all --no-new-privs \"$0\" \"$@\"";
-    carries(&stage, &["unshare", "--mount", "sh", "-c", narrow]).await;
+    // Without root there is no second group.
+    let groups = std::fs::read_to_string("/proc/self/gid_map").unwrap();
+    let group = match groups.split_whitespace().nth(2) {
+        Some("1") => "",
+        _ => "--regid=1337 --clear-groups",
+    };
+    let narrow = format!(
+        "mount -o remount,bind,ro / && ! touch /written 2>/dev/null && \
+        exec setpriv {group} --bounding-set=-all,+net_admin,+net_raw,+sys_admin --inh-caps=-all --no-new-privs \"$0\" \"$@\""
+    );
+    carries(&stage, &["unshare", "--mount", "sh", "-c", &narrow]).await;
 }
 
 #[tokio::test]

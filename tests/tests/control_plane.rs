@@ -43,7 +43,12 @@ async fn a_stream_opens_with_both_types_and_tells_who_asks() {
     let options = stage
         .options()
         .env("POD_NAME", "zt-x7")
-        .env("INSTANCE_IP", "10.1.0.9");
+        .env("INSTANCE_IP", "10.1.0.9")
+        .env(
+            "PROXY_CONFIG",
+            "{proxyMetadata: {ISTIO_META_ZONE: document, ISTIO_META_RACK: 7, SHELF: top}}",
+        )
+        .env("ISTIO_META_ZONE", "variable");
     let run = stage.start_with(&options).await.unwrap();
     stage.istiod.synced().await;
     let stream = stage.istiod.newest();
@@ -64,6 +69,9 @@ async fn a_stream_opens_with_both_types_and_tells_who_asks() {
         ("INSTANCE_IPS", "10.1.0.9"),
         ("NODE_NAME", "node-0"),
         ("DNS_CAPTURE", "false"),
+        ("ZONE", "variable"),
+        ("RACK", "7"),
+        ("SHELF", "top"),
     ] {
         assert_eq!(stream.metadata_text(key), Some(value), "{key}");
     }

@@ -11,7 +11,7 @@ use std::{sync::Arc, time::Duration};
 
 use prost::Message as _;
 use testkit::{
-    Istiod, Mesh, NodeRun, Pod,
+    Istiod, Mesh, NodeRun, Pod, PodSpec,
     istiod::{Kind, Stream},
     mesh::Policy,
     raw::Hello,
@@ -246,6 +246,14 @@ async fn without_istiod_all_that_is_known_keeps_working() {
     let age = run.proxy.metrics().await.unwrap();
     let heard = age.sum("istio_xds_last_response_timestamp_seconds", &[]);
     assert!(heard > 0.0, "the age of what is known");
+    // Nor does the CNI agent wait for istiod.
+    let node = stage.world.node(0);
+    let (late, session) = (node.pod(&PodSpec::captured("late")).unwrap(), &run.session);
+    let answers = async {
+        session.add(&late).await.unwrap().unwrap();
+        session.del(late.uid()).await.unwrap().unwrap();
+    };
+    wait::within(Duration::from_secs(1), "the answer", answers).await;
     tokio::time::sleep(wait::outage()).await;
     assert!(run.proxy.is_ready().await, "nor does it later");
 

@@ -15,14 +15,15 @@ use std::{
 };
 
 use nix::sys::signal::Signal;
+use parking_lot::Mutex;
 use testkit::{
     Mesh, NodeRun, Pod, PodSpec, ProxyOptions, World,
-    traffic::{self, Behaviour},
+    traffic::{self, Behaviour, Server},
     wait,
 };
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
-    net::TcpListener,
+    net::{TcpListener, TcpStream},
     task::JoinSet,
 };
 use tokio_util::sync::CancellationToken;
@@ -86,85 +87,217 @@ async fn a_successor_takes_over_without_a_lost_connection() {
     assert!(old.proxy.exit(wait::SOON).await.unwrap().success());
 }
 
-/// What a proxy of another make answers at its ports.
+/// What a proxy of another make says first, at each of its ports.
 const OTHER: &[u8] = b"other";
 
-/// The sockets that a proxy of another make holds in a pod, bound as the CNI's rules want them: each port once, on both families,
-/// with `SO_REUSEPORT` and nothing that steers the group. Each connection is told [`OTHER`]. Dropping it closes the sockets.
-fn other_make(pod: &Pod) -> io::Result<JoinSet<()>> {
-    let mut tasks = JoinSet::new();
-    for port in [15001, 15006, 15008] {
-        let at = SocketAddr::new(Ipv6Addr::UNSPECIFIED.into(), port);
-        let socket = traffic::tcp_socket(pod.netns(), at)?;
-        socket.set_only_v6(false)?;
-        socket.set_reuse_port(true)?;
-        socket.bind(&at.into())?;
-        socket.listen(1024)?;
-        let listener = TcpListener::from_std(socket.into())?;
-        tasks.spawn(async move {
-            while let Ok((mut stream, _)) = listener.accept().await {
-                let _ = stream.write_all(OTHER).await;
-            }
-        });
+/// A proxy of another make, as far as it matters here: the sockets that it holds in a pod, bound as the CNI's rules want them: each
+/// port once, on both families, with `SO_REUSEPORT` and nothing that steers the group. Each connection is told [`OTHER`], and then
+/// echoed.
+struct OtherMake {
+    listening: JoinSet<()>,
+    /// What it has accepted; goes on when it stops to listen.
+    _carrying: Arc<Mutex<JoinSet<()>>>,
+}
+
+impl OtherMake {
+    fn start(pod: &Pod) -> io::Result<Self> {
+        let (mut listening, carrying) = (JoinSet::new(), Arc::default());
+        for port in [15001, 15006, 15008] {
+            let at = SocketAddr::new(Ipv6Addr::UNSPECIFIED.into(), port);
+            let socket = traffic::tcp_socket(pod.netns(), at)?;
+            socket.set_only_v6(false)?;
+            socket.set_reuse_port(true)?;
+            socket.bind(&at.into())?;
+            socket.listen(1024)?;
+            let listener = TcpListener::from_std(socket.into())?;
+            listening.spawn(Self::accept(listener, Arc::clone(&carrying)));
+        }
+        Ok(Self {
+            listening,
+            _carrying: carrying,
+        })
     }
-    Ok(tasks)
-}
 
-/// Calls until one is answered by the other make, if `other`, or by the pod's application; none may fail.
-async fn answered_by(other: bool, client: &Pod, to: SocketAddr) {
-    wait::until(wait::SOON, "the proxy answers", async || {
-        ((client.ask(to, b"").await.unwrap() == OTHER) == other).then_some(())
-    })
-    .await;
-}
+    async fn accept(listener: TcpListener, carrying: Arc<Mutex<JoinSet<()>>>) {
+        while let Ok((mut stream, _)) = listener.accept().await {
+            let mut carrying = carrying.lock();
+            carrying.spawn(async move {
+                let (mut reader, mut writer) = stream.split();
+                let _ = writer.write_all(OTHER).await;
+                let _ = tokio::io::copy(&mut reader, &mut writer).await;
+            });
+            while carrying.try_join_next().is_some() {}
+        }
+    }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_proxy_of_another_make_hands_over() {
-    let world = World::new(1).unwrap();
-    let node = world.node(0);
-    let client = node.pod(&PodSpec::plain("client")).unwrap();
-    let pod = node.pod(&PodSpec::captured("api")).unwrap();
-    Mesh::of(&[&pod, &client])
-        .write(&ProxyOptions::mesh_file(&world))
-        .unwrap();
-    let app = pod.serve(8080, Behaviour::Whoami).unwrap();
-    let mut other = other_make(&pod).unwrap();
-    answered_by(true, &client, app.address).await;
-
-    let options = ProxyOptions::new(&world, node);
-    let _run = NodeRun::start(&world, node, &options, &[&pod])
-        .await
-        .unwrap();
-    answered_by(false, &client, app.address).await;
-    answered_by(true, &client, app.address).await;
-    other.shutdown().await;
-    for _ in 0..50 {
-        let seen = client.seen_as(app.address).await.unwrap();
-        assert_eq!(seen.ip(), client.ip4());
+    /// Closes its listeners; what waits in their queues is reset by the kernel.
+    async fn stop_listening(&mut self) {
+        self.listening.shutdown().await;
     }
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_proxy_of_another_make_takes_over() {
-    let world = World::new(1).unwrap();
-    let node = world.node(0);
-    let client = node.pod(&PodSpec::plain("client")).unwrap();
-    let pod = node.pod(&PodSpec::captured("api")).unwrap();
-    Mesh::of(&[&pod, &client])
-        .write(&ProxyOptions::mesh_file(&world))
-        .unwrap();
-    let app = pod.serve(8080, Behaviour::Whoami).unwrap();
-    let options = ProxyOptions::new(&world, node);
-    let mut run = NodeRun::start(&world, node, &options, &[&pod])
-        .await
-        .unwrap();
-    answered_by(false, &client, app.address).await;
+/// A pod that proxies of two makes serve in turn, and a client of its application.
+struct TwoMakes {
+    world: World,
+    client: Arc<Pod>,
+    pod: Arc<Pod>,
+    app: Server,
+}
 
-    let _other = other_make(&pod).unwrap();
+/// Who has answered calls, and how many failed.
+#[derive(Debug, Default)]
+struct Answers {
+    other: usize,
+    ours: usize,
+    failed: usize,
+}
+
+impl TwoMakes {
+    fn new() -> Self {
+        let world = World::new(1).unwrap();
+        let node = world.node(0);
+        let client = node.pod(&PodSpec::plain("client")).unwrap();
+        let pod = node.pod(&PodSpec::captured("api")).unwrap();
+        Mesh::of(&[&pod, &client])
+            .write(&ProxyOptions::mesh_file(&world))
+            .unwrap();
+        let app = pod.serve(8080, Behaviour::Whoami).unwrap();
+        Self {
+            world,
+            client,
+            pod,
+            app,
+        }
+    }
+
+    async fn ours(&self) -> NodeRun<'_> {
+        let options = ProxyOptions::new(&self.world, self.world.node(0));
+        let node = self.world.node(0);
+        let pods: [&Pod; 1] = [&self.pod];
+        let run = NodeRun::start(&self.world, node, &options, &pods);
+        run.await.unwrap()
+    }
+
+    /// A connection that the one proxy which listens so far carries, past its greeting.
+    async fn held(&self) -> TcpStream {
+        let mut stream = self.client.connect(self.app.address).await.unwrap();
+        assert!(stream.read(&mut [0; 64]).await.unwrap() > 0);
+        stream
+    }
+
+    /// Calls by four clients, each one after the other, until told to stop.
+    fn load(&self, stop: &CancellationToken) -> JoinSet<Answers> {
+        let mut loads = JoinSet::new();
+        for _ in 0..4 {
+            let (client, to) = (Arc::clone(&self.client), self.app.address);
+            let stop = stop.clone();
+            loads.spawn(async move {
+                let mut answers = Answers::default();
+                while !stop.is_cancelled() {
+                    match client.ask(to, b"").await {
+                        Ok(answer) if answer == OTHER => answers.other += 1,
+                        Ok(answer) => {
+                            let seen = format!("{}:", client.ip4());
+                            assert!(answer.starts_with(seen.as_bytes()), "{answer:?}");
+                            answers.ours += 1;
+                        }
+                        Err(_) => answers.failed += 1,
+                    }
+                }
+                answers
+            });
+        }
+        loads
+    }
+
+    /// Waits until our proxy has carried so many calls more.
+    async fn carried(&self, more: usize) {
+        let until = self.app.peers().len() + more;
+        self.app.accepted(until).await;
+    }
+}
+
+async fn sum(loads: JoinSet<Answers>) -> Answers {
+    let mut sum = Answers::default();
+    for one in loads.join_all().await {
+        sum.other += one.other;
+        sum.ours += one.ours;
+        sum.failed += one.failed;
+    }
+    sum
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_proxy_of_another_make_hands_over_under_load() {
+    let stage = TwoMakes::new();
+    let mut other = OtherMake::start(&stage.pod).unwrap();
+    let mut held = stage.held().await;
+    let stop = CancellationToken::new();
+    let loads = stage.load(&stop);
+    let _run = stage.ours().await;
+    stage.carried(50).await;
+    other.stop_listening().await;
+    stage.carried(200).await;
+    traffic::ping(&mut held, b"at the other one").await.unwrap();
+    stop.cancel();
+    let answers = sum(loads).await;
+    assert!(answers.other > 0 && answers.ours >= 250, "{answers:?}");
+    // What its queue held is lost with it: one call of each client at most.
+    assert!(answers.failed <= 4, "{answers:?}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_proxy_of_another_make_takes_over_under_load() {
+    let stage = TwoMakes::new();
+    let mut run = stage.ours().await;
+    let mut held = stage.held().await;
+    let stop = CancellationToken::new();
+    let loads = stage.load(&stop);
+    stage.carried(50).await;
+    let other = OtherMake::start(&stage.pod).unwrap();
+    stage.carried(50).await;
     run.proxy.signal(Signal::SIGTERM).unwrap();
-    answered_by(true, &client, app.address).await;
-    assert!(run.proxy.exit(wait::SOON).await.unwrap().success());
+    run.session.closed(wait::SOON).await.unwrap();
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    traffic::ping(&mut held, b"at ours").await.unwrap();
+    let before = stage.app.peers().len();
     for _ in 0..50 {
-        assert_eq!(client.ask(app.address, b"").await.unwrap(), OTHER);
+        assert_eq!(
+            stage.client.ask(stage.app.address, b"").await.unwrap(),
+            OTHER
+        );
     }
+    assert_eq!(stage.app.peers().len(), before, "ours takes none any more");
+    stop.cancel();
+    let answers = sum(loads).await;
+    assert!(answers.other > 0 && answers.ours >= 100, "{answers:?}");
+    assert_eq!(answers.failed, 0, "{answers:?}");
+    drop(held);
+    assert!(run.proxy.exit(wait::SOON).await.unwrap().success());
+    drop(other);
+}
+
+/// `INPOD_PORT_REUSE=false`: a pod has one proxy at a time, and the next one serves it when the first is gone.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn ports_that_are_not_shared_are_had_one_after_the_other() {
+    let stage = TwoMakes::new();
+    let node = stage.world.node(0);
+    let options = ProxyOptions::new(&stage.world, node).env("INPOD_PORT_REUSE", "false");
+    let pods: [&Pod; 1] = [&stage.pod];
+    let first = NodeRun::start(&stage.world, node, &options, &pods).await;
+    let mut first = first.unwrap();
+    let netns = node.second_proxy_netns().unwrap();
+    let second = options.start_in(&netns, "second").unwrap();
+    let session = wait::soon("the second connects", first.agent.accept());
+    let session = session.await.unwrap();
+    let refused = session.add(&stage.pod).await.unwrap().unwrap_err();
+    assert!(refused.contains("15001"), "{refused}");
+    stage.client.seen_as(stage.app.address).await.unwrap();
+    first.proxy.signal(Signal::SIGTERM).unwrap();
+    assert!(first.proxy.exit(wait::SOON).await.unwrap().success());
+    session.snapshot_sent().await.unwrap().unwrap();
+    second.ready().await;
+    let served = async || stage.client.seen_as(stage.app.address).await.ok();
+    let seen = wait::until(wait::SOON, "the second serves", served).await;
+    assert_eq!(seen.ip(), stage.client.ip4());
 }

@@ -23,7 +23,6 @@ use testkit::{
     zds::{AddWorkload, DelWorkload, Request, SnapshotSent, WorkloadInfo},
 };
 use tokio::{
-    io::AsyncWriteExt as _,
     net::{TcpListener, TcpStream},
     time::Instant,
 };
@@ -100,6 +99,11 @@ fn squat(pod: &Pod) -> TcpListener {
     TcpListener::from_std(socket.into()).unwrap()
 }
 
+/// An answer that comes within a second.
+async fn prompt<T>(answer: impl Future<Output = T>) -> T {
+    wait::within(Duration::from_secs(1), "the answer", answer).await
+}
+
 async fn files_return_to(proxy: &Proxy<'_>, count: usize) {
     let back = async || (proxy.open_files().unwrap() <= count).then_some(());
     wait::until(
@@ -118,8 +122,7 @@ async fn the_proxy_says_hello_and_a_pod_is_served_when_its_add_is_acknowledged()
     session.silent(Duration::from_millis(700)).await.unwrap();
     assert!(!proxy.is_ready().await, "no snapshot yet");
 
-    let asked = Instant::now();
-    session.add(&pod).await.unwrap().unwrap();
+    prompt(session.add(&pod)).await.unwrap().unwrap();
     assert!(
         served(pod.netns()).await,
         "acknowledged before the listeners were bound"
@@ -127,20 +130,14 @@ async fn the_proxy_says_hello_and_a_pod_is_served_when_its_add_is_acknowledged()
     for loopback in [Ipv4Addr::LOCALHOST.into(), Ipv6Addr::LOCALHOST.into()] {
         assert!(serves_names(pod.netns(), loopback).await, "{loopback}");
     }
-    session
-        .keep("some-pod-that-it-never-saw")
-        .await
-        .unwrap()
-        .unwrap();
+    let unknown = prompt(session.keep("some-pod-that-it-never-saw")).await;
+    unknown.unwrap().unwrap();
     session
         .send(Request::SnapshotSent(SnapshotSent {}), &[])
         .await
         .unwrap();
-    assert_eq!(session.receive(wait::SOON).await.unwrap(), [0x0a, 0x00]);
-    assert!(
-        asked.elapsed() < Duration::from_secs(3),
-        "each answer within a second"
-    );
+    let answer = prompt(session.receive(wait::SOON)).await.unwrap();
+    assert_eq!(answer, [0x0a, 0x00]);
     proxy.ready().await;
 
     let (files, again) = (proxy.open_files().unwrap(), Session::add_request(&pod));
@@ -265,6 +262,29 @@ impl Trio {
         connected(&self.world, &Mesh::of(&[&self.kept, &self.other])).await
     }
 
+    /// More connections of `other`: by tunnel and from a tunnel, from outside the mesh, and one for names.
+    async fn more_of_other(&self) -> Others {
+        let Self {
+            kept,
+            other,
+            outside,
+            ..
+        } = self;
+        let servers = [kept, other].map(|pod| pod.serve(8080, Behaviour::Echo).unwrap());
+        let mut streams = Vec::new();
+        for (from, to) in [(other, kept), (kept, other), (outside, other)] {
+            let mut stream = from.connect(to.at(8080)).await.unwrap();
+            traffic::ping(&mut stream, b"open").await.unwrap();
+            streams.push(stream);
+        }
+        let names = SocketAddr::new(Ipv4Addr::LOCALHOST.into(), DNS);
+        streams.push(other.connect(names).await.unwrap());
+        Others {
+            streams,
+            _servers: servers,
+        }
+    }
+
     /// Has both captured pods served and opens a connection of each to the application.
     async fn hold(&self, session: &Session) -> Held {
         session.snapshot(&[&self.kept, &self.other]).await.unwrap();
@@ -279,6 +299,12 @@ impl Trio {
             server,
         }
     }
+}
+
+/// Connections of one pod, and the applications at their ends.
+struct Others {
+    streams: Vec<TcpStream>,
+    _servers: [traffic::Server; 2],
 }
 
 /// A connection of each captured pod.
@@ -343,12 +369,15 @@ async fn a_deleted_pod_loses_its_connections_at_once_and_its_namespace_is_free()
     let trio = Trio::new();
     let (_agent, proxy, session) = trio.connected().await;
     let mut held = trio.hold(&session).await;
+    let mut others = trio.more_of_other().await;
 
     let asked = Instant::now();
     session.del(trio.other.uid()).await.unwrap().unwrap();
-    traffic::closed(&mut held.other, Duration::from_secs(2))
-        .await
-        .unwrap();
+    for stream in others.streams.iter_mut().chain([&mut held.other]) {
+        traffic::closed(stream, Duration::from_secs(2))
+            .await
+            .unwrap();
+    }
     assert!(asked.elapsed() < Duration::from_secs(2));
     becomes_unserved(trio.other.netns()).await;
     let (device, inode) = trio.other.netns().id();
@@ -511,66 +540,4 @@ async fn pods_without_ipv6_and_with_bindv6only_are_served() {
         });
         assert_eq!(line.await.field("dst.addr"), app.address.to_string());
     }
-}
-
-#[tokio::test]
-async fn a_connection_waits_for_the_record_of_its_own_pod() {
-    let world = World::new(1).unwrap();
-    let node = world.node(0);
-    let early = node.pod(&PodSpec::captured("early")).unwrap();
-    let never = node.pod(&PodSpec::captured("never")).unwrap();
-    let known = node.pod(&PodSpec::captured("known")).unwrap();
-    let outside = node.pod(&PodSpec::plain("outside")).unwrap();
-    let mut mesh = Mesh::of(&[&known]);
-    mesh.write(&ProxyOptions::mesh_file(&world)).unwrap();
-    let options = ProxyOptions::new(&world, node).env("WORKLOAD_WAIT", "5s");
-    let run = NodeRun::connect(&world, node, &options).await.unwrap();
-    let (_agent, proxy, session) = (run.agent, run.proxy, run.session);
-    session.snapshot(&[&early, &never, &known]).await.unwrap();
-    proxy.ready().await;
-    let app = outside.serve(7000, Behaviour::Echo).unwrap();
-
-    let start = Instant::now();
-    let mut waiting = early.connect(app.address).await.unwrap();
-    let mut doomed = never.connect(app.address).await.unwrap();
-    let mut peer = outside.connect(never.at(15008)).await.unwrap();
-    waiting.write_all(b"patience").await.unwrap();
-    assert_eq!(
-        known.ask(app.address, b"others go on").await.unwrap(),
-        b"others go on"
-    );
-    assert_eq!(app.peers().len(), 1);
-    session.silent(Duration::from_secs(2)).await.unwrap();
-    mesh.pod(&early);
-    mesh.write(&ProxyOptions::mesh_file(&world)).unwrap();
-    let answer = wait::within(
-        Duration::from_secs(5),
-        "the record lets it go",
-        traffic::exchange(&mut waiting, b""),
-    );
-    assert_eq!(answer.await.unwrap(), b"patience");
-    traffic::closed(&mut doomed, Duration::from_secs(8))
-        .await
-        .unwrap();
-    traffic::closed(&mut peer, Duration::from_secs(3))
-        .await
-        .unwrap();
-    let waited = start.elapsed();
-    assert!(
-        waited > Duration::from_secs(4) && waited < Duration::from_secs(8),
-        "{waited:?}"
-    );
-    let failed = proxy
-        .log()
-        .wait("early rejection", |line| {
-            line.is_access("connection failed")
-        })
-        .await;
-    assert!(
-        failed
-            .field("error")
-            .contains("failed to fetch information about local workload"),
-        "{}",
-        failed.raw
-    );
 }

@@ -164,7 +164,7 @@ fn number(variable: &str, default: u32) -> u32 {
     std::env::var(variable).map_or(default, |text| text.parse().unwrap())
 }
 
-/// `CULVERT_TEST_UPGRADES=20 CULVERT_TEST_RATE=500` is the full size.
+/// `CULVERT_TEST_UPGRADES=20 CULVERT_TEST_RATE=1000`, with an optimised program as `CULVERT_BIN`, is the full size.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 #[expect(clippy::print_stderr, reason = "figures for who runs it in full")]
 async fn upgrades_in_a_row_lose_no_new_connection() {
