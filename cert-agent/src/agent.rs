@@ -11,7 +11,7 @@ use std::{collections::HashMap, fmt, sync::Arc, time::Duration};
 use parking_lot::{Mutex, RwLock};
 use prometheus_client::registry::Registry;
 use tokio::{
-    sync::Notify,
+    sync::{Notify, watch},
     task::JoinSet,
     time::{Instant, sleep_until, timeout_at},
 };
@@ -206,7 +206,7 @@ impl Agent {
         self.0.bell.notify_one();
     }
 
-    /// Fetches and renews until `stop` fires; all tasks have ended when it returns.
+    /// Fetches and renews until `stop` fires, and replaces a certificate that revocation lists name; all tasks have ended when it returns.
     ///
     /// A source that panics has failed; the next attempt follows as after any failure.
     ///
@@ -214,6 +214,7 @@ impl Agent {
     /// Dropping the future aborts running fetches; they are made again by the next `run`.
     pub async fn run(&self, stop: CancellationToken) {
         let mut fetches = JoinSet::new();
+        let mut lists = self.0.options.revocations.changes();
         self.0.restart();
         loop {
             let wake_at = self.0.start_due(&mut fetches);
@@ -222,6 +223,7 @@ impl Agent {
                 () = stop.cancelled() => break,
                 Some(end) = fetches.join_next_with_id() => self.0.finish(end),
                 () = self.0.bell.notified() => {}
+                () = changed(&mut lists) => self.0.replace_revoked(),
                 () = sleep_until(wake_at) => {}
             }
         }
@@ -232,6 +234,20 @@ impl Agent {
     #[must_use]
     pub fn snapshot(&self) -> Vec<IdentityStatus> {
         snapshot::describe(self.0.overviews())
+    }
+}
+
+/// Ready at the next change, if there can be one.
+///
+/// # Cancel safety
+/// Nothing is lost.
+async fn changed(lists: &mut Option<watch::Receiver<u64>>) {
+    let is_over = match lists {
+        Some(lists) => lists.changed().await.is_err(),
+        None => true,
+    };
+    if is_over {
+        std::future::pending::<()>().await;
     }
 }
 

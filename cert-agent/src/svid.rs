@@ -12,7 +12,7 @@ use parking_lot::{Mutex, MutexGuard};
 use rustls::{ClientConfig, ServerConfig, pki_types::CertificateDer, sign::CertifiedKey};
 
 use crate::{
-    KeyedChain, SpiffeId, Tracker,
+    KeyedChain, SpiffeId, Standing, Tracker,
     anchors::Roots,
     bundle::IdentityTrust,
     chain::Side,
@@ -165,6 +165,12 @@ impl Svid {
         let theirs = server.tls().client_verifier();
         ours.verify_now(server.chain())?;
         theirs.verify_now(self.chain())
+    }
+
+    /// Whether revocation lists name this certificate or one above it, so that peers with the same lists refuse it.
+    pub(crate) fn is_revoked(&self) -> bool {
+        let as_peers_see_it = self.server_tracker();
+        as_peers_see_it.is_some_and(|it| it.track(self.chain()).standing() == Standing::Revoked)
     }
 
     /// The configurations for the trust anchors of this moment.

@@ -159,7 +159,8 @@ impl Entry {
         self.valid(wall).is_some()
     }
 
-    fn valid(&self, wall: SystemTime) -> Option<&Arc<Svid>> {
+    /// The certificate, unless it has expired; not taken for a handshake.
+    pub(crate) fn valid(&self, wall: SystemTime) -> Option<&Arc<Svid>> {
         let svid = &self.held.as_ref()?.svid;
         svid.is_valid_at(wall).then_some(svid)
     }

@@ -124,7 +124,30 @@ impl Inner {
         self.metrics.called(began.elapsed());
         let obtained = answer.map_err(|_| ObtainError::Deadline(limit))??;
         let now = self.options.clock.now();
-        Ok(Svid::accept(&id, obtained, &self.context, now)?)
+        let svid = Svid::accept(&id, obtained, &self.context, now)?;
+        if svid.is_revoked() {
+            tracing::warn!(%id, "the authority gave a certificate that is revoked: peers will refuse it");
+        }
+        Ok(svid)
+    }
+
+    /// Has certificates that are revoked by now replaced. Once for each change of the lists: whatever an authority gives below a
+    /// revoked certificate of its own is revoked, too.
+    pub(super) fn replace_revoked(&self) {
+        let now = self.now();
+        let held: Vec<_> = {
+            let entries = self.entries.read();
+            let held = entries
+                .iter()
+                .filter_map(|(id, entry)| Some((id.clone(), Arc::clone(entry.valid(now.wall)?))));
+            held.collect()
+        };
+        for (id, _) in held.iter().filter(|(_, svid)| svid.is_revoked()) {
+            tracing::warn!(%id, "the certificate is revoked; another is asked for");
+            if let Some(entry) = self.entries.write().get_mut(id) {
+                entry.refresh(now);
+            }
+        }
     }
 
     /// Books the end of a fetch.

@@ -5,6 +5,7 @@ mod forgetting;
 mod histories;
 mod outages;
 mod renewal;
+mod revocation;
 mod visibility;
 
 use std::{
