@@ -54,6 +54,7 @@ fn queries() -> Vec<Vec<u8>> {
         ("alias.up.example.", RecordType::A),
         ("text.up.example.", RecordType::TXT),
         ("text.up.example.", RecordType::ANY),
+        ("long.up.example.", RecordType::TXT),
         ("up.example.", RecordType::SOA),
         ("up.example.", RecordType::NS),
         ("nobody.up.example.", RecordType::A),
@@ -96,16 +97,15 @@ async fn what_a_real_server_says_arrives_byte_for_byte() {
         "srv-host=_x._tcp.up.example,host.up.example,99",
         "txt-record=text.up.example,a text,and another",
     ];
-    let zone = "up.example";
-    let _upstream = stage
-        .dnsmasq(zone, &records.map(str::to_owned))
-        .await
-        .unwrap();
+    let long = "x".repeat(250);
+    let long = (0..16).map(|index| format!("txt-record=long.up.example,{index}{long}"));
+    let records: Vec<_> = records.map(str::to_owned).into_iter().chain(long).collect();
+    let _upstream = stage.dnsmasq("up.example", &records).await.unwrap();
     let cluster = stage.start(&stage.mesh()).await.unwrap();
 
     let queries = queries();
     let upstream = SocketAddr::new(UPSTREAM, DNS);
-    let (mut authority, mut edns) = (0, 0);
+    let (mut authority, mut edns, mut cut, mut longest) = (0, 0, 0, 0);
     for query in &queries {
         let direct = stage.desk.datagram(upstream, query).await.unwrap();
         let relayed = stage.web.datagram(RESOLVER, query).await.unwrap();
@@ -114,12 +114,15 @@ async fn what_a_real_server_says_arrives_byte_for_byte() {
         let answer = dns::read(&direct);
         authority += answer.authorities.len();
         edns += usize::from(answer.edns.is_some());
+        cut += usize::from(answer.metadata.truncation);
 
         let one = std::slice::from_ref(query);
         let direct = stage.desk.pipeline(upstream, one).await.unwrap();
         let relayed = stage.web.pipeline(RESOLVER, one).await.unwrap();
         assert_eq!(relayed, direct, "{:?} over TCP", asked.queries);
+        longest = longest.max(direct[0].len());
     }
+    assert!(cut == 1 && longest > 4096, "{cut} cut, {longest} bytes");
     assert!(
         authority >= 3 && edns >= 2,
         "a server without SOA or EDNS proves nothing"
