@@ -87,9 +87,8 @@ fn queries() -> Vec<Vec<u8>> {
     plain.into_iter().chain(odd).collect()
 }
 
-#[tokio::test]
-async fn what_a_real_server_says_arrives_byte_for_byte() {
-    let stage = Named::new().unwrap();
+/// What the real server knows: among it, 4 KB under one name.
+fn records() -> Vec<String> {
     let records = [
         "host-record=host.up.example,192.0.2.7,2001:db8::7",
         "cname=alias.up.example,host.up.example",
@@ -99,8 +98,13 @@ async fn what_a_real_server_says_arrives_byte_for_byte() {
     ];
     let long = "x".repeat(250);
     let long = (0..16).map(|index| format!("txt-record=long.up.example,{index}{long}"));
-    let records: Vec<_> = records.map(str::to_owned).into_iter().chain(long).collect();
-    let _upstream = stage.dnsmasq("up.example", &records).await.unwrap();
+    records.map(str::to_owned).into_iter().chain(long).collect()
+}
+
+#[tokio::test]
+async fn what_a_real_server_says_arrives_byte_for_byte() {
+    let stage = Named::new().unwrap();
+    let _upstream = stage.dnsmasq("up.example", &records()).await.unwrap();
     let cluster = stage.start(&stage.mesh()).await.unwrap();
 
     let queries = queries();
