@@ -406,6 +406,8 @@ async fn an_authority_may_be_away_at_the_start() {
     sleep(wait::outage()).await;
     assert!(run.proxy.is_ready().await);
     assert!(!stage.echoes().await);
+    let page = run.proxy.get(ADMIN_PORT, "/live").await.unwrap().body;
+    assert!(page.contains("fails</b>"), "{page:.2000}");
     stage.ca.start().unwrap();
     let took = stage.until_echoed(A_WHILE).await;
     assert!(took < 5 * SECOND, "{took:?}");

@@ -265,6 +265,26 @@ fn configurations(world: &World) -> Vec<(&'static str, ProxyOptions)> {
             .env("PROXY_WORKLOAD_INFO", "shop/web/web")
     };
     let dns = || plain().env("ISTIO_META_DNS_CAPTURE", "true");
+    let openbao = || {
+        servers()
+            .env("CA_PROVIDER", "openbao")
+            .env("OPENBAO_ADDRESS", "https://127.0.0.1:1")
+            .env("OPENBAO_ROLE", "workload")
+            .env("OPENBAO_AUTH_METHOD", "token")
+            .env("OPENBAO_TOKEN_PATH", "/nonexistent/token")
+    };
+    let demand = || {
+        servers()
+            .env("XDS_ON_DEMAND", "true")
+            .env("XDS_ROOT_CA", PEM)
+            .env("CA_ROOT_CA", PEM)
+    };
+    let ours = plain()
+        .env("SAME_NODE_NAMESPACES", "shop=direct")
+        .env("MEMORY_BUDGET", "64Mi")
+        .env("METRICS_LABELS", "minimal")
+        .env("CRL_PATH", "/nonexistent/crl.pem")
+        .env("PREFERED_SERVICE_NAMESPACE", "shop");
     let system = servers().env("CA_ROOT_CA", "SYSTEM");
     vec![
         ("system roots", system.env("XDS_ROOT_CA", "SYSTEM")),
@@ -282,10 +302,14 @@ fn configurations(world: &World) -> Vec<(&'static str, ProxyOptions)> {
         ("dedicated", dedicated()),
         ("dedicated with a mark", dedicated().env("PACKET_MARK", "7")),
         ("SOCKS5", plain().env("UNSTABLE_ENABLE_SOCKS5", "true")),
+        ("OpenBao", openbao()),
+        ("on demand, with roots as texts", demand()),
+        ("settings of our own", ours),
     ]
 }
 
 const SECRET: &str = "hidden-value";
+const PEM: &str = "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n";
 
 #[tokio::test]
 async fn the_dump_is_decoded_in_every_configuration() {

@@ -15,7 +15,7 @@ use std::{net::SocketAddr, sync::Arc, time::Duration};
 use testkit::{
     Agent, Cluster, Istiod, Mesh, Pod, PodSpec, ProxyOptions, Redirect, World,
     dns::Dnsmasq,
-    proxy::{Proxy, STATS_PORT},
+    proxy::{ADMIN_PORT, Proxy, STATS_PORT},
     stage::{RESOLVER, Steady, UPSTREAM, UPSTREAM6, vip},
     traffic::{self, Behaviour, Server},
     wait,
@@ -244,6 +244,10 @@ async fn with_everything_away_at_once_traffic_goes_on_and_all_of_it_returns() {
         );
         let told = |line: &testkit::Line| line.message == "no stream to the control plane";
         proxy.log().wait("a warning", told).await;
+        let page = proxy.get(ADMIN_PORT, "/live").await.unwrap().body;
+        for told in ["disconnected</b>", "waits for workload proxy manager</b>"] {
+            assert!(page.contains(told), "{told}: {page:.2000}");
+        }
     }
     assert!(stage.resolves(NAME).await.is_empty());
     // What has a tunnel already, and what needs a new one under a certificate that is held.

@@ -150,6 +150,20 @@ mod tests {
     use super::*;
 
     #[test]
+    fn users_are_told_of_each_limit() {
+        let readme = include_str!("../../../README.md");
+        let family = readme
+            .lines()
+            .find(|line| line.starts_with("| `culvert_limits_hit_total`"));
+        for limit in Limit::ALL {
+            assert!(
+                family.unwrap().contains(&format!("`{}`", limit.as_str())),
+                "{limit:?}"
+            );
+        }
+    }
+
+    #[test]
     fn hits_are_counted_by_limit() {
         let mut registry = Registry::default();
         let limits = Limits::register(&mut registry);
