@@ -16,8 +16,9 @@ use std::{
 use http::StatusCode;
 use parking_lot::Mutex;
 use testkit::{
-    Cluster, Line, Mesh, Pod, PodSpec, ProxyOptions, World,
+    Cluster, Line, Mesh, Pod, PodSpec, Proxy, ProxyOptions, World,
     mesh::{Match, Policy, Ports, Workload},
+    proxy::ADMIN_PORT,
     raw::{RawServer, ServerConnection},
     traffic::{self, Behaviour},
     wait,
@@ -288,6 +289,21 @@ async fn a_far_end_that_the_service_does_not_list_is_refused() {
         .await;
 }
 
+/// What is told of the connection names both networks, as a document and as text.
+async fn explained(stage: &Stage, proxy: &Proxy<'_>) {
+    let ask = format!("/debug/explain?from=shop/web&to={}:80", IpAddr::from(VIP));
+    let told = proxy.document(&ask).await.unwrap();
+    assert_eq!(told["from"]["network"], "east");
+    assert_eq!(told["endpoints"][0]["network"], "west");
+    assert_eq!(told["route"]["kind"], "double-hbone");
+    assert_eq!(told["route"]["network"], "west");
+    let ask = format!("{ask}&output=text");
+    let text = proxy.get(ADMIN_PORT, &ask).await.unwrap().body;
+    let from = format!("as {} on network east\n", stage.web.spiffe_id());
+    assert!(text.contains(&from), "{text}");
+    assert!(text.contains(" on network west, asking for"), "{text}");
+}
+
 #[tokio::test]
 async fn two_networks_meet_through_a_gateway_that_sees_nothing() {
     let stage = Stage::new(PodSpec::captured);
@@ -333,12 +349,7 @@ async fn two_networks_meet_through_a_gateway_that_sees_nothing() {
         metrics.sum("istio_tcp_connections_opened_total", &labels),
         1.0
     );
-    let ask = format!("/debug/explain?from=shop/web&to={}:80", IpAddr::from(VIP));
-    let told = cluster.proxy(0).document(&ask).await.unwrap();
-    assert_eq!(told["from"]["network"], "east");
-    assert_eq!(told["endpoints"][0]["network"], "west");
-    assert_eq!(told["route"]["kind"], "double-hbone");
-    assert_eq!(told["route"]["network"], "west");
+    explained(&stage, cluster.proxy(0)).await;
 
     // Policy at the far end sees the real client.
     west.policy(Policy::deny("web", vec![Match::pod(&stage.web)]));
