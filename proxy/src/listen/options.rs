@@ -35,7 +35,7 @@ pub(super) fn set_liveness(socket: &Socket, sockets: &Sockets) -> io::Result<()>
     Ok(())
 }
 
-/// As [`set_tunnel_liveness`], for a connection that is to carry a tunnel.
+/// Has the kernel notice that the host at the other end of a connection that is to carry a tunnel is gone.
 ///
 /// # Errors
 /// If the kernel refuses an option.
