@@ -147,20 +147,17 @@ async fn probes_loopback_and_the_own_address_never_meet_the_proxy() {
     let mark = cluster.proxy(1).log().mark();
 
     let node = world.node(1).netns();
-    node.command(
-        "ip",
-        &["addr", "add", "169.254.7.127/32", "dev", "pods"],
-        "",
-    )
-    .unwrap();
-    let probe: SocketAddr = "169.254.7.127:40123".parse().unwrap();
-    let mut stream = traffic::connect_from(node, probe, app.address)
-        .await
-        .unwrap();
-    assert_eq!(
-        traffic::exchange(&mut stream, b"").await.unwrap(),
-        b"169.254.7.127:40123\n"
-    );
+    for (probe, to) in [
+        ("169.254.7.127", app.address),
+        ("fd16:9254:7127:1337:ffff:ffff:ffff:ffff", app.address6),
+    ] {
+        let add = ["addr", "add", probe, "dev", "pods", "noprefixroute"];
+        node.command("ip", &add, "").unwrap();
+        let probe = SocketAddr::new(probe.parse().unwrap(), 40123);
+        let mut stream = traffic::connect_from(node, probe, to).await.unwrap();
+        let seen = traffic::exchange(&mut stream, b"").await.unwrap();
+        assert_eq!(seen, format!("{probe}\n").into_bytes());
+    }
     let loopback: IpAddr = Ipv4Addr::LOCALHOST.into();
     assert_eq!(
         api.seen_as(SocketAddr::new(loopback, 8080))

@@ -515,6 +515,25 @@ async fn two_hundred_adds_back_to_back_are_answered_in_order() {
 }
 
 #[tokio::test]
+async fn ipv6_can_be_left_out() {
+    let world = World::new(1).unwrap();
+    let node = world.node(0);
+    let web = node.pod(&PodSpec::captured("web")).unwrap();
+    let outside = node.pod(&PodSpec::plain("outside")).unwrap();
+    let mesh = ProxyOptions::mesh_file(&world);
+    Mesh::of(&[&web]).write(&mesh).unwrap();
+    let options = ProxyOptions::new(&world, node).env("IPV6_ENABLED", "false");
+    let _run = NodeRun::start(&world, node, &options, &[&web])
+        .await
+        .unwrap();
+    let app = outside.serve(7000, Behaviour::Echo).unwrap();
+    assert_eq!(web.ask(app.address, b"four").await.unwrap(), b"four");
+    // What is captured all the same fails, and does not pass the mesh by.
+    let refused = web.connect(app.address6).await.unwrap_err();
+    assert_eq!(refused.kind(), io::ErrorKind::ConnectionRefused);
+}
+
+#[tokio::test]
 async fn pods_without_ipv6_and_with_bindv6only_are_served() {
     let world = World::new(1).unwrap();
     let node = world.node(0);

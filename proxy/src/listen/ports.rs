@@ -9,6 +9,10 @@
 //! So Q is chosen here, from a range where clients do not draw their ports (those start at 32768),
 //! and leaving out the few P that are live in it all the same. The same Q serves many
 //! destinations; what must be unique is the whole tuple.
+//!
+//! For a client that does draw from this range two cases are left, which nobody but the rules could
+//! rule out: it takes a P that is a live Q of ours, or its connection still waits to be accepted
+//! while its P is chosen as Q.
 
 use std::{
     net::{IpAddr, SocketAddr},
