@@ -2,17 +2,19 @@
 //!
 //! Asks the same functions as the data path. It opens nothing: whether the destination answers is not known here.
 
+mod outcome;
 mod place;
 mod text;
 mod verdict;
 
 use std::{net::SocketAddr, sync::Arc};
 
-use cert_agent::{CertificateState, IdentityStatus, SpiffeId};
+use cert_agent::{IdentityStatus, SpiffeId};
 use http::{Response, StatusCode};
 use serde::Serialize;
 
 use self::{
+    outcome::Outcome,
     place::{Asked, Unclear},
     verdict::Verdict,
 };
@@ -131,26 +133,6 @@ struct Route {
     inner_expected: Vec<String>,
 }
 
-/// How it ends before a byte moves.
-#[derive(Debug, Serialize)]
-struct Outcome {
-    allowed: bool,
-    /// As in the access log, if it is not allowed.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    reason: Option<Reason>,
-    because: String,
-}
-
-impl Outcome {
-    fn refused(reason: Reason, because: &impl ToString) -> Self {
-        Self {
-            allowed: false,
-            reason: Some(reason),
-            because: because.to_string(),
-        }
-    }
-}
-
 fn explain(console: &Console, from: &str, to: &str) -> Result<Explanation, Unclear> {
     let (source, from_ip, to) = match place::asked(console, from, to)? {
         Asked::Known {
@@ -189,10 +171,8 @@ fn explain(console: &Console, from: &str, to: &str) -> Result<Explanation, Uncle
     });
     let behind = Behind::all(&state, &meaning, &outbound);
     let held = held(console, &source);
-    let outcome = match unproven(&outbound, &source, held.as_ref()) {
-        Some(outcome) => outcome,
-        None => outcome(&outbound, policy.as_ref()),
-    };
+    let outcome = Outcome::unproven(&outbound, &source, held.as_ref())
+        .unwrap_or_else(|| Outcome::of(&outbound, policy.as_ref()));
     let owner = match (&meaning.service, &meaning.workload) {
         (Some(service), _) => format!("service {}", service.key()),
         (None, Some(workload)) => format!("workload {}", workload.uid()),
@@ -220,60 +200,6 @@ fn held(console: &Console, workload: &Workload) -> Option<IdentityStatus> {
     let identity = workload.identity()?;
     let mut held = console.shared.agent.snapshot().into_iter();
     held.find(|held| held.identity == *identity)
-}
-
-/// How a tunnel ends whose source has nothing to prove its identity with.
-fn unproven(
-    outbound: &Outbound,
-    source: &Workload,
-    held: Option<&IdentityStatus>,
-) -> Option<Outcome> {
-    if !matches!(outbound, Outbound::Hbone(_) | Outbound::Nested { .. }) {
-        return None;
-    }
-    if source.identity().is_none() {
-        let because = "the source has no identity that a certificate could carry";
-        return Some(Outcome::refused(Reason::NoIdentity, &because));
-    }
-    let CertificateState::Unavailable(why) = &held?.state else {
-        return None;
-    };
-    let because = format!("the source has no certificate: {why}");
-    Some(Outcome::refused(Reason::NoCertificate, &because))
-}
-
-fn outcome(outbound: &Outbound, policy: Option<&Verdict>) -> Outcome {
-    if let Outbound::Refuse(refusal) = outbound {
-        return Outcome::refused(refusal.reason(), refusal);
-    }
-    match policy {
-        Some(verdict) if !verdict.allowed => {
-            Outcome::refused(verdict.reason(outbound), &verdict.because)
-        }
-        Some(verdict) => Outcome {
-            allowed: true,
-            reason: None,
-            because: verdict.because.clone(),
-        },
-        None => Outcome {
-            allowed: true,
-            reason: None,
-            because: match outbound {
-                Outbound::Nested { .. } => {
-                    "policies are those of the other network, which are not known here"
-                }
-                Outbound::Hbone(hop) if hop.via == Via::Waypoint => {
-                    "the waypoint decides, and then who is behind it"
-                }
-                Outbound::Passthrough { .. }
-                | Outbound::Direct { .. }
-                | Outbound::Hbone(_)
-                | Outbound::Resolve(_)
-                | Outbound::Refuse(_) => "no policy of the mesh is asked on this hop",
-            }
-            .to_owned(),
-        },
-    }
 }
 
 impl Explanation {
