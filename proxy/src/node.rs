@@ -151,6 +151,7 @@ async fn serve(
     start.trimming(&shared);
     let known = start.mesh(&shared, &mut registry, &mut shown).await?;
     let names = parts::names(config, &shared.mesh, &mut registry);
+    shown.names = names.as_ref().map(|names| names.shared.metrics.clone());
     start.eviction(&shared, names.as_ref());
     let pods = captured.map(|task| (task, PodMetrics::register(&mut registry)));
     start.admin(admin, &shared, &shown);

@@ -189,13 +189,28 @@ async fn without_the_name_server_the_mesh_has_its_names() {
     drop(names);
     assert!(stage.resolves(NAME).await.is_empty());
     let failed = |count| count >= 1.0;
-    let family = "istio_dns_unanswered_total";
-    cluster.proxy(0).metric(family, &[], failed).await;
+    let (family, proxy) = ("istio_dns_unanswered_total", cluster.proxy(0));
+    proxy.metric(family, &[], failed).await;
+    let shown = async || {
+        stage.resolves(NAME).await;
+        let page = proxy.get(ADMIN_PORT, "/live").await.ok()?.body;
+        page.contains("silent</b>").then_some(())
+    };
+    wait::until(A_PAUSE, "the page tells of it", shown).await;
+    let said = |text: &'static str| move |line: &testkit::Line| line.message.starts_with(text);
+    proxy
+        .log()
+        .wait("a warning", said("name servers do not answer"))
+        .await;
     assert_eq!(stage.resolves(mesh_name).await, [vip(1).to_string()]);
     assert!(cluster.proxy(0).is_ready().await);
     tokio::time::sleep(wait::outage()).await;
     let _names = stage.name_server().await;
     assert_eq!(stage.resolves(NAME).await, ["192.0.2.7"], "at once");
+    proxy
+        .log()
+        .wait("the end of it", said("name servers answer again"))
+        .await;
     tokio::time::sleep(SECOND).await;
     traffic.end().await;
 }

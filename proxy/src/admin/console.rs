@@ -8,7 +8,7 @@ use super::{ControlPlane, Pods, Settings};
 use crate::{
     config::BuildInfo,
     flow::Shared,
-    telemetry::{Readiness, logging::Levels},
+    telemetry::{DnsMetrics, Readiness, logging::Levels},
 };
 
 /// What the admin server shows, and what it may change.
@@ -20,6 +20,8 @@ pub struct Console {
     pub pods: Arc<dyn Pods>,
     /// How the control plane is followed.
     pub control_plane: ControlPlane,
+    /// What is counted of names; `None` if they are not served.
+    pub names: Option<DnsMetrics>,
     /// What is still to be done before the proxy may serve.
     pub readiness: Readiness,
     /// The effective configuration.

@@ -11,7 +11,7 @@ use crate::{
     admin::{Console, ControlPlane, Rejections, Settings, serve_admin},
     config::{BuildInfo, Config},
     flow::Shared,
-    telemetry::{Readiness, logging::Levels},
+    telemetry::{DnsMetrics, Readiness, logging::Levels},
 };
 
 /// What of the running process people may look at, and touch. The parts fill it while they start.
@@ -21,6 +21,8 @@ pub(super) struct Shown {
     pub(super) rejections: Rejections,
     /// Of the control plane's client, if there is one.
     pub(super) client: Option<Metrics>,
+    /// Of names, if they are served.
+    pub(super) names: Option<DnsMetrics>,
     pub(super) readiness: Readiness,
     pub(super) levels: Levels,
     pub(super) build: BuildInfo,
@@ -35,6 +37,7 @@ impl Shown {
             served: Served::default(),
             rejections: Rejections::default(),
             client: None,
+            names: None,
             readiness,
             levels,
             build,
@@ -59,6 +62,7 @@ impl Shown {
                 client: self.client.clone(),
                 rejections: self.rejections.clone(),
             },
+            names: self.names.clone(),
             readiness: self.readiness.clone(),
             settings: Settings::of(config),
             build: self.build.clone(),

@@ -1,6 +1,12 @@
 //! What the DNS proxy counts.
 
-use std::{fmt, sync::Arc, time::Duration};
+mod silence;
+
+use std::{
+    fmt,
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
 
 use prometheus_client::{
     collector::Collector,
@@ -9,6 +15,7 @@ use prometheus_client::{
     registry::{Registry, Unit},
 };
 
+use self::silence::Silence;
 use super::{
     labels::OTHER,
     tallies::{Family, Tallies},
@@ -20,6 +27,7 @@ use crate::config::Metrics;
 pub struct DnsMetrics {
     queries: Arc<Tallies<DnsLabels, Queries>>,
     unanswered: Registered<Unanswered, Counter>,
+    silence: Arc<Silence>,
 }
 
 /// Queries of one kind.
@@ -89,6 +97,7 @@ impl DnsMetrics {
         let metrics = Self {
             queries: Arc::new(Tallies::new(settings)),
             unanswered: Registered::default(),
+            silence: Arc::default(),
         };
         registry.register_collector(Box::new(metrics.clone()));
         registry.register(
@@ -115,6 +124,13 @@ impl DnsMetrics {
             }
             queries.durations.observe(took.as_secs_f64());
         });
+        self.silence.note(answered);
+    }
+
+    /// Since when no query that was forwarded is answered; `None` while they are.
+    #[must_use]
+    pub fn silent_since(&self) -> Option<SystemTime> {
+        self.silence.since()
     }
 
     /// A query got no answer, or none but an error, for a `reason` out of few.

@@ -15,6 +15,7 @@ use crate::{
     budget::{self, Pressure},
     flow::FlowTable,
     listen::Redirection,
+    telemetry::DnsMetrics,
 };
 
 pub(super) fn all(console: &Console) -> Markup {
@@ -61,8 +62,20 @@ fn tiles(console: &Console, pods: &[ShownPod], identities: &[IdentityStatus]) ->
             (tile(&format!("{up} of {}", pods.len()), "pods served", if up == pods.len() { "" } else { "warn" }))
             (tile(&open.to_string(), "open flows", ""))
             (memory())
+            (name_servers(console))
             (certificates(identities))
             (tile(&known, "workloads / services / policies known", ""))
+        }
+    }
+}
+
+/// Shown only while nobody answers.
+fn name_servers(console: &Console) -> Markup {
+    let since = console.names.as_ref().and_then(DnsMetrics::silent_since);
+    let silent = since.map(|since| span(since.elapsed().unwrap_or_default()));
+    html! {
+        @if let Some(silent) = silent {
+            (tile("silent", &format!("name servers, for {silent}"), "bad"))
         }
     }
 }
