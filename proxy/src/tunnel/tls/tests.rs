@@ -197,6 +197,21 @@ async fn what_follows_a_failure_is_not_looked_at() {
 }
 
 #[tokio::test]
+async fn a_handshake_without_end_is_refused() {
+    let one_record = [vec![22, 3, 1, 0xff, 0xff], vec![1; 0xffff]].concat();
+    // A hello of 16 MiB, in records of 16 KiB.
+    let begin = [&[22, 3, 1, 0x40, 0, 1, 0xff, 0xff, 0xff][..], &[0; 0x3ffc]].concat();
+    let more = [&[22, 3, 1, 0x40, 0][..], &[0; 0x4000]].concat();
+    let one_message = [begin, more.repeat(20)].concat();
+    for endless in [one_record, one_message] {
+        let (mut peer, far) = duplex(1 << 20);
+        peer.write_all(&endless).await.expect("written");
+        let error = accept(far, configs().server).await.expect_err("too much");
+        assert_eq!(error.kind(), io::ErrorKind::InvalidData, "{error}");
+    }
+}
+
+#[tokio::test]
 async fn an_idle_stream_holds_no_buffer() {
     let (mut client, mut server) = pair(1 << 20).await;
     carry(&mut client, &mut server, 2_000_000).await;
