@@ -87,7 +87,8 @@ pub fn run(config: &Config, build: BuildInfo, log: &LogGuard) -> Result<(), Star
     let data = runtime(
         Builder::new_multi_thread()
             .thread_name("data")
-            .worker_threads(config.runtime.worker_threads),
+            .worker_threads(config.runtime.worker_threads)
+            .on_thread_park(allocator::give_back),
     )?;
     let ended = control.block_on(serve(config, build, log, data.handle()));
     data.shutdown_timeout(LAST_WORK);
