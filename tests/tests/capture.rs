@@ -14,7 +14,7 @@ use std::{
 };
 
 use testkit::{
-    Cluster, Line, Mesh, Node, Pod, PodSpec, ProxyOptions, Redirect, World,
+    Cluster, Line, Mesh, Node, Pod, PodSpec, ProxyOptions, Redirect, World, dns,
     traffic::{self, Behaviour},
     wait,
 };
@@ -87,9 +87,13 @@ async fn every_socket_in_a_pod_carries_the_mark() {
     let Pods { web, api, outside } = pods(&world);
     let mesh = Mesh::of(&[&web, &api]);
     mesh.write(&ProxyOptions::mesh_file(&world)).unwrap();
+    let resolver = outside.udp(outside.at(53)).unwrap();
+    let resolv_conf = world.file("resolv.conf");
+    std::fs::write(&resolv_conf, format!("nameserver {}\n", outside.ip4())).unwrap();
     let options = |node: &Node| {
         let options = ProxyOptions::new(&world, node).env("ISTIO_META_DNS_CAPTURE", "true");
-        options.env("UNSTABLE_ENABLE_SOCKS5", "true")
+        let options = options.env("UNSTABLE_ENABLE_SOCKS5", "true");
+        options.resolv_conf(resolv_conf.clone())
     };
     let cluster = Cluster::run(&world, options, &[&web, &api]).await.unwrap();
     let (app, other) = (
@@ -109,9 +113,19 @@ async fn every_socket_in_a_pod_carries_the_mark() {
         traffic::ping(&mut stream, b"held").await.unwrap();
         held.push(stream);
     }
-    // Listeners: three, names over two transports and two families, SOCKS5. Then the flows: outbound three accepted, one tunnel and one
-    // passed on; inbound two accepted, one tunnel, four to the application.
-    for (pod, node, sockets) in [(&web, 0, 8 + 5), (&api, 1, 8 + 7)] {
+    // A name that the resolver keeps to itself.
+    let own = |port| SocketAddr::new(Ipv4Addr::LOCALHOST.into(), port);
+    let asker = web.udp(own(0)).unwrap();
+    let query = dns::address_query("example.org.").to_vec().unwrap();
+    asker.send_to(&query, own(15053)).await.unwrap();
+    let mut passed_on = [0; 512];
+    let receiving = resolver.recv(&mut passed_on);
+    wait::soon("the query is passed on", receiving)
+        .await
+        .unwrap();
+    // Listeners: three, names over two transports and two families, SOCKS5. Then the flows: outbound three accepted, one tunnel, one
+    // passed on, and the query; inbound two accepted, one tunnel, four to the application.
+    for (pod, node, sockets) in [(&web, 0, 8 + 6), (&api, 1, 8 + 7)] {
         marks_are_on_every_socket(pod, cluster.proxy(node).pid(), sockets);
     }
 }

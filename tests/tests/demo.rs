@@ -6,7 +6,10 @@
     reason = "test code: a panic is a failed test"
 )]
 
-use std::process::{Command, Output};
+use std::{
+    process::{Command, Output},
+    time::{Duration, SystemTime},
+};
 
 fn demo(arguments: &[&str]) -> Output {
     let mut command = Command::new(env!("CARGO_BIN_EXE_culvert-demo"));
@@ -17,12 +20,15 @@ fn demo(arguments: &[&str]) -> Output {
 
 #[test]
 fn the_demonstration_finds_all_as_it_should_be() {
+    let began = SystemTime::now();
     let output = demo(&["--bulk", "4"]);
+    let lasted = began.elapsed().unwrap();
     let (text, errors) = (
         String::from_utf8_lossy(&output.stdout),
         String::from_utf8_lossy(&output.stderr),
     );
     assert!(output.status.success(), "{text}\n{errors}");
+    assert!(lasted < Duration::from_secs(30), "{lasted:?}");
     for line in text.lines() {
         assert!(line.chars().count() <= 100, "too wide: {line:?}");
     }
