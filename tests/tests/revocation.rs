@@ -150,6 +150,28 @@ async fn a_list_is_enforced_whatever_was_there_before() {
 }
 
 #[tokio::test]
+async fn a_revoked_certificate_of_a_pod_here_is_replaced_at_once() {
+    let foreign = ForeignClient::new().unwrap();
+    let authority = foreign.world.authority();
+    let cluster = cluster(&foreign).await;
+    let client = foreign.client().await;
+    let before = &client.server_chain[0];
+    publish(&foreign.world, &authority.crl(&[before]).unwrap());
+    let told = |line: &Line| {
+        let api = foreign.api.spiffe_id();
+        line.field("id") == api && line.message.starts_with("the certificate is revoked")
+    };
+    let log = cluster.proxy(0).log();
+    let line = log.wait("whose certificate it is", told).await;
+    assert_eq!(line.level, "warn");
+    wait::until(wait::SOON, "another one", async || {
+        let now = foreign.client().await;
+        (now.server_chain[0] != *before).then_some(())
+    })
+    .await;
+}
+
+#[tokio::test]
 async fn a_server_that_is_revoked_is_cut_and_not_dialled_again() {
     let world = World::new(1).unwrap();
     let web = world.node(0).pod(&PodSpec::captured("web")).unwrap();
