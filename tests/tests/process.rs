@@ -84,6 +84,33 @@ async fn bad_configuration_is_reported_all_at_once() {
     );
 }
 
+#[tokio::test]
+async fn what_can_hardly_be_meant_is_warned_of() {
+    let stage = Stage::new();
+    let doubtful = [
+        ("KEEPALIVE_TIME", "0s"),
+        ("KEEPALIVE_INTERVAL", "1d"),
+        ("KEEPALIVE_RETRIES", "200"),
+        ("PACKET_MARK", "1336"),
+        ("HTTP2_CONNECTION_WINDOW_SIZE", "4194304"),
+        ("POOL_MAX_STREAMS_PER_CONNECTION", "101"),
+    ];
+    let plain = stage.options();
+    let options = doubtful
+        .iter()
+        .fold(plain.clone(), |options, (key, value)| {
+            options.env(key, value)
+        });
+    let options = [options, plain];
+    for (options, expected) in options.iter().zip([1, 0]) {
+        let run = stage.start(options).await;
+        for (key, _) in doubtful {
+            let told = |line: &testkit::Line| line.level == "warn" && line.raw.contains(key);
+            assert_eq!(run.proxy.log().since(0, told).len(), expected, "{key}");
+        }
+    }
+}
+
 /// Without these capabilities, as `setpriv` writes them.
 fn bounded(options: ProxyOptions, dropped: &str) -> ProxyOptions {
     options.wrapped(&["setpriv", &format!("--bounding-set={dropped}")])
