@@ -36,8 +36,9 @@ pub(super) fn sample(
     images: &[Image],
     stop: &CancellationToken,
 ) -> io::Result<Stacks> {
-    let end = Instant::now() + wanted.length;
     let mut sampler = Sampler::new(wanted.frequency, images)?;
+    // From here, since reading the program's tables takes a while where the processor is busy.
+    let end = Instant::now() + wanted.length;
     while Instant::now() < end && !stop.is_cancelled() {
         sampler.follow_threads()?;
         sampler.wait()?;
