@@ -219,6 +219,8 @@ where
         () = cut.fired() => End::Cut,
         end = serving.run(&stop) => end,
     };
+    // One that ended within a turn has said nothing of it yet.
+    serving.tell_of_limits();
     let end = match end {
         End::Closed => Ok(()),
         End::Failed(error) => Err(error.into()),
@@ -319,9 +321,7 @@ where
             }
         }
         let received = self.turn.poll_end(cx).received;
-        for limit in self.turn.refusals() {
-            self.host.limited(limit);
-        }
+        self.tell_of_limits();
         if let Some(flood) = self.turn.flood() {
             return Poll::Ready(End::Flooded(flood));
         }
@@ -332,6 +332,13 @@ where
         let seen = (self.streams.len(), received);
         self.window.follow(&mut self.connection, keepalive, seen);
         dead.map(|()| End::Silent)
+    }
+
+    /// Tells the host of the limits that the library has turned the client away by.
+    fn tell_of_limits(&self) {
+        for limit in self.turn.refusals() {
+            self.host.limited(limit);
+        }
     }
 
     fn take(&mut self, request: http::Request<RecvStream>, send: SendResponse<Queued>) {

@@ -221,8 +221,16 @@ async fn streams_and_headers_beyond_the_limits_are_counted_while_the_connection_
     let ping = [0, 0, 8, PING, 0, 0, 0, 0, 0, 1, 2, 3, 4, 5, 6, 7, 8];
     peer.write_all(&ping).await.unwrap();
     next(&mut peer, PING).await;
-    let hits = [Limit::HeaderBytes, Limit::Streams, Limit::Http2].map(|one| limits.hits(one));
-    assert_eq!(hits, [1, 3, 0]);
+    let hits = || [Limit::HeaderBytes, Limit::Streams, Limit::Http2].map(|one| limits.hits(one));
+    assert_eq!(hits(), [1, 3, 0]);
+    // Also what is refused in the turn in which the connection breaks.
+    peer.write_all(&[connect(17), connect(17)].concat())
+        .await
+        .unwrap();
+    let goaway = next(&mut peer, GOAWAY).await;
+    assert_eq!(goaway.payload[4..8], [0, 0, 0, 1], "PROTOCOL_ERROR");
+    assert_eq!(soon(peer.read(&mut [0; 9])).await.unwrap(), 0);
+    assert_eq!(hits(), [1, 4, 0]);
 }
 
 #[tokio::test]
