@@ -59,15 +59,20 @@ pub(crate) async fn held(options: &Options, report: &mut Report) -> anyhow::Resu
         )
         .target("≤ 6000 B"),
     );
-    let name = format!(
-        "RSS {} s after all closed (ratio: to idle)",
-        options.after_close().as_secs()
-    );
+    report.push(Row::of(
+        "RssAnon per held connection, both ends",
+        Unit::Bytes,
+        vec![per_connection(held.anonymous, idle.anonymous)],
+    ));
+    let seconds = options.after_close().as_secs();
+    let name = format!("RSS {seconds} s after all closed (ratio: to idle)");
     report.push(
         Row::of(&name, Unit::Megabytes, all(after))
             .ratio(float(after.all) / float(idle.all))
             .target("≤ 1.30"),
     );
+    let name = format!("RssAnon {seconds} s after all closed");
+    report.push(Row::of(&name, Unit::Megabytes, anonymous(after)));
     Ok(())
 }
 
