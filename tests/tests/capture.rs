@@ -165,8 +165,11 @@ async fn probes_loopback_and_the_own_address_never_meet_the_proxy() {
         ("169.254.7.127", app.address),
         ("fd16:9254:7127:1337:ffff:ffff:ffff:ffff", app.address6),
     ] {
-        let add = ["addr", "add", probe, "dev", "pods", "noprefixroute"];
-        node.command("ip", &add, "").unwrap();
+        let add = format!(
+            "addr add {probe} dev pods {}",
+            if to.is_ipv6() { "nodad" } else { "" }
+        );
+        node.command("ip", &["-batch", "-"], &add).unwrap();
         let probe = SocketAddr::new(probe.parse().unwrap(), 40123);
         let mut stream = traffic::connect_from(node, probe, to).await.unwrap();
         let seen = traffic::exchange(&mut stream, b"").await.unwrap();
