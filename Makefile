@@ -50,7 +50,7 @@ lint: ## Formatting, clippy, documentation, scripts, dependencies; warnings are 
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets --features tests/image -- -D warnings
 	cargo clippy -p culvert --all-targets --features heap-profile -- -D warnings
-	shellcheck .ci/* deploy/*/*.sh benches/kind/*.sh deploy/image/*
+	shellcheck .ci/* deploy/*/*.sh benches/kind/*.sh deploy/image/{assemble,binary,order,release}
 	RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps
 	@cargo deny --version >/dev/null 2>&1 || { set -x; cargo install cargo-deny --version $(CARGO_DENY) --locked --debug; }
 	cargo deny check bans licenses sources
