@@ -81,8 +81,7 @@ fn the_configuration_is_logged_without_secrets() {
         ("LOG_FORMAT", "json"),
         // It ends once it has told its configuration.
         ("FAKE_CA", "true"),
-        ("FAKE_CA_ROOT_CERT", "/does/not/exist.pem"),
-        ("FAKE_CA_ROOT_KEY", "/does/not/exist.key"),
+        ("LOCAL_XDS", "nobody knows this key: 1"),
     ];
     let (code, out, err) = run(&["proxy", "ztunnel", "extra"], &variables);
     assert_eq!(code, Some(1));
