@@ -6,7 +6,8 @@ SHELL := /bin/bash
 .PHONY: help demo test lint fuzz bench manifests image image-test release
 
 # command:package pairs, for .ci/need
-BUILD   := cc:gcc make:make git:git
+# g++ brings what gcc alone only recommends: the headers and start files of the C library.
+BUILD   := c++:g++ make:make git:git
 NETWORK := ip:iproute2 nft:nftables
 TRAFFIC := iperf3:iperf3 tcpdump:tcpdump
 NAMES   := dnsmasq:dnsmasq-base
