@@ -1,5 +1,7 @@
 //! Where the fuzz target of DNS (`fuzz/`) enters. Unit tests replay its seeds.
 
+use hickory_proto::op::ResponseCode;
+
 use super::{
     local::Found,
     upstream::Plan,
@@ -34,7 +36,10 @@ pub fn both_directions(bytes: &[u8]) {
             assert_eq!(wire::id(&own), wire::id(query));
         }
     }
-    let _ = request.refusal(hickory_proto::op::ResponseCode::ServFail);
+    for short in [request.refusal(ResponseCode::FormErr), request.truncated()] {
+        let length = short.map_or(0, |short| short.len());
+        assert!(length <= request.room(Transport::Udp), "{length}");
+    }
     if let Some(cut) = request.truncated() {
         assert!(cut.get(2).is_some_and(|flags| flags & 0x02 != 0), "TC");
     }

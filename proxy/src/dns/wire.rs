@@ -141,7 +141,10 @@ impl Request {
         response.metadata.recursion_desired = asked.recursion_desired;
         response.metadata.recursion_available = true;
         response.metadata.checking_disabled = asked.checking_disabled;
-        response.add_queries(self.message.queries.iter().cloned());
+        // Several questions are a fault, and their names, written out, may be much longer than the message was.
+        if let [query] = &self.message.queries[..] {
+            response.add_query(query.clone());
+        }
         if let Some(asked) = &self.message.edns {
             let mut edns = Edns::new();
             edns.set_max_payload(asked.max_payload().max(MIN_UDP_BYTES));

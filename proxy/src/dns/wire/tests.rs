@@ -58,6 +58,17 @@ fn asks_are_told_apart() {
 }
 
 #[test]
+fn what_asks_several_questions_is_refused_in_short() {
+    let mut message = Message::from_vec(&query("a.", RecordType::A, None)).unwrap();
+    let question = Name::from_ascii(format!("{0}.{0}.{0}.", "x".repeat(60))).unwrap();
+    message.add_queries((0..8).map(|_| Query::query(question.clone(), RecordType::A)));
+    let request = Request { message };
+    assert_eq!(request.ask(), Ask::Refuse(ResponseCode::FormErr));
+    let refusal = request.refusal(ResponseCode::FormErr).unwrap();
+    assert_eq!(refusal.len(), HEADER_BYTES);
+}
+
+#[test]
 fn an_answer_is_authoritative_repeats_the_question_and_lives_for_thirty_seconds() {
     let request = read(&query("Web.Shop.", RecordType::A, None));
     let told = answer(&request, &found(2), Transport::Udp);

@@ -27,11 +27,11 @@ enum Step {
 }
 
 macro_rules! drive {
-    ($connection:ident, $io:ident, $wire_in:ident, $early:ident) => {{
+    ($connection:ident, $io:ident, $received:ident, $early:ident) => {{
         let mut out = Wire::default();
         loop {
             let UnbufferedStatus { discard, state, .. } =
-                $connection.process_tls_records(whole_records(&mut $wire_in));
+                $connection.process_tls_records($received.records());
             let mut failure = None;
             let step = match state {
                 Ok(ConnectionState::EncodeTlsData(data)) => {
@@ -56,11 +56,13 @@ macro_rules! drive {
                     Step::Closed
                 }
             };
-            $wire_in.consume(discard);
+            $received.discard(discard);
             match step {
                 Step::Again => {}
                 Step::Write => send(&mut $io, &mut out).await?,
-                Step::Read => receive(&mut $io, &mut $wire_in).await?,
+                Step::Read => $received.read(&mut $io).await?,
+                // What follows the handshake begins in the middle of a message.
+                Step::Done if $received.shown > 0 => $received.read(&mut $io).await?,
                 Step::Done => break,
                 Step::Closed => {
                     let Some(error) = failure else {
@@ -69,7 +71,7 @@ macro_rules! drive {
                     // The alert that names the failure is queued behind the error, alone. Asked again, the library would go
                     // on with what else the peer has sent, and fail again.
                     if let Ok(ConnectionState::EncodeTlsData(data)) = $connection
-                        .process_tls_records(whole_records(&mut $wire_in))
+                        .process_tls_records($received.records())
                         .state
                     {
                         encode(data, &mut out)?;
@@ -96,14 +98,14 @@ pub(super) async fn connect<S: AsyncRead + AsyncWrite + Unpin>(
     name: ServerName<'static>,
 ) -> io::Result<TlsStream<S>> {
     let mut connection = UnbufferedClientConnection::new(config, name).map_err(invalid)?;
-    let (mut wire_in, mut early) = (Wire::default(), Vec::new());
-    drive!(connection, io, wire_in, early);
+    let (mut received, mut early) = (Received::default(), Vec::new());
+    drive!(connection, io, received, early);
     let peer = owned(connection.peer_certificates());
     let (secrets, kernel) = connection
         .dangerous_into_kernel_connection()
         .map_err(invalid)?;
     let kernel = Kernel::Client(kernel);
-    established(io, &secrets, kernel, peer, (wire_in, early))
+    established(io, &secrets, kernel, peer, (received.wire, early))
 }
 
 /// Accepts as a TLS server over `io`. The configuration must allow secrets to be extracted.
@@ -117,14 +119,14 @@ pub(super) async fn accept<S: AsyncRead + AsyncWrite + Unpin>(
     config: Arc<ServerConfig>,
 ) -> io::Result<TlsStream<S>> {
     let mut connection = UnbufferedServerConnection::new(config).map_err(invalid)?;
-    let (mut wire_in, mut early) = (Wire::default(), Vec::new());
-    drive!(connection, io, wire_in, early);
+    let (mut received, mut early) = (Received::default(), Vec::new());
+    drive!(connection, io, received, early);
     let peer = owned(connection.peer_certificates());
     let (secrets, kernel) = connection
         .dangerous_into_kernel_connection()
         .map_err(invalid)?;
     let kernel = Kernel::Server(kernel);
-    established(io, &secrets, kernel, peer, (wire_in, early))
+    established(io, &secrets, kernel, peer, (received.wire, early))
 }
 
 /// The session behind a handshake, with what was received beyond it.
@@ -165,30 +167,51 @@ async fn send<S: AsyncWrite + Unpin>(io: &mut S, out: &mut Wire) -> io::Result<(
     Ok(())
 }
 
-/// Reads until one more record is whole: rustls sees no part of a record, so a peer that sends byte by byte costs no
-/// repeated work. A handshake of more than [`MAX_HANDSHAKE`] unprocessed bytes is refused.
-async fn receive<S: AsyncRead + Unpin>(io: &mut S, wire: &mut Wire) -> io::Result<()> {
-    let seen = whole(wire.queued());
-    while whole(wire.queued()) <= seen {
-        if wire.len() >= MAX_HANDSHAKE {
-            return Err(io::Error::new(
-                io::ErrorKind::InvalidData,
-                "handshake longer than 64 KiB",
-            ));
-        }
-        let n = io.read(wire.spare(2048)).await?;
-        if n == 0 {
-            return Err(io::ErrorKind::UnexpectedEof.into());
-        }
-        wire.commit(n);
-    }
-    Ok(())
+/// What was received of a handshake and is not done with.
+#[derive(Default)]
+struct Received {
+    wire: Wire,
+    /// Bytes at the front, in whole records, that rustls was shown and has not discarded: pieces of a message that goes on. It
+    /// joins them in place, so their headers must not be read again.
+    shown: usize,
 }
 
-/// The complete records at the front of `wire`.
-fn whole_records(wire: &mut Wire) -> &mut [u8] {
-    let length = whole(wire.queued());
-    wire.queued_mut().get_mut(..length).unwrap_or_default()
+impl Received {
+    /// The complete records: rustls sees no part of one, so a peer that sends byte by byte costs no repeated work.
+    fn records(&mut self) -> &mut [u8] {
+        self.shown += whole(self.fresh());
+        let records = self.wire.queued_mut().get_mut(..self.shown);
+        records.unwrap_or_default()
+    }
+
+    /// What rustls was not shown.
+    fn fresh(&self) -> &[u8] {
+        self.wire.queued().get(self.shown..).unwrap_or_default()
+    }
+
+    /// Takes `count` bytes from the front.
+    fn discard(&mut self, count: usize) {
+        self.wire.consume(count);
+        self.shown = self.shown.saturating_sub(count);
+    }
+
+    /// Reads until one more record is whole. A handshake of more than [`MAX_HANDSHAKE`] unprocessed bytes is refused.
+    async fn read<S: AsyncRead + Unpin>(&mut self, io: &mut S) -> io::Result<()> {
+        while whole(self.fresh()) == 0 {
+            if self.wire.len() >= MAX_HANDSHAKE {
+                return Err(io::Error::new(
+                    io::ErrorKind::InvalidData,
+                    "handshake longer than 64 KiB",
+                ));
+            }
+            let n = io.read(self.wire.spare(2048)).await?;
+            if n == 0 {
+                return Err(io::ErrorKind::UnexpectedEof.into());
+            }
+            self.wire.commit(n);
+        }
+        Ok(())
+    }
 }
 
 /// Length of the complete records at the front of `bytes`.

@@ -42,6 +42,8 @@ pub(super) struct TlsStream<S> {
     ready: Opened,
     /// Application bytes that came together with the end of the handshake.
     early: Vec<u8>,
+    /// The beginning of a post-handshake message, the rest of which comes in records to follow.
+    begun: Vec<u8>,
     /// Records as they go.
     pub(super) outgoing: Wire,
     /// Bytes to have at hand for the next read: grows while reads fill it, falls back when they do not.
@@ -83,6 +85,7 @@ impl<S> TlsStream<S> {
             incoming: Wire::default(),
             ready: Opened::default(),
             early: Vec::new(),
+            begun: Vec::new(),
             outgoing: Wire::default(),
             appetite: MIN_READ,
             state: ReadState::Open,
@@ -122,6 +125,7 @@ impl<S> TlsStream<S> {
             } else {
                 let (content, n) = self.rx.open_within(body).map_err(invalid)?;
                 if content == Content::Data {
+                    self.expect_data()?;
                     self.ready = Opened {
                         start: HEADER,
                         end: HEADER + n,
@@ -132,10 +136,11 @@ impl<S> TlsStream<S> {
                 (content, n)
             };
             if content == Content::Data {
+                self.expect_data()?;
                 buf.advance(n);
             } else {
                 let message = control_message(buf, body, inner, n)?;
-                self.control(content, &message)?;
+                self.control(content, message)?;
             }
             self.incoming.consume(HEADER + length);
         }
@@ -156,9 +161,18 @@ impl<S> TlsStream<S> {
         }
     }
 
-    /// Obeys an alert or a post-handshake message (RFC 8446 §4.6, §6).
-    fn control(&mut self, content: Content, message: &[u8]) -> io::Result<()> {
-        match (content, message) {
+    /// Fails within a handshake message, which nothing else may interrupt (RFC 8446 §5.1).
+    fn expect_data(&self) -> io::Result<()> {
+        if self.begun.is_empty() {
+            Ok(())
+        } else {
+            Err(invalid(RecordError::Peer("data within a message")))
+        }
+    }
+
+    /// Obeys an alert or a piece of post-handshake messages (RFC 8446 §4.6, §6).
+    fn control(&mut self, content: Content, message: Vec<u8>) -> io::Result<()> {
+        match (content, &*message) {
             (Content::Alert, [_, CLOSE_NOTIFY]) => {
                 self.state = ReadState::Closed;
                 Ok(())
@@ -167,41 +181,52 @@ impl<S> TlsStream<S> {
                 io::ErrorKind::ConnectionAborted,
                 format!("peer sent TLS alert {alert}"),
             )),
-            (Content::Handshake, message) => self.post_handshake(message),
+            (Content::Handshake, _) => self.post_handshake(message),
             (Content::Alert | Content::Data, _) => {
                 Err(invalid(RecordError::Peer("malformed alert")))
             }
         }
     }
 
-    fn post_handshake(&mut self, mut messages: &[u8]) -> io::Result<()> {
-        while let Some((&[kind, a, b, c], rest)) = messages.split_first_chunk() {
-            let length = usize::try_from(u32::from_be_bytes([0, a, b, c])).unwrap_or(usize::MAX);
-            let (body, rest) = rest
-                .split_at_checked(length)
-                .ok_or_else(|| invalid(RecordError::Peer("split handshake message")))?;
-            match (kind, body) {
-                // Tickets are never used: every connection shakes hands in full.
-                (NEW_SESSION_TICKET, _) => {}
-                (KEY_UPDATE, &[asked]) => {
-                    let (sequence, secrets) = match &mut self.kernel {
-                        Kernel::Client(kernel) => kernel.update_rx_secret(),
-                        Kernel::Server(kernel) => kernel.update_rx_secret(),
-                    }
-                    .map_err(io::Error::other)?;
-                    self.rx = Protection::new(sequence, &secrets).map_err(invalid)?;
-                    if asked == 1 {
-                        self.update_tx()?;
-                    }
-                }
-                _ => return Err(invalid(RecordError::Peer("unexpected handshake message"))),
-            }
-            messages = rest;
-        }
+    /// Obeys the messages that are whole, and keeps what is begun, [`MAX_CONTROL`] bytes at most.
+    fn post_handshake(&mut self, piece: Vec<u8>) -> io::Result<()> {
+        let mut messages = std::mem::take(&mut self.begun);
         if messages.is_empty() {
-            Ok(())
+            messages = piece;
         } else {
-            Err(invalid(RecordError::Peer("split handshake message")))
+            messages.extend_from_slice(&piece);
+        }
+        let mut rest = &*messages;
+        while let Some((&[kind, a, b, c], after)) = rest.split_first_chunk() {
+            let length = usize::try_from(u32::from_be_bytes([0, a, b, c])).unwrap_or(usize::MAX);
+            if length > MAX_CONTROL {
+                return Err(invalid(RecordError::Peer("control message too long")));
+            }
+            let Some((body, after)) = after.split_at_checked(length) else {
+                break;
+            };
+            self.obey(kind, body, after.is_empty())?;
+            rest = after;
+        }
+        self.begun = rest.to_vec();
+        Ok(())
+    }
+
+    /// Obeys one post-handshake message. A key does not change between two messages of a record (RFC 8446 §5.1).
+    fn obey(&mut self, kind: u8, body: &[u8], is_last: bool) -> io::Result<()> {
+        match (kind, body) {
+            // Tickets are never used: every connection shakes hands in full.
+            (NEW_SESSION_TICKET, _) => Ok(()),
+            (KEY_UPDATE, &[asked]) if is_last => {
+                let (sequence, secrets) = match &mut self.kernel {
+                    Kernel::Client(kernel) => kernel.update_rx_secret(),
+                    Kernel::Server(kernel) => kernel.update_rx_secret(),
+                }
+                .map_err(io::Error::other)?;
+                self.rx = Protection::new(sequence, &secrets).map_err(invalid)?;
+                if asked == 1 { self.update_tx() } else { Ok(()) }
+            }
+            _ => Err(invalid(RecordError::Peer("unexpected handshake message"))),
         }
     }
 

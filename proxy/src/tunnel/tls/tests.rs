@@ -3,6 +3,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream, duplex};
 
 use super::{
     handshake::{accept, connect},
+    record::Content,
     stream::TlsStream,
     *,
 };
@@ -113,6 +114,30 @@ async fn speaks_with_the_library_in_both_roles() {
 }
 
 #[tokio::test]
+async fn speaks_with_a_library_that_sends_its_messages_in_pieces() {
+    let mut configs = configs();
+    for pieces in [32, 100, 700] {
+        Arc::make_mut(&mut configs.server).max_fragment_size = Some(pieces);
+        Arc::make_mut(&mut configs.client).max_fragment_size = Some(pieces);
+        let (a, b) = duplex(64 * 1024);
+        let acceptor = TlsAcceptor::from(Arc::clone(&configs.server));
+        let client = connect(a, Arc::clone(&configs.client), name());
+        let (ours, theirs) = tokio::join!(client, acceptor.accept(b));
+        let (mut ours, mut theirs) = (ours.expect("connect"), theirs.expect("accept"));
+        carry(&mut ours, &mut theirs, 3000).await;
+        carry(&mut theirs, &mut ours, 3000).await;
+
+        let (a, b) = duplex(64 * 1024);
+        let connector = TlsConnector::from(Arc::clone(&configs.client));
+        let server = accept(b, Arc::clone(&configs.server));
+        let (theirs, ours) = tokio::join!(connector.connect(name(), a), server);
+        let (mut theirs, mut ours) = (theirs.expect("connect"), ours.expect("accept"));
+        carry(&mut ours, &mut theirs, 3000).await;
+        carry(&mut theirs, &mut ours, 3000).await;
+    }
+}
+
+#[tokio::test]
 async fn follows_key_updates_of_the_peer_and_makes_its_own() {
     let configs = configs();
     let (a, b) = duplex(64 * 1024);
@@ -125,6 +150,35 @@ async fn follows_key_updates_of_the_peer_and_makes_its_own() {
         carry(&mut ours, &mut theirs, 50_000).await;
         ours.update_tx().expect("update");
         carry(&mut ours, &mut theirs, 50_000).await;
+    }
+}
+
+#[tokio::test]
+async fn a_message_after_the_handshake_may_come_in_pieces_but_nothing_between_them() {
+    const TICKET: [u8; 9] = [4, 0, 0, 5, 1, 2, 3, 4, 5];
+    let (mut client, mut server) = pair(4096).await;
+    for piece in TICKET.chunks(2) {
+        client.seal(Content::Handshake, piece).expect("sealed");
+    }
+    client.write_all(b"data").await.expect("written");
+    client.flush().await.expect("sent");
+    let mut got = [0; 4];
+    server.read_exact(&mut got).await.expect("data");
+    assert_eq!(&got, b"data");
+
+    let ticket_and_update = [&TICKET[..], &[24, 0, 0, 1, 0], &TICKET].concat();
+    let refused = [
+        (&TICKET[..3], "data within a message"),
+        (&[4, 0, 0x40, 1], "control message too long"),
+        (&ticket_and_update, "unexpected handshake message"),
+    ];
+    for (message, why) in refused {
+        let (mut client, mut server) = pair(4096).await;
+        client.seal(Content::Handshake, message).expect("sealed");
+        client.write_all(b"data").await.expect("written");
+        client.flush().await.expect("sent");
+        let error = server.read_u8().await.expect_err(why);
+        assert!(error.to_string().contains(why), "{error}");
     }
 }
 
