@@ -19,7 +19,7 @@ mod roster;
 mod view;
 mod zds;
 
-use std::{error::Error, fmt::Write as _, io, path::PathBuf, sync::Arc};
+use std::{io, path::PathBuf, sync::Arc};
 
 use tokio::{
     runtime::Handle,
@@ -33,7 +33,7 @@ pub use view::{PodPhase, PodState, View};
 use crate::{
     config::{Drain, Ports, Sockets},
     flow::Stop,
-    telemetry::{PodMetrics, ReadinessTask},
+    telemetry::{PodMetrics, ReadinessTask, with_causes},
 };
 use agent::{Agent, Heard};
 use audit::{Audit, Suspect};
@@ -279,7 +279,7 @@ impl House {
 
 impl From<&BadPacket> for Verdict {
     fn from(bad: &BadPacket) -> Self {
-        let reason = error_chain(bad);
+        let reason = with_causes(bad);
         if bad.keeps_connection() {
             Self::Refused(reason)
         } else {
@@ -317,18 +317,6 @@ fn tell(repair: &Repair) {
             error!(%uid, %name, %namespace, ports = ?deaf, reason, "listeners of a pod have been closed, and cannot be opened again yet");
         }
     }
-}
-
-/// An error with its causes on one line, for the agent.
-fn error_chain(error: &dyn Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        // Writing to a string does not fail.
-        let _ = write!(text, ": {error}");
-        cause = error.source();
-    }
-    text
 }
 
 #[cfg(test)]

@@ -8,6 +8,7 @@
 
 mod access;
 mod authorization;
+mod causes;
 mod dns;
 mod exposition;
 mod labels;
@@ -28,6 +29,7 @@ mod traffic;
 
 pub use access::{Access, Attempt};
 pub use authorization::{AuthorizationEvent, AuthorizationLog};
+pub use causes::with_causes;
 pub use dns::{DnsLabels, DnsMetrics, DnsProtocol};
 pub use exposition::Exposition;
 pub use labels::{

@@ -1,9 +1,6 @@
 //! What is wrong with a configuration, in words that say how to put it right.
 
-use std::{
-    error::Error,
-    fmt::{self, Write as _},
-};
+use std::fmt;
 
 /// One setting that cannot be used.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -85,18 +82,6 @@ impl fmt::Display for Abridged<'_> {
             None => write!(f, "{}", self.0.escape_debug()),
         }
     }
-}
-
-/// An error with its causes on one line.
-pub(super) fn chain(error: &dyn Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        // Writing to a string does not fail.
-        let _ = write!(text, ": {error}");
-        cause = error.source();
-    }
-    text
 }
 
 /// Enough to recognise a value.

@@ -6,12 +6,11 @@ use std::path::Path;
 use cert_agent::InProcessCa;
 use xds_client::local;
 
-use super::{
-    fault::{Given, chain},
-    reader::Reader,
-    value::Reject,
+use super::{fault::Given, reader::Reader, value::Reject};
+use crate::{
+    config::{CertificateSource, ControlPlane, MeshSource},
+    telemetry::with_causes,
 };
-use crate::config::{CertificateSource, ControlPlane, MeshSource};
 
 /// Adds what is wrong with the files of these settings.
 ///
@@ -39,7 +38,10 @@ fn root(reader: &mut Reader<'_>, certificate: &Path, key: &Path) {
     if let (Some(certificate), Some(key)) = (certificate, key)
         && let Err(error) = InProcessCa::from_pem(&certificate, &key)
     {
-        let reject = Reject::new(chain(&error), "PEM files of a CA's certificate and its key");
+        let reject = Reject::new(
+            with_causes(&error),
+            "PEM files of a CA's certificate and its key",
+        );
         let keys = "FAKE_CA_ROOT_CERT and FAKE_CA_ROOT_KEY";
         reader.fault(keys, Given::Nothing, reject);
     }
@@ -54,7 +56,11 @@ fn mesh(reader: &mut Reader<'_>, source: &MeshSource) {
     let accepted = "a description of a mesh, as the README has it";
     match text.map(|text| local::parse(&text)) {
         None => {}
-        Some(Err(error)) => reader.fault(key, Given::Nothing, Reject::new(chain(&error), accepted)),
+        Some(Err(error)) => reader.fault(
+            key,
+            Given::Nothing,
+            Reject::new(with_causes(&error), accepted),
+        ),
         Some(Ok(document)) => {
             for record in document.misshapen {
                 let reject = Reject::new(record.to_string(), accepted);

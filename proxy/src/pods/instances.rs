@@ -10,11 +10,11 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
 
-use super::{Launch, Pod, Settings, Stop, error_chain, roster::Stage, zds::Candidate};
+use super::{Launch, Pod, Settings, Stop, roster::Stage, zds::Candidate};
 use crate::{
     config::WorkloadRef,
     listen::{self, Netns, Watch},
-    telemetry::PodMetrics,
+    telemetry::{PodMetrics, with_causes},
 };
 
 /// The real [`Stage`].
@@ -119,7 +119,7 @@ impl Stage for Instances {
             ..
         } = &*self.settings;
         let _register_here = data.enter();
-        let listeners = listen::bind(netns, sockets, ports).map_err(|error| error_chain(&error))?;
+        let listeners = listen::bind(netns, sockets, ports).map_err(|error| with_causes(&error))?;
         let listening = listeners.watch();
         let pod = Pod {
             uid: Arc::clone(uid),

@@ -3,7 +3,7 @@
 use std::{
     collections::VecDeque,
     error::Error,
-    fmt::{self, Write as _},
+    fmt,
     net::SocketAddr,
     sync::{
         Arc,
@@ -20,6 +20,7 @@ use prometheus_client::{
 
 use super::{
     Reason,
+    causes::with_causes,
     labels::{Reporter, label},
 };
 
@@ -105,13 +106,7 @@ impl Refusals {
 
 /// An error with its causes on one line, cut at [`MAX_ERROR_BYTES`].
 pub(super) fn in_words(error: &(dyn Error + 'static)) -> Box<str> {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        // Writing to a string does not fail.
-        let _ = write!(text, ": {error}");
-        cause = error.source();
-    }
+    let mut text = with_causes(error);
     text.truncate(text.floor_char_boundary(MAX_ERROR_BYTES));
     text.into()
 }

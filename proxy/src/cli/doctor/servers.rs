@@ -14,9 +14,9 @@ use xds_client::transport::{ConnectError, Target};
 
 use super::{finding::Finding, token::rounded};
 use crate::{
-    cli::fault::chain,
     config::{Address, CertificateSource, Config},
     node,
+    telemetry::with_causes,
 };
 
 /// A server, and what to ask it for the sake of its clock.
@@ -97,7 +97,7 @@ impl Server {
 
 /// Judges a failed connection.
 fn refusal(name: &str, error: &ConnectError) -> Finding {
-    let what = format!("{name}: {}", chain(error));
+    let what = format!("{name}: {}", with_causes(error));
     let of_time = what.contains("not valid yet") || what.contains("expired");
     let way_out = if of_time {
         "the certificate of the server is not of this time: see to the clock of this node first (NTP)"

@@ -8,7 +8,7 @@ use std::{
 use tracing::field::{Field, Visit};
 
 use super::DOCUMENT_SCOPE;
-use crate::config::LogFormat;
+use crate::{config::LogFormat, telemetry::causes::with_causes};
 
 /// Writes the fields of a record or span but its message: `k=v k=v` or `"k":v,"k":v`.
 pub(super) struct Fields<'a> {
@@ -160,13 +160,7 @@ impl Visit for Fields<'_> {
 
     /// The error and its causes, as one text.
     fn record_error(&mut self, field: &Field, value: &(dyn Error + 'static)) {
-        let mut chain = value.to_string();
-        let mut cause = value.source();
-        while let Some(error) = cause {
-            write_to(&mut chain, format_args!(": {error}"));
-            cause = error.source();
-        }
-        self.put(field, Value::Text(&chain));
+        self.put(field, Value::Text(&with_causes(value)));
     }
 
     fn record_debug(&mut self, field: &Field, value: &dyn Debug) {
