@@ -494,7 +494,7 @@ pub(super) struct Arrival<'a> {
     /// The record of the peer, if it is of this network and known.
     pub(super) source: Option<&'a Workload>,
     /// What the peer tells of itself.
-    pub(super) baggage: Option<&'a Baggage<String>>,
+    pub(super) baggage: Option<&'a Baggage<&'a str>>,
 }
 
 /// Reports that a flow has come to `local` by HBONE.
@@ -565,13 +565,13 @@ async fn establish(
     Ok(downstream)
 }
 
-fn accept_stream(pod: &Pod, local: &Workload, responder: Responder) -> Result<Stream, h2::Error> {
-    let baggage = pod
-        .settings()
-        .inbound
-        .baggage
-        .then(|| parties::baggage(local).to_value());
-    responder.accept(baggage)
+fn accept_stream(
+    pod: &Pod,
+    local: &Arc<Workload>,
+    responder: Responder,
+) -> Result<Stream, h2::Error> {
+    let tells = pod.settings().inbound.baggage;
+    responder.accept(tells.then(|| pod.introduction().of(local)))
 }
 
 /// Tells of a connection, or a request on one, that does not become a flow.

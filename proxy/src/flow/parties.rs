@@ -3,6 +3,8 @@
 use std::sync::Arc;
 
 use cert_agent::SpiffeId;
+use http::HeaderValue;
+use parking_lot::Mutex;
 
 use crate::{
     mesh::{Service, Workload, WorkloadType},
@@ -27,20 +29,20 @@ pub(super) fn party(workload: &Workload) -> Party<Label<'_>> {
 }
 
 /// The labels of a peer that is known by its baggage only.
-pub(super) fn derived(baggage: Option<&Baggage<String>>) -> Party<Label<'_>> {
+pub(super) fn derived<'a>(baggage: Option<&Baggage<&'a str>>) -> Party<Label<'a>> {
     let Some(baggage) = baggage else {
         return Party::default();
     };
     Party {
-        workload: baggage.workload.as_str().into(),
-        canonical_service: baggage.service.as_str().into(),
-        canonical_revision: baggage.revision.as_str().into(),
-        namespace: baggage.namespace.as_str().into(),
+        workload: baggage.workload.into(),
+        canonical_service: baggage.service.into(),
+        canonical_revision: baggage.revision.into(),
+        namespace: baggage.namespace.into(),
         principal: Label::default(),
-        app: baggage.workload.as_str().into(),
-        cluster: baggage.cluster.as_str().into(),
-        region: baggage.region.as_str().into(),
-        zone: baggage.zone.as_str().into(),
+        app: baggage.workload.into(),
+        cluster: baggage.cluster.into(),
+        region: baggage.region.into(),
+        zone: baggage.zone.into(),
     }
 }
 
@@ -53,8 +55,26 @@ pub(super) fn service_name(service: Option<&Service>) -> ServiceName<Label<'_>> 
     })
 }
 
-/// What a peer is told about `workload`.
-pub(super) fn baggage(workload: &Workload) -> Baggage<&str> {
+/// What a pod tells all peers of itself: its baggage, written once per record and not for each flow.
+#[derive(Debug, Default)]
+pub(super) struct Introduction(Mutex<Option<(Arc<Workload>, HeaderValue)>>);
+
+impl Introduction {
+    /// What is told while `local` is the pod's record.
+    pub(super) fn of(&self, local: &Arc<Workload>) -> HeaderValue {
+        let mut written = self.0.lock();
+        match &*written {
+            Some((of, value)) if Arc::ptr_eq(of, local) => value.clone(),
+            _ => {
+                let value = baggage(local).to_value();
+                *written = Some((Arc::clone(local), value.clone()));
+                value
+            }
+        }
+    }
+}
+
+fn baggage(workload: &Workload) -> Baggage<&str> {
     Baggage {
         cluster: workload.cluster_id(),
         namespace: workload.namespace(),
@@ -80,11 +100,11 @@ pub(super) fn pod_name(workload: &Workload) -> Arc<str> {
 /// The name of a peer in the access log: that of its record, else what its baggage says.
 pub(super) fn peer_name(
     workload: Option<&Workload>,
-    baggage: Option<&Baggage<String>>,
+    baggage: Option<&Baggage<&str>>,
 ) -> Option<Arc<str>> {
     let told = || {
         baggage
-            .map(|baggage| baggage.workload.as_str())
+            .map(|baggage| baggage.workload)
             .filter(|name| !name.is_empty())
             .map(Into::into)
     };

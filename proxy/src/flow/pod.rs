@@ -16,8 +16,8 @@ use tokio::{
 use xds_client::Demand;
 
 use super::{
-    FlowTable, Names, Neighbours, Stop, accept, inbound, judge, outbound, plaintext, socks5,
-    verdict::Awaited,
+    FlowTable, Names, Neighbours, Stop, accept, inbound, judge, outbound, parties::Introduction,
+    plaintext, socks5, verdict::Awaited,
 };
 use crate::{
     budget::{Pressure, Relief, Share, Shares, pressure},
@@ -138,6 +138,7 @@ pub struct Pod {
     source_ports: SourcePorts,
     flows: Arc<FlowTable>,
     awaited: Awaited,
+    introduction: Introduction,
     pool: tunnel::Pool<Dialer>,
     share: Arc<Share>,
 }
@@ -170,6 +171,7 @@ impl Pod {
             source_ports: SourcePorts::new(),
             flows: Arc::default(),
             awaited: Awaited::default(),
+            introduction: Introduction::default(),
             pool,
         })
     }
@@ -251,6 +253,11 @@ impl Pod {
     /// Policies that its record names in vain.
     pub(super) fn awaited(&self) -> &Awaited {
         &self.awaited
+    }
+
+    /// What it tells peers of itself.
+    pub(super) fn introduction(&self) -> &Introduction {
+        &self.introduction
     }
 
     pub(super) fn source_ports(&self) -> &SourcePorts {

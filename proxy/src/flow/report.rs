@@ -53,10 +53,15 @@ pub(super) struct Told {
 impl Told {
     /// `ports` are the source ports that the flow occupies.
     pub(super) fn new(access: Access, entry: Entry, ports: [Option<PortLease>; 2]) -> Box<Self> {
+        let ports: Box<[PortLease]> = match ports {
+            [None, None] => Box::default(),
+            [Some(port), None] | [None, Some(port)] => Box::new([port]),
+            [Some(one), Some(other)] => Box::new([one, other]),
+        };
         Box::new(Self {
             access,
             entry,
-            _ports: ports.into_iter().flatten().collect(),
+            _ports: ports,
         })
     }
 

@@ -3,6 +3,7 @@
 //! [`super::Pool`] shares connections, and opens those inside others.
 
 use std::{
+    fmt::Display,
     future::poll_fn,
     pin::Pin,
     sync::Arc,
@@ -19,7 +20,7 @@ use tokio::{
 use super::{
     error::{ConnectError, OpenError, is_hangup},
     flood::{Flood, KEPT_RESETS, Watch},
-    headers::{BAGGAGE, FORWARDED, NETWORK, TRACEPARENT},
+    headers::{self, BAGGAGE, FORWARDED, NETWORK, TRACEPARENT},
     keepalive::Keepalive,
     pool::{Fate, Lease, Opening},
     queue::{Queued, SEND_BUFFER},
@@ -47,14 +48,15 @@ impl Request {
     /// # Errors
     /// If `authority` is not one.
     pub fn new(
-        authority: &str,
+        authority: &(impl Display + ?Sized),
         baggage: HeaderValue,
         forwarded: HeaderValue,
         traceparent: HeaderValue,
     ) -> Result<Self, ConnectError> {
         let mut parts = uri::Parts::default();
         let invalid = |error: http::Error| ConnectError::Request(Arc::new(error));
-        let authority = uri::Authority::try_from(authority).map_err(|e| invalid(e.into()))?;
+        let authority = uri::Authority::try_from(headers::text(authority));
+        let authority = authority.map_err(|e| invalid(e.into()))?;
         parts.authority = Some(authority);
         Ok(Self {
             uri: Uri::from_parts(parts).map_err(|e| invalid(e.into()))?,

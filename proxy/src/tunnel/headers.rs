@@ -8,9 +8,12 @@ mod forwarded;
 mod tests;
 mod trace;
 
-use std::net::SocketAddr;
+use std::{
+    fmt::{Display, Write as _},
+    net::SocketAddr,
+};
 
-use http::{HeaderName, Uri};
+use http::{HeaderName, HeaderValue, Uri};
 
 pub use self::{
     baggage::{Baggage, WorkloadKind},
@@ -26,6 +29,22 @@ pub const FORWARDED: HeaderName = HeaderName::from_static("forwarded");
 pub const TRACEPARENT: HeaderName = HeaderName::from_static("traceparent");
 /// `x-forwarded-network`: the network of the source, in inner tunnels.
 pub const NETWORK: HeaderName = HeaderName::from_static("x-forwarded-network");
+
+/// `value` in one allocation, as a text that grows while it is written would not be.
+pub(super) fn text(value: &(impl Display + ?Sized)) -> String {
+    let mut text = String::with_capacity(USUAL_LENGTH);
+    // Writing to a string does not fail.
+    let _ = write!(text, "{value}");
+    text
+}
+
+/// `value` as a header's; empty if no header can hold it.
+fn header_value(value: &impl Display) -> HeaderValue {
+    HeaderValue::try_from(text(value)).unwrap_or_else(|_| HeaderValue::from_static(""))
+}
+
+/// Bytes that most texts fit in.
+const USUAL_LENGTH: usize = 128;
 
 /// Why an authority names no target.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]

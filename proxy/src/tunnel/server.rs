@@ -62,7 +62,7 @@ impl Connect {
 
     /// What the source says about itself.
     #[must_use]
-    pub fn baggage(&self) -> Option<Baggage<String>> {
+    pub fn baggage(&self) -> Option<Baggage<&str>> {
         Baggage::read(&self.headers)
     }
 

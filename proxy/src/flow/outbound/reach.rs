@@ -1,7 +1,7 @@
 //! Dialling what was decided.
 
 use cert_agent::SpiffeId;
-use http::HeaderValue;
+use http::{HeaderMap, HeaderValue};
 use tokio::net::TcpStream;
 
 use super::plan::{Call, Plan, Way};
@@ -38,7 +38,8 @@ pub(super) struct Reached {
 
 /// Somebody of another network, as it told of itself.
 pub(super) struct FarEnd {
-    baggage: Baggage<String>,
+    /// Headers of its answer.
+    headers: HeaderMap,
     identity: Option<SpiffeId>,
 }
 
@@ -72,10 +73,8 @@ pub(super) async fn reach(
         Way::Nested(outer, inner) => {
             let Nested { answer, peer, .. } =
                 reach_through(pod, plan, call, (outer, inner), &trace).await?;
-            let baggage = pod.settings().inbound.baggage;
-            let baggage = baggage.then(|| Baggage::read(&answer.headers)).flatten();
-            let far_end = baggage.map(|baggage| FarEnd {
-                baggage,
+            let far_end = pod.settings().inbound.baggage.then_some(FarEnd {
+                headers: answer.headers,
                 identity: peer,
             });
             (Upstream::Tunnel(answer.stream, answer.fate), far_end, None)
@@ -95,7 +94,7 @@ async fn reach_by_tunnel(
     hop: &Hop,
     trace: &TraceParent,
 ) -> Result<(Upstream, Option<FarEnd>, Option<Opening>), Failure> {
-    let request = request(plan, call, trace);
+    let request = request(pod, plan, call, trace);
     let (key, request) = (key(plan, call, hop)?, request(&hop.authority)?);
     let answer = pod.pool().connect(&key, &request).await;
     let answer = answer.map_err(Failure::Tunnel)?;
@@ -110,7 +109,7 @@ async fn reach_through(
     (outer, inner): (&Hop, &InnerHop),
     trace: &TraceParent,
 ) -> Result<Nested, Failure> {
-    let request = request(plan, call, trace);
+    let request = request(pod, plan, call, trace);
     let network = HeaderValue::from_str(&pod.settings().network);
     // A name that no header can hold is as good as none.
     let network = network.unwrap_or(HeaderValue::from_static(""));
@@ -141,19 +140,19 @@ fn key(plan: &Plan, call: Call, hop: &Hop) -> Result<tunnel::Key, Failure> {
 
 /// Makes requests for any authority on behalf of one connection.
 fn request(
+    pod: &Pod,
     plan: &Plan,
     call: Call,
     trace: &TraceParent,
 ) -> impl Fn(&Authority) -> Result<Request, Failure> + use<> {
     let host = plan.service.as_ref().map(|service| &**service.hostname());
-    let baggage = parties::baggage(&plan.source).to_value();
+    let baggage = pod.introduction().of(&plan.source);
     let source = call.from;
     let forwarded = Forwarded { source, host }.to_value();
     let trace = trace.to_value();
     move |authority| {
         let (baggage, forwarded) = (baggage.clone(), forwarded.clone());
-        Request::new(&authority.to_string(), baggage, forwarded, trace.clone())
-            .map_err(Failure::Tunnel)
+        Request::new(authority, baggage, forwarded, trace.clone()).map_err(Failure::Tunnel)
     }
 }
 
@@ -165,10 +164,12 @@ pub(super) fn opened(pod: &Pod, plan: &Plan, call: Call, far_end: Option<&FarEnd
         source.principal = Label::default();
     }
     let next = plan.destination.as_deref();
-    let (destination, destination_pod) = match far_end {
-        Some(FarEnd { baggage, identity }) => {
+    let told = far_end.and_then(|far_end| Some((far_end, Baggage::read(&far_end.headers)?)));
+    let (destination, destination_pod) = match &told {
+        Some((far_end, baggage)) => {
+            let identity = far_end.identity.as_ref();
             let party = Party {
-                principal: identity.as_ref().map(SpiffeId::as_str).into(),
+                principal: identity.map(SpiffeId::as_str).into(),
                 ..parties::derived(Some(baggage))
             };
             (party, parties::peer_name(None, Some(baggage)))

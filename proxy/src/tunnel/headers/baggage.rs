@@ -4,7 +4,7 @@ use std::fmt::{self, Write};
 
 use http::{HeaderMap, HeaderValue};
 
-use super::BAGGAGE;
+use super::{BAGGAGE, header_value};
 
 /// The kind of a workload, which is part of the name's key.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -38,8 +38,8 @@ impl WorkloadKind {
     }
 }
 
-/// What baggage says about a workload. Borrowed when written, owned (`Baggage<String>`) when read;
-/// an empty text is an absent one.
+/// What baggage says about a workload, borrowed from its record or from the headers that were read; an empty text is an absent
+/// one.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 #[expect(
     clippy::exhaustive_structs,
@@ -81,8 +81,7 @@ impl<T: AsRef<str>> Baggage<T> {
     /// visible ASCII) is left out, because readers decode nothing.
     #[must_use]
     pub fn to_value(&self) -> HeaderValue {
-        let text = self.to_string();
-        HeaderValue::try_from(text).unwrap_or_else(|_| HeaderValue::from_static(""))
+        header_value(self)
     }
 }
 
@@ -103,10 +102,10 @@ impl<T: AsRef<str>> fmt::Display for Baggage<T> {
     }
 }
 
-impl Baggage<String> {
+impl<'a> Baggage<&'a str> {
     /// Reads all `baggage` lines. `None` without any, or if one is not visible ASCII.
     #[must_use]
-    pub fn read(headers: &HeaderMap) -> Option<Self> {
+    pub fn read(headers: &'a HeaderMap) -> Option<Self> {
         let mut lines = headers.get_all(BAGGAGE).iter().peekable();
         lines.peek()?;
         let mut found = Self::default();
@@ -122,7 +121,7 @@ impl Baggage<String> {
         Some(found)
     }
 
-    fn set(&mut self, key: &str, value: &str) {
+    fn set(&mut self, key: &str, value: &'a str) {
         let field = match key {
             "k8s.cluster.name" => &mut self.cluster,
             "k8s.namespace.name" => &mut self.namespace,
@@ -138,7 +137,7 @@ impl Baggage<String> {
                 &mut self.workload
             }
         };
-        value.clone_into(field);
+        *field = value;
     }
 }
 

@@ -4,7 +4,7 @@ use std::{fmt, net::SocketAddr};
 
 use http::{HeaderMap, HeaderValue};
 
-use super::FORWARDED;
+use super::{FORWARDED, header_value};
 
 /// What we send.
 #[derive(Debug, Clone, Copy)]
@@ -20,8 +20,7 @@ impl Forwarded<'_> {
     /// The header value. A host that would change the structure is left out.
     #[must_use]
     pub fn to_value(&self) -> HeaderValue {
-        let text = self.to_string();
-        HeaderValue::try_from(text).unwrap_or_else(|_| HeaderValue::from_static(""))
+        header_value(self)
     }
 }
 

@@ -17,16 +17,16 @@ fn headers(name: &http::HeaderName, values: &[&[u8]]) -> HeaderMap {
     headers
 }
 
-fn sample() -> Baggage<String> {
+fn sample() -> Baggage<&'static str> {
     Baggage {
-        cluster: "c1".into(),
-        namespace: "shop".into(),
+        cluster: "c1",
+        namespace: "shop",
         kind: WorkloadKind::Pod,
-        workload: "cart-v1".into(),
-        service: "cart".into(),
-        revision: "v1".into(),
-        region: "eu".into(),
-        zone: "eu-a".into(),
+        workload: "cart-v1",
+        service: "cart",
+        revision: "v1",
+        region: "eu",
+        zone: "eu-a",
     }
 }
 
@@ -43,16 +43,19 @@ fn baggage_has_the_agreed_order_and_no_empty_fields() {
 
 #[test]
 fn baggage_is_read_as_other_proxies_read_it() {
-    let read = |values: &[&[u8]]| Baggage::read(&headers(&BAGGAGE, values));
-    assert_eq!(read(&[SAMPLE.as_bytes()]), Some(sample()));
-    assert_eq!(read(&[]), None);
-    assert_eq!(read(&[b"service.name=a", b"caf\xe9=x"]), None);
-    let split = read(&[b"service.name=a,x=y", b"service.name=b=c,cloud.region"]).unwrap();
-    assert_eq!((split.service.as_str(), split.region.as_str()), ("b", ""));
-    let job = read(&[b"k8s.job.name=j"]).unwrap();
-    assert_eq!((job.kind, job.workload.as_str()), (WorkloadKind::Job, "j"));
-    let quoted = read(&[b"service.name=\"a,b\",cloud.zone==,="]).unwrap();
-    assert_eq!(quoted.service, "\"a");
+    let lines = |values: &[&[u8]]| headers(&BAGGAGE, values);
+    assert_eq!(Baggage::read(&lines(&[SAMPLE.as_bytes()])), Some(sample()));
+    assert_eq!(Baggage::read(&lines(&[])), None);
+    let foreign = lines(&[b"service.name=a", b"caf\xe9=x"]);
+    assert_eq!(Baggage::read(&foreign), None);
+    let split = lines(&[b"service.name=a,x=y", b"service.name=b=c,cloud.region"]);
+    let split = Baggage::read(&split).unwrap();
+    assert_eq!((split.service, split.region), ("b", ""));
+    let job = lines(&[b"k8s.job.name=j"]);
+    let job = Baggage::read(&job).unwrap();
+    assert_eq!((job.kind, job.workload), (WorkloadKind::Job, "j"));
+    let quoted = lines(&[b"service.name=\"a,b\",cloud.zone==,="]);
+    assert_eq!(Baggage::read(&quoted).unwrap().service, "\"a");
 }
 
 #[test]
@@ -137,16 +140,25 @@ proptest! {
         let [cluster, namespace, workload, service, revision, region, zone] =
             <[String; 7]>::try_from(words).unwrap();
         let kind = if workload.is_empty() { WorkloadKind::default() } else { WorkloadKind::Job };
-        let baggage =
-            Baggage { cluster, namespace, kind, workload, service, revision, region, zone };
-        let value = baggage.to_value();
-        prop_assert_eq!(Baggage::read(&headers(&BAGGAGE, &[value.as_bytes()])), Some(baggage));
+        let baggage = Baggage {
+            cluster: &*cluster,
+            namespace: &namespace,
+            kind,
+            workload: &workload,
+            service: &service,
+            revision: &revision,
+            region: &region,
+            zone: &zone,
+        };
+        let lines = headers(&BAGGAGE, &[baggage.to_value().as_bytes()]);
+        prop_assert_eq!(Baggage::read(&lines), Some(baggage));
     }
 
     #[test]
     fn no_text_bends_the_structure(name in any::<String>(), host in any::<String>()) {
         let baggage = Baggage { service: name.as_str(), zone: "z", ..Baggage::default() };
-        let read = Baggage::read(&headers(&BAGGAGE, &[baggage.to_value().as_bytes()])).unwrap();
+        let lines = headers(&BAGGAGE, &[baggage.to_value().as_bytes()]);
+        let read = Baggage::read(&lines).unwrap();
         prop_assert!(read.service == name || read.service.is_empty());
         prop_assert_eq!(read.zone, "z");
         let source = "1.2.3.4:5".parse().unwrap();

@@ -5,7 +5,7 @@ use std::fmt;
 use http::{HeaderMap, HeaderValue};
 use rand::Rng;
 
-use super::TRACEPARENT;
+use super::{TRACEPARENT, header_value};
 
 /// Trace and span id of one application connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -66,8 +66,7 @@ impl TraceParent {
     /// The header value.
     #[must_use]
     pub fn to_value(self) -> HeaderValue {
-        let text = self.to_string();
-        HeaderValue::try_from(text).unwrap_or_else(|_| HeaderValue::from_static(""))
+        header_value(&self)
     }
 }
 
