@@ -69,7 +69,7 @@ fuzz: ## What foreign bytes do to each decoder, for 60 seconds each (SECONDS=180
 	  for target in $$(cd $$crate && cargo fuzz list); do \
 	    mkdir -p $$crate/fuzz/corpus/$$target $$crate/fuzz/seeds/$$target; \
 	    (set -x; cd $$crate && cargo fuzz run --sanitizer none $$target fuzz/corpus/$$target fuzz/seeds/$$target \
-	      -- -max_total_time=$(SECONDS)) || exit 1; \
+	      -- -max_total_time=$(SECONDS) -timeout=25) || exit 1; \
 	  done; \
 	done
 
