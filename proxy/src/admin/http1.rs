@@ -1,6 +1,7 @@
 //! The server that the endpoints share.
 
 use std::{
+    collections::{HashMap, hash_map::Entry},
     convert::Infallible,
     error::Error,
     fmt, io,
@@ -14,8 +15,9 @@ use http::{HeaderValue, Request, Response, StatusCode, header::CONTENT_TYPE};
 use http_body_util::{BodyExt, Full, combinators::UnsyncBoxBody};
 use hyper::{body::Incoming, server::conn::http1, service::service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
+use parking_lot::Mutex;
 use serde::Serialize;
-use socket2::{Domain, Protocol, Socket, Type};
+use socket2::{Domain, Protocol, SockRef, Socket, Type};
 use tokio::{
     net::{TcpListener, TcpStream},
     sync::{OwnedSemaphorePermit, Semaphore},
@@ -83,16 +85,21 @@ where
 {
     let handler = Arc::new(handler);
     let slots = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+    let crowd = Arc::new(Crowd::default());
     let mut connections = JoinSet::new();
     loop {
         tokio::select! {
             biased; // stopping goes before accepting
             () = stop.cancelled() => break,
             Some(_) = connections.join_next() => {}
-            (stream, slot) = accept(&listener, &slots) => {
+            ((stream, client), slot) = accept(&listener, &slots) => {
+                let Some(guest) = crowd.admit(client.ip()) else {
+                    tracing::debug!(%client, "connection refused: too many from this address");
+                    continue;
+                };
                 let (handler, stop) = (Arc::clone(&handler), stop.clone());
                 connections.spawn(async move {
-                    let _slot = slot;
+                    let _held = (slot, guest);
                     connection(stream, handler, stop).await;
                 });
             }
@@ -150,14 +157,53 @@ fn full(bytes: Bytes) -> Body {
 async fn accept(
     listener: &TcpListener,
     slots: &Arc<Semaphore>,
-) -> (TcpStream, Option<OwnedSemaphorePermit>) {
+) -> ((TcpStream, SocketAddr), Option<OwnedSemaphorePermit>) {
     let slot = Arc::clone(slots).acquire_owned().await.ok();
     loop {
         match listener.accept().await {
-            Ok((stream, _)) => return (stream, slot),
+            Ok(accepted) => return (accepted, slot),
             Err(error) => {
                 tracing::debug!(error = &error as &dyn Error, "accept failed");
                 sleep(ACCEPT_PAUSE).await;
+            }
+        }
+    }
+}
+
+/// Who is connected, so that one address does not take all slots.
+#[derive(Debug, Default)]
+struct Crowd(Mutex<HashMap<IpAddr, usize>>);
+
+/// One connection of an address.
+#[derive(Debug)]
+struct Guest {
+    crowd: Arc<Crowd>,
+    address: IpAddr,
+}
+
+impl Crowd {
+    /// Lets one more in, unless there are [`MAX_FROM_ONE`].
+    fn admit(self: &Arc<Self>, address: IpAddr) -> Option<Guest> {
+        let address = address.to_canonical();
+        let mut crowd = self.0.lock();
+        let present = crowd.entry(address).or_default();
+        (*present < MAX_FROM_ONE).then(|| {
+            *present += 1;
+            Guest {
+                crowd: Arc::clone(self),
+                address,
+            }
+        })
+    }
+}
+
+impl Drop for Guest {
+    fn drop(&mut self) {
+        let mut crowd = self.crowd.0.lock();
+        if let Entry::Occupied(mut present) = crowd.entry(self.address) {
+            *present.get_mut() -= 1;
+            if *present.get() == 0 {
+                present.remove();
             }
         }
     }
@@ -168,8 +214,11 @@ where
     H: Fn(&Request<Incoming>) -> F + Send + Sync + 'static,
     F: Future<Output = Response<Body>> + Send + 'static,
 {
-    if let Err(error) = stream.set_nodelay(true) {
-        tracing::debug!(error = &error as &dyn Error, "TCP_NODELAY failed");
+    let socket = SockRef::from(&stream);
+    let options = socket.set_tcp_nodelay(true);
+    let options = options.and_then(|()| socket.set_tcp_user_timeout(Some(STALL_LIMIT)));
+    if let Err(error) = options {
+        tracing::debug!(error = &error as &dyn Error, "socket options failed");
     }
     let service = service_fn(|request| {
         let response = handler(&request);
@@ -205,13 +254,38 @@ const NO_FAMILY: i32 = nix::libc::EAFNOSUPPORT;
 const BACKLOG: i32 = 128;
 /// Connections served at a time; more wait in the backlog.
 const MAX_CONNECTIONS: usize = 128;
+/// Of these, how many one address gets.
+const MAX_FROM_ONE: usize = 32;
+/// How long a client may take nothing of what it is sent.
+const STALL_LIMIT: Duration = Duration::from_secs(15);
 /// Read buffer of a connection, and so the longest request head.
 const READ_BUFFER_BYTES: usize = 8 << 10;
 /// Longest wait for a complete request head; idle connections end after the same time.
 const HEAD_LIMIT: Duration = Duration::from_secs(2);
-/// Longest life of a connection, more than the longest profile takes: a reader that takes nothing gives its slot back.
+/// Longest life of a connection, more than the longest profile takes.
 const CONNECTION_LIMIT: Duration = Duration::from_secs(330);
 /// How long a stop waits for requests in flight.
 const STOP_LIMIT: Duration = Duration::from_secs(5);
 /// Pause after a failed accept.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_address_gets_its_share_and_others_theirs() {
+        let crowd = Arc::new(Crowd::default());
+        let (greedy, other) = (IpAddr::from([10, 0, 0, 1]), IpAddr::from([10, 0, 0, 2]));
+        let guests: Vec<_> = (0..MAX_FROM_ONE)
+            .filter_map(|_| crowd.admit(greedy))
+            .collect();
+        assert_eq!(guests.len(), MAX_FROM_ONE);
+        let mapped = Ipv4Addr::new(10, 0, 0, 1).to_ipv6_mapped();
+        assert!(crowd.admit(greedy).is_none() && crowd.admit(mapped.into()).is_none());
+        assert!(crowd.admit(other).is_some());
+        drop(guests);
+        assert!(crowd.0.lock().is_empty());
+        assert!(crowd.admit(greedy).is_some());
+    }
+}

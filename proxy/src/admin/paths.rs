@@ -1,11 +1,12 @@
 //! 15000: the admin server, on loopback only: which path gives which answer.
 
-use std::sync::Arc;
+use std::{net::IpAddr, sync::Arc};
 
 use futures_util::future::{BoxFuture, join_all};
 use http::{
     HeaderMap, Method, Request, Response, StatusCode,
     header::{HOST, ORIGIN},
+    uri::Authority,
 };
 use hyper::body::Incoming;
 use tokio::net::TcpListener;
@@ -37,6 +38,9 @@ fn answer(
 ) -> BoxFuture<'static, Response<Body>> {
     let (method, uri) = (request.method(), request.uri());
     let query = Query::new(uri.query().unwrap_or_default());
+    if !is_named_locally(request.headers()) {
+        return now(text(StatusCode::FORBIDDEN, FOREIGN_NAME.to_owned()));
+    }
     if method == Method::POST && is_cross_site(request.headers()) {
         return now(text(StatusCode::FORBIDDEN, CROSS_SITE.to_owned()));
     }
@@ -71,6 +75,22 @@ fn now(response: Response<Body>) -> BoxFuture<'static, Response<Body>> {
     Box::pin(std::future::ready(response))
 }
 
+/// Whether the request asks an address or `localhost`. A name of somebody else's may lead here all the same, and with it a page of
+/// theirs, which the browser would take for ours.
+fn is_named_locally(headers: &HeaderMap) -> bool {
+    let Some(host) = headers.get(HOST) else {
+        return true;
+    };
+    let authority = host.to_str().ok().and_then(|host| host.parse().ok());
+    authority.is_some_and(|authority: Authority| {
+        let host = authority.host();
+        let bare = host
+            .strip_prefix('[')
+            .and_then(|rest| rest.strip_suffix(']'));
+        host.eq_ignore_ascii_case("localhost") || bare.unwrap_or(host).parse::<IpAddr>().is_ok()
+    })
+}
+
 /// Whether a browser sends this on behalf of a page of somebody else, while a port-forward makes us its neighbour.
 fn is_cross_site(headers: &HeaderMap) -> bool {
     let Some(origin) = headers.get(ORIGIN) else {
@@ -84,6 +104,8 @@ fn is_cross_site(headers: &HeaderMap) -> bool {
     origin.is_none() || origin != host
 }
 
+const FOREIGN_NAME: &str =
+    "ask by an address or as localhost; other names may be somebody else's\n";
 const CROSS_SITE: &str = "a page of another site may not do this\n";
 /// Flows that are told of at most, unless the request says otherwise.
 const MAX_FLOWS: usize = 10_000;

@@ -44,9 +44,10 @@ fn cluster_domain(reader: &Reader<'_>) -> Arc<str> {
     let searched = || {
         let text = reader.environment().files().read(Path::new(RESOLV_CONF));
         let (config, _faults) = resolv_conf::Config::parse_with_errors(text.ok()?.as_bytes());
-        let search = config.get_search()?;
+        let search = config.get_search()?.iter();
+        let search: Vec<_> = search.map(|one| one.trim_end_matches('.')).collect();
         let mut domains = search.iter().filter_map(|one| one.strip_prefix("svc."));
-        let domain = domains.find(|domain| search.iter().any(|one| one == domain))?;
+        let domain = domains.find(|domain| search.contains(domain))?;
         Some(domain.into())
     };
     let told = reader.name("CLUSTER_DOMAIN");

@@ -283,6 +283,10 @@ impl Names {
                 self.shared.metrics.unanswered("refused");
                 Begun::Answered(request.refusal(code))
             }
+            (Ask::Nothing, _) => {
+                self.malformed(transport);
+                Begun::Answered(None)
+            }
             (Ask::Addresses(name, family), Some(client)) => {
                 match self.known(&request, &client, (&name, family), transport) {
                     Some(answer) => Begun::Answered(answer),

@@ -184,7 +184,7 @@ impl Plan {
                 .get_search()
                 .into_iter()
                 .flatten()
-                .map(|domain| domain.to_ascii_lowercase())
+                .map(|domain| domain.trim_end_matches('.').to_ascii_lowercase())
                 .collect(),
             attempts: attempts as usize,
             limit: (each * attempts).min(LONGEST),

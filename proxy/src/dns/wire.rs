@@ -24,6 +24,8 @@ pub(super) enum Ask {
     Other,
     /// Nothing that can be served; the code says so.
     Refuse(ResponseCode),
+    /// Nothing: it is itself a refusal, and two servers that refuse each other's refusals would never end.
+    Nothing,
 }
 
 /// How a message travels, and so how long an answer may be.
@@ -46,7 +48,10 @@ impl Request {
             metadata, queries, ..
         } = &self.message;
         if metadata.message_type == MessageType::Response {
-            return Ask::Refuse(ResponseCode::FormErr);
+            return match metadata.response_code {
+                ResponseCode::NoError => Ask::Refuse(ResponseCode::FormErr),
+                _ => Ask::Nothing,
+            };
         }
         if metadata.op_code != OpCode::Query {
             return Ask::Refuse(ResponseCode::NotImp);
@@ -99,8 +104,28 @@ impl Request {
         HEADER_BYTES + name + TYPE_AND_CLASS_BYTES
     }
 
-    /// An answer from the mesh. Addresses are told in the order given.
+    /// An answer from the mesh. Addresses are told in the order given: over TCP as many as fit, since there is no longer way.
     pub(super) fn answer(&self, found: &Found, transport: Transport) -> Option<Vec<u8>> {
+        let mut addresses = &*found.addresses;
+        loop {
+            let answer = self.told(found, addresses)?;
+            let bytes = answer.to_vec().ok()?;
+            let is_cut = bytes.get(2).is_some_and(|flags| flags & TRUNCATED != 0);
+            match transport {
+                Transport::Udp if is_cut || bytes.len() > self.room(transport) => {
+                    return answer.truncate().to_vec().ok();
+                }
+                Transport::Tcp if is_cut => {
+                    // The library writes out the names of all records but the first, which costs a long name most of the room.
+                    addresses = addresses.get(..addresses.len() * 3 / 4)?;
+                }
+                Transport::Udp | Transport::Tcp => return Some(bytes),
+            }
+        }
+    }
+
+    /// The answer that tells these addresses of what was found.
+    fn told(&self, found: &Found, addresses: &[IpAddr]) -> Option<Message> {
         let mut answer = self.response(ResponseCode::NoError);
         answer.metadata.authoritative = true;
         let query = self.message.queries.first()?;
@@ -111,14 +136,14 @@ impl Request {
             answer.add_answer(Record::from_rdata(owner, TTL_SECONDS, data));
             owner = target;
         }
-        for ip in &found.addresses {
+        for ip in addresses {
             let data = match ip {
                 IpAddr::V4(ip) => RData::A(rdata::A(*ip)),
                 IpAddr::V6(ip) => RData::AAAA(rdata::AAAA(*ip)),
             };
             answer.add_answer(Record::from_rdata(owner.clone(), TTL_SECONDS, data));
         }
-        self.fitted(&answer, transport)
+        Some(answer)
     }
 
     /// An answer without records.
@@ -152,14 +177,6 @@ impl Request {
             response.set_edns(edns);
         }
         response
-    }
-
-    fn fitted(&self, answer: &Message, transport: Transport) -> Option<Vec<u8>> {
-        let bytes = answer.to_vec().ok()?;
-        if bytes.len() <= self.room(transport) {
-            return Some(bytes);
-        }
-        answer.truncate().to_vec().ok()
     }
 }
 
@@ -196,6 +213,8 @@ pub(super) fn is_unhelpful(answer: &[u8]) -> bool {
 /// Seconds that a client may keep an answer of the mesh.
 const TTL_SECONDS: u32 = 30;
 const HEADER_BYTES: usize = 12;
+/// The flag TC, in the third byte of a message.
+const TRUNCATED: u8 = 0x02;
 const TYPE_AND_CLASS_BYTES: usize = 4;
 const MIN_UDP_BYTES: u16 = 512;
 const MAX_TCP_BYTES: usize = u16::MAX as usize;

@@ -11,6 +11,8 @@ fn the_domain_of_the_cluster_is_that_of_the_search_list_unless_it_is_told() {
     };
     let kubernetes = "istio-system.svc.corp.example svc.corp.example corp.example eu.cloud.example";
     assert_eq!(domain(&[], kubernetes), "corp.example");
+    let absolute = "istio-system.svc.corp.example. svc.corp.example. corp.example.";
+    assert_eq!(domain(&[], absolute), "corp.example");
     let told = [("CLUSTER_DOMAIN", "other.example")];
     assert_eq!(domain(&told, kubernetes), "other.example");
     for elsewhere in ["eu.cloud.example", "svc.corp.example", "svc. .", "svc"] {

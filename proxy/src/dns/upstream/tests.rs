@@ -105,7 +105,7 @@ fn lying(query: Vec<u8>) -> Vec<Vec<u8>> {
 #[test]
 fn reads_what_resolvers_read() {
     let plan = Plan::of(
-        b"search Shop.svc.cluster.local svc.cluster.local\nnameserver 10.96.0.10\nnonsense\n\
+        b"search Shop.svc.cluster.local. svc.cluster.local\nnameserver 10.96.0.10\nnonsense\n\
           nameserver fd00::a\noptions ndots:5 timeout:2 attempts:3\n",
     );
     assert_eq!(

@@ -51,6 +51,11 @@ fn asks_are_told_apart() {
     assert_eq!(notify, Ask::Refuse(ResponseCode::NotImp));
     let response = edited(|message| message.metadata.message_type = MessageType::Response);
     assert_eq!(response, Ask::Refuse(ResponseCode::FormErr));
+    let refusal = edited(|message| {
+        message.metadata.message_type = MessageType::Response;
+        message.metadata.response_code = ResponseCode::FormErr;
+    });
+    assert_eq!(refusal, Ask::Nothing);
     let nothing = edited(|message| message.queries.clear());
     assert_eq!(nothing, Ask::Refuse(ResponseCode::FormErr));
     let chaos = edited(|message| message.queries[0].query_class = DNSClass::CH);
@@ -118,6 +123,25 @@ fn what_is_longer_than_the_client_takes_is_cut() {
         let whole = answer(&request, &found(200), Transport::Tcp);
         assert!(!whole.metadata.truncation && whole.answers.len() == 200);
     }
+}
+
+#[test]
+fn over_tcp_as_many_addresses_are_told_as_fit() {
+    let name = format!("{}.web.shop.svc.cluster.local.", "x".repeat(60));
+    let request = read(&query(&name, RecordType::AAAA, Some(1232)));
+    let mut found = found(0);
+    found.addresses = (0..1000_u16)
+        .map(|last| std::net::Ipv6Addr::from([0xfd00, 0, 0, 0, 0, 0, 0, last]).into())
+        .collect();
+    let told = answer(&request, &found, Transport::Tcp);
+    assert!(!told.metadata.truncation && told.edns.is_some());
+    assert!((500..1000).contains(&told.answers.len()));
+    found.addresses.truncate(500);
+    assert_eq!(
+        answer(&request, &found, Transport::Tcp).answers.len(),
+        500,
+        "none is left out in vain"
+    );
 }
 
 #[test]
