@@ -7,7 +7,7 @@ use rustls::{
     crypto::WebPkiSupportedAlgorithms,
     pki_types::{CertificateDer, TrustAnchor, UnixTime},
 };
-use webpki::{EndEntityCert, KeyUsage, RevocationOptions};
+use webpki::{EndEntityCert, KeyUsage, RevocationOptions, VerifiedPath};
 
 /// Which side of a handshake we are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -35,10 +35,13 @@ pub(crate) struct Chain<'a> {
     pub(crate) intermediates: &'a [CertificateDer<'a>],
 }
 
+/// What is asked about each path from a chain to an anchor, until it says yes.
+pub(crate) type Accept<'a> = &'a dyn Fn(&VerifiedPath<'_>) -> Result<(), webpki::Error>;
+
 /// By what a chain is judged.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Terms<'a> {
-    pub(crate) anchors: &'a [TrustAnchor<'static>],
+    pub(crate) anchors: &'a [TrustAnchor<'a>],
     pub(crate) algorithms: WebPkiSupportedAlgorithms,
     pub(crate) side: Side,
     pub(crate) now: UnixTime,
@@ -51,6 +54,24 @@ impl Chain<'_> {
         terms: &Terms<'_>,
         revocation: Option<RevocationOptions<'_>>,
     ) -> Result<(), webpki::Error> {
+        self.build(terms, revocation, None)
+    }
+
+    /// Builds a path to one of the anchors that `accept` says yes to; those that it refuses are left for others.
+    pub(crate) fn verify_where(
+        &self,
+        terms: &Terms<'_>,
+        accept: Accept<'_>,
+    ) -> Result<(), webpki::Error> {
+        self.build(terms, None, Some(accept))
+    }
+
+    fn build(
+        &self,
+        terms: &Terms<'_>,
+        revocation: Option<RevocationOptions<'_>>,
+        accept: Option<Accept<'_>>,
+    ) -> Result<(), webpki::Error> {
         EndEntityCert::try_from(self.leaf)?
             .verify_for_usage(
                 terms.algorithms.all,
@@ -59,7 +80,7 @@ impl Chain<'_> {
                 terms.now,
                 terms.side.peer_usage(),
                 revocation,
-                None,
+                accept,
             )
             .map(drop)
     }

@@ -3,7 +3,7 @@
 //! [`KeptSource`] stands before another source. What that gives is written down; a process that starts hands it out again, once
 //! for each identity and without asking anybody, so that it can serve at once and while the authority is away. It is then
 //! checked as any answer is, and its root must not have left the trust bundle meanwhile; it is renewed in the course of its
-//! remaining life, and its file goes when nobody needs the identity or the certificate has ended.
+//! remaining life, or at once if it is revoked, and its file goes when nobody needs the identity or the certificate has ended.
 //!
 //! Whoever names the directory sees to it that it is in memory and that others cannot write there: keys must not reach a disk.
 
@@ -25,8 +25,8 @@ use tokio::time::Instant;
 use zeroize::Zeroizing;
 
 use crate::{
-    BoxFuture, Clock, KeyedChain, ObtainError, PrivateKey, SanRule, Source, SpiffeId, TlsOptions,
-    TrustBundle, check::check_chain, verify::peer_not_after,
+    BoxFuture, Clock, KeyedChain, ObtainError, Origin, PrivateKey, SanRule, Source, SpiffeId,
+    TlsOptions, TrustBundle, check::check_chain, verify::peer_not_after,
 };
 
 /// A source whose certificates outlast the process.
@@ -79,12 +79,15 @@ impl KeptSource {
         if !self.state.lock().done.insert(id.clone()) {
             return None;
         }
-        let chain = self.read(&self.path(id, None))?;
+        let chain = self.read(&self.path(id))?;
         let (provider, now) = (TlsOptions::default().provider(), self.clock.now());
         // The agent has the last word on the name, which a proxy of one workload is given.
         let (rule, certificates) = (SanRule::Any, chain.chain.clone());
         match check_chain(id, rule, certificates, &chain.roots, (&provider, now)) {
-            Ok(checked) if checked.not_after > now + WORTH_WHILE => Some(chain),
+            Ok(checked) if checked.not_after > now + WORTH_WHILE => Some(KeyedChain {
+                origin: Origin::Kept,
+                ..chain
+            }),
             Ok(_) => None,
             Err(error) => {
                 let error = &error as &dyn std::error::Error;
@@ -97,10 +100,10 @@ impl KeptSource {
     /// Writes to the file of `id`, at once and as a whole.
     fn keep(&self, id: &SpiffeId, chain: &KeyedChain) -> io::Result<()> {
         // Another process, the predecessor in an upgrade, may write the same.
-        let aside = self.path(id, Some(process::id()));
+        let aside = self.aside(id);
         let written = fresh_file(&aside)
             .and_then(|mut file| file.write_all(&encode(chain, &self.trust)))
-            .and_then(|()| fs::rename(&aside, self.path(id, None)));
+            .and_then(|()| fs::rename(&aside, self.path(id)));
         if written.is_err() {
             let _ = fs::remove_file(aside);
         }
@@ -120,7 +123,8 @@ impl KeptSource {
             return;
         };
         let paths = files.flatten().map(|file| file.path());
-        for path in paths.filter(|path| path.extension() == Some(OsStr::new(EXTENSION))) {
+        let extensions = [EXTENSION, ASIDE_EXTENSION].map(|it| Some(OsStr::new(it)));
+        for path in paths.filter(|path| extensions.contains(&path.extension())) {
             let ends = self
                 .read(&path)
                 .and_then(|chain| peer_not_after(&chain.chain));
@@ -144,12 +148,17 @@ impl KeptSource {
         decode(&content, &self.trust)
     }
 
-    /// The file of `id`, or the one that this process writes before it takes its place.
-    fn path(&self, id: &SpiffeId, writer: Option<u32>) -> PathBuf {
+    /// The file of `id`.
+    fn path(&self, id: &SpiffeId) -> PathBuf {
         let name = id.as_str().trim_start_matches("spiffe://");
         let name = name.replace('%', "%25").replace('/', "%2F");
-        let writer = writer.map_or(String::new(), |process| format!(".{process}"));
-        self.directory.join(format!("{name}{writer}.{EXTENSION}"))
+        self.directory.join(format!("{name}.{EXTENSION}"))
+    }
+
+    /// What this process writes before it takes the place of the file of `id`, whose name no identity's file can have.
+    fn aside(&self, id: &SpiffeId) -> PathBuf {
+        let extension = format!("{}.{ASIDE_EXTENSION}", process::id());
+        self.path(id).with_extension(extension)
     }
 }
 
@@ -175,7 +184,7 @@ impl Source for KeptSource {
         self.source.release(id);
         self.state.lock().done.remove(id);
         // There may be none.
-        let _ = fs::remove_file(self.path(id, None));
+        let _ = fs::remove_file(self.path(id));
     }
 }
 
@@ -238,8 +247,9 @@ pub(crate) fn reread(bytes: &[u8]) {
     assert_eq!(again.map(parts), Some(parts(chain)));
 }
 
-/// Only files of this kind are ours.
+/// Only files of these two kinds are ours.
 const EXTENSION: &str = "svid";
+const ASIDE_EXTENSION: &str = "aside";
 const KEY: u8 = b'k';
 const CERTIFICATE: u8 = b'c';
 const ROOT: u8 = b'r';

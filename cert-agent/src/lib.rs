@@ -72,8 +72,8 @@ pub use in_process::{InProcessCa, InProcessCaError, RootPair};
 pub use kept::KeptSource;
 pub use key::{CsrError, PrivateKey};
 pub use source::{
-    BoxFuture, CsrSource, KeyedChain, ObtainError, Retry, SignedChain, Signer, SigningRequest,
-    Source,
+    BoxFuture, CsrSource, KeyedChain, ObtainError, Origin, Retry, SignedChain, Signer,
+    SigningRequest, Source,
 };
 pub use svid::Svid;
 pub use tls::TlsOptions;

@@ -143,7 +143,8 @@ impl Authority {
     }
 
     /// The revocation lists of all issuers, as far as known; empty until [`run`](Self::run) has read them. Only complete
-    /// lists, never deltas; their signatures are for the reader to check.
+    /// lists, never deltas; their signatures are for the reader to check. The last list of an issuer that is deleted or
+    /// loses its key stays until the issuer's certificate ends, up to 16 such lists for each engine.
     #[must_use]
     pub fn crls(&self) -> watch::Receiver<Crls> {
         self.0.trust.crls().subscribe()
@@ -219,6 +220,7 @@ impl Inner {
             step: Step::Sign,
             path: &self.sign_path,
             token: Some(token),
+            secret: None,
             body: Some(body),
             max_answer: MAX_ANSWER,
         };
@@ -281,8 +283,8 @@ pub(crate) fn read_all(body: &[u8]) {
     drop(wire::issuers(body));
     drop(wire::issuer(body));
     drop(wire::requested_token(body));
-    assert!(wire::error_texts(body).len() <= 4 * 300);
-    assert!(wire::kubernetes_text(body).len() <= 4 * 300);
+    assert!(wire::error_texts(body, ["errors", ""]).len() <= 4 * 300);
+    assert!(wire::kubernetes_text(body, "message").len() <= 4 * 300);
 }
 
 /// The pause after so many failures in a row.

@@ -37,17 +37,34 @@ pub struct KeyedChain {
     pub chain: Vec<CertificateDer<'static>>,
     /// Trust anchors for the peers of this identity.
     pub roots: Vec<CertificateDer<'static>>,
+    /// Since when it exists.
+    pub origin: Origin,
+}
+
+/// Since when a certificate exists, which decides what is done about one that is revoked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Origin {
+    /// The authority has just given it: another one would be no better.
+    Issued,
+    /// An earlier process had it already: another one is asked for.
+    Kept,
 }
 
 impl KeyedChain {
-    /// Puts the parts together.
+    /// Puts together the parts of what the authority has just given.
     #[must_use]
     pub fn new(
         key: PrivateKey,
         chain: Vec<CertificateDer<'static>>,
         roots: Vec<CertificateDer<'static>>,
     ) -> Self {
-        Self { key, chain, roots }
+        Self {
+            key,
+            chain,
+            roots,
+            origin: Origin::Issued,
+        }
     }
 }
 

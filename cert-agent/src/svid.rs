@@ -12,7 +12,7 @@ use parking_lot::{Mutex, MutexGuard};
 use rustls::{ClientConfig, ServerConfig, pki_types::CertificateDer, sign::CertifiedKey};
 
 use crate::{
-    KeyedChain, SpiffeId, Standing, Tracker,
+    KeyedChain, Origin, SpiffeId, Standing, Tracker,
     anchors::Roots,
     bundle::IdentityTrust,
     chain::Side,
@@ -30,6 +30,7 @@ pub struct Svid {
     id: SpiffeId,
     not_before: SystemTime,
     not_after: SystemTime,
+    origin: Origin,
     /// The chain on the wire.
     certified: Arc<CertifiedKey>,
     /// The trust anchors as the authority gave them.
@@ -49,7 +50,12 @@ impl Svid {
         context: &TlsContext,
         now: SystemTime,
     ) -> Result<Self, Rejection> {
-        let KeyedChain { key, chain, roots } = obtained;
+        let KeyedChain {
+            key,
+            chain,
+            roots,
+            origin,
+        } = obtained;
         let provider = &context.provider;
         let accepted = check_chain(requested, context.san_rule, chain, &roots, (provider, now))?;
         let Accepted {
@@ -74,6 +80,7 @@ impl Svid {
             id,
             not_before,
             not_after,
+            origin,
             certified,
         })
     }
@@ -165,6 +172,10 @@ impl Svid {
         let theirs = server.tls().client_verifier();
         ours.verify_now(server.chain())?;
         theirs.verify_now(self.chain())
+    }
+
+    pub(crate) fn origin(&self) -> Origin {
+        self.origin
     }
 
     /// Whether revocation lists name this certificate or one above it, so that peers with the same lists refuse it.

@@ -57,6 +57,15 @@ impl Authority {
         self
     }
 
+    /// Another certificate of the intermediate and its key, with another serial number.
+    pub(crate) fn intermediate_again(&self) -> CertificateDer<'static> {
+        let mut params = ca_params(INTERMEDIATE);
+        params.serial_number = Some(2_u64.into());
+        let key = self.intermediate.as_ref().unwrap().key();
+        let again = params.signed_by(key, &self.root).unwrap();
+        again.der().clone()
+    }
+
     pub(crate) fn root(&self) -> CertificateDer<'static> {
         self.root.der().clone()
     }
@@ -211,5 +220,5 @@ pub(crate) fn paused_clock() -> Clock {
     Clock::new(move || wall + mono.elapsed())
 }
 
-const INTERMEDIATE: &str = "intermediate";
+pub(crate) const INTERMEDIATE: &str = "intermediate";
 pub(crate) const HOUR: Duration = Duration::from_secs(3600);

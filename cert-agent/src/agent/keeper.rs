@@ -15,7 +15,7 @@ use super::{
     metrics::Failure,
     snapshot::Overview,
 };
-use crate::{ObtainError, Retry, SpiffeId, Svid, error_text::chain_text};
+use crate::{ObtainError, Origin, Retry, SpiffeId, Svid, error_text::chain_text};
 
 /// What became of one attempt.
 type Outcome = Result<Svid, ObtainError>;
@@ -124,11 +124,7 @@ impl Inner {
         self.metrics.called(began.elapsed());
         let obtained = answer.map_err(|_| ObtainError::Deadline(limit))??;
         let now = self.options.clock.now();
-        let svid = Svid::accept(&id, obtained, &self.context, now)?;
-        if svid.is_revoked() {
-            tracing::warn!(%id, "the authority gave a certificate that is revoked: peers will refuse it");
-        }
-        Ok(svid)
+        Ok(Svid::accept(&id, obtained, &self.context, now)?)
     }
 
     /// Has certificates that are revoked by now replaced. Once for each change of the lists: whatever an authority gives below a
@@ -153,6 +149,8 @@ impl Inner {
     /// Books the end of a fetch.
     pub(super) fn finish(&self, end: Result<(Id, Outcome), JoinError>) {
         let now = self.now();
+        // Before the entries are locked, but not earlier: whatever lists come later find the certificate among those held.
+        let is_revoked = matches!(&end, Ok((_, Ok(svid))) if svid.is_revoked());
         let task = match &end {
             Ok((task, _)) => *task,
             Err(error) => error.id(),
@@ -176,8 +174,12 @@ impl Inner {
             Ok((_, Ok(svid))) => {
                 self.metrics.succeeded();
                 tracing::debug!(%id, "obtained a certificate");
-                let jitter = Jitter::random(self.options.renewal_window);
-                return entry.succeeded(Arc::new(svid), now, jitter);
+                let (origin, jitter) = (svid.origin(), Jitter::random(self.options.renewal_window));
+                entry.succeeded(Arc::new(svid), now, jitter);
+                if is_revoked {
+                    came_revoked(id, entry, origin, now);
+                }
+                return;
             }
             Ok((_, Err(error))) => {
                 unreached = matches!(error, ObtainError::Unreachable(_));
@@ -198,6 +200,19 @@ impl Inner {
         let jitter = Jitter::random(self.options.renewal_window);
         let reach = unreached.then_some(&mut *reach);
         entry.failed((reason.into(), retry), now, jitter, reach);
+    }
+}
+
+/// Has the revoked certificate that has come for `id` replaced, once, unless the authority has only just given it.
+fn came_revoked(id: &SpiffeId, entry: &mut Entry, origin: Origin, now: Now) {
+    match origin {
+        Origin::Issued => {
+            tracing::warn!(%id, "the authority gave a certificate that is revoked: peers will refuse it");
+        }
+        Origin::Kept => {
+            tracing::warn!(%id, "the certificate of an earlier process is revoked; another is asked for");
+            entry.refresh(now);
+        }
     }
 }
 

@@ -1,11 +1,11 @@
 //! Revocation lists and what they say about a chain.
 
-use std::sync::Arc;
+use std::{cell::Cell, iter, slice, sync::Arc};
 
 use rustls::pki_types::{CertificateDer, CertificateRevocationListDer, pem::PemObject};
 use webpki::{
-    BorrowedCertRevocationList, CertRevocationList, EndEntityCert, Error, ExpirationPolicy,
-    RevocationCheckDepth, RevocationOptionsBuilder, UnknownStatusPolicy,
+    BorrowedCertRevocationList, Cert, CertRevocationList, EndEntityCert, Error, ExpirationPolicy,
+    RevocationCheckDepth, RevocationOptionsBuilder, UnknownStatusPolicy, VerifiedPath,
 };
 
 use super::Lists;
@@ -31,12 +31,12 @@ impl List {
     pub(super) fn len(&self) -> usize {
         self.len
     }
+}
 
-    /// Whether it names this certificate of an issuer of this name. Who signed the list is not looked at.
-    fn names(&self, certificate: &EndEntityCert<'_>) -> bool {
-        self.list.issuer() == certificate.issuer()
-            && matches!(self.list.find_serial(certificate.serial()), Ok(Some(_)))
-    }
+/// Whether `list` names this certificate of an issuer of this name. Who signed the list is not looked at.
+fn names(list: &CertRevocationList<'static>, certificate: &Cert<'_>) -> bool {
+    list.issuer() == certificate.issuer()
+        && matches!(list.find_serial(certificate.serial()), Ok(Some(_)))
 }
 
 /// Reads all lists of a content: PEM if there is any block, else one list in DER.
@@ -70,41 +70,70 @@ pub(super) fn listed<'a>(
         .filter(|list| {
             certificates
                 .iter()
-                .any(|certificate| list.names(certificate))
+                .any(|certificate| names(&list.list, certificate))
         })
         .map(|list| &list.list)
         .collect()
 }
 
-/// Whether the issuers of `chain` have signed any of `lists`, which name something of it.
+/// Whether each path from `chain` to an anchor has a certificate that one of `lists` revokes, signed by its issuer.
+///
+/// A path and a list at a time, since what a peer presents besides its path may be anything. The verifier asks no more than the
+/// first list of an issuer's name, which may be an older one, or that of a predecessor with another key; and of several paths it
+/// tells one error, which need not be that one is revoked.
 pub(super) fn revokes(
     lists: &[&CertRevocationList<'static>],
     chain: Chain<'_>,
     terms: &Terms<'_>,
 ) -> bool {
-    match judge(lists, chain, terms) {
-        Ok(()) => false,
-        Err(Error::CertRevoked) => true,
-        // A list of another issuer with the same name, such as a predecessor with another key, would hide the others.
-        Err(_) => lists
+    let found = Cell::new(false);
+    let is_good = |path: &VerifiedPath<'_>| {
+        if !lists
             .iter()
-            .any(|list| matches!(judge(&[list], chain, terms), Err(Error::CertRevoked))),
-    }
+            .any(|list| is_revoked(path, list, chain, terms))
+        {
+            return Ok(());
+        }
+        found.set(true);
+        Err(Error::CertRevoked)
+    };
+    chain.verify_where(terms, &is_good).is_err() && found.get()
 }
 
-fn judge(
-    lists: &[&CertRevocationList<'static>],
+/// Whether `list` revokes a certificate on this path of `chain`.
+fn is_revoked(
+    path: &VerifiedPath<'_>,
+    list: &CertRevocationList<'static>,
     chain: Chain<'_>,
     terms: &Terms<'_>,
-) -> Result<(), Error> {
-    let options = RevocationOptionsBuilder::new(lists).ok().map(|builder| {
+) -> bool {
+    let mut certificates = iter::once(&**path.end_entity()).chain(path.intermediate_certificates());
+    if !certificates.any(|certificate| names(list, certificate)) {
+        return false; // it names something else that the peer presents
+    }
+    let intermediates: Vec<_> = path
+        .intermediate_certificates()
+        .map(|it| it.der())
+        .collect();
+    let (chain, terms) = (
+        Chain {
+            intermediates: &intermediates,
+            ..chain
+        },
+        Terms {
+            anchors: slice::from_ref(path.anchor()),
+            ..*terms
+        },
+    );
+    let lists = [list];
+    let options = RevocationOptionsBuilder::new(&lists).ok().map(|builder| {
         builder
             .with_depth(RevocationCheckDepth::Chain)
             .with_status_policy(UnknownStatusPolicy::Allow)
             .with_expiration_policy(ExpirationPolicy::Ignore)
             .build()
     });
-    chain.verify(terms, options)
+    chain.verify(&terms, options) == Err(Error::CertRevoked)
 }
 
 /// Why the lists of a source stay what they were.
@@ -126,6 +155,6 @@ const PEM: &[u8] = b"-----BEGIN";
 
 impl<'a> Chain<'a> {
     fn certificates(self) -> impl Iterator<Item = &'a CertificateDer<'a>> {
-        std::iter::once(self.leaf).chain(self.intermediates)
+        iter::once(self.leaf).chain(self.intermediates)
     }
 }

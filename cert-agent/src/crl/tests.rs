@@ -2,13 +2,14 @@
 
 use std::{fs, time::Duration};
 
-use rcgen::KeyUsagePurpose;
+use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, KeyUsagePurpose};
+use rustls::pki_types::CertificateDer;
 
 use super::*;
 use crate::{
-    SanRule, Svid, TlsOptions,
+    KeyedChain, SanRule, Svid, TlsOptions,
     svid::TlsContext,
-    testing::{Authority, accept_in, handshake},
+    testing::{Authority, HOUR, INTERMEDIATE, accept_in, handshake},
 };
 
 const WEB: &str = "spiffe://td/ns/shop/sa/web";
@@ -110,6 +111,65 @@ async fn lists_of_other_issuers_say_nothing() {
         !talk(&web, &db).await,
         "the issuer's own list is behind a namesake's"
     );
+}
+
+/// A mesh that has revoked `web`, which presents another certificate besides.
+async fn is_refused(mesh: &Mesh, mut web: KeyedChain, besides: CertificateDer<'static>) -> bool {
+    let db = mesh.svid(DB);
+    web.chain.push(besides);
+    let web = accept_in(&mesh.context, WEB, web);
+    !talk(&web, &db).await && !talk(&db, &web).await
+}
+
+#[tokio::test]
+async fn a_list_in_force_counts_behind_an_older_one_that_a_stranger_brings_up() {
+    let mesh = Mesh::new(Authority::new("mesh"));
+    let numbered = |params: &mut CertificateParams| params.serial_number = Some(7.into());
+    let seven = mesh.authority.issue_with(&[DB], numbered).chain.remove(0);
+    let web = mesh.authority.issue(WEB);
+    let old = mesh.authority.crl(&[&seven]);
+    let new = mesh.authority.crl(&[&web.chain[0], &seven]);
+    mesh.load(&[&old, &new]);
+    let namesake = Authority::new("mesh");
+    let stranger = namesake.issue_with(&[WEB], numbered).chain.remove(0);
+    assert!(is_refused(&mesh, web, stranger).await);
+}
+
+#[tokio::test]
+async fn a_way_that_leads_nowhere_hides_no_revocation() {
+    let mesh = Mesh::new(Authority::new("mesh").with_intermediate());
+    let web = mesh.authority.issue(WEB);
+    mesh.load(&[&mesh.authority.crl(&[&web.chain[0]])]);
+    let expired_namesake = Authority::new("other").issue_with(&[], |params| {
+        let name = &mut params.distinguished_name;
+        name.push(DnType::CommonName, INTERMEDIATE);
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        params.not_after = (std::time::SystemTime::now() - HOUR).into();
+    });
+    assert!(is_refused(&mesh, web, expired_namesake.chain[0].clone()).await);
+}
+
+#[tokio::test]
+async fn one_good_way_is_enough() {
+    let mesh = Mesh::new(Authority::new("mesh").with_intermediate());
+    let (mut chain, again) = (
+        mesh.authority.issue(WEB),
+        mesh.authority.intermediate_again(),
+    );
+    let [one, other] = [&chain.chain[1], &again].map(|it| mesh.authority.root_crl(&[it]));
+    chain.chain.push(again);
+    let web = accept_in(&mesh.context, WEB, chain);
+    let db = mesh.svid(DB);
+    let is_accepted = || {
+        let server = db.client_tracker().unwrap();
+        server.track(web.chain()).standing() == Standing::Good
+    };
+    for list in [&one, &other] {
+        mesh.load(&[list]);
+        assert!(is_accepted());
+    }
+    mesh.load(&[&one, &other]);
+    assert!(!is_accepted(), "each is revoked, by another list");
 }
 
 #[tokio::test]

@@ -91,6 +91,23 @@ async fn what_is_damaged_exposed_or_about_to_end_is_not_used() {
     assert!(!is_recalled(&directory).await, "readable by others");
 }
 
+#[tokio::test(start_paused = true)]
+async fn what_is_being_written_is_the_file_of_no_other_identity() {
+    let (directory, _) = kept(HOUR).await;
+    let other = id(&format!("web.{}", process::id()));
+    let source = keeping(&directory, CsrSource::new(authority(HOUR)));
+    source.obtain(&other).await.unwrap();
+    let again = source.source.obtain(&id("web")).await.unwrap();
+    source.keep(&id("web"), &again).unwrap();
+    let next = keeping(&directory, Away);
+    assert!(next.recalled(&other).is_some());
+    assert!(next.recalled(&id("web")).is_some());
+    // A process that came down while it wrote leaves its part to others.
+    fs::write(next.aside(&id("web")), "cut off").unwrap();
+    next.sweep();
+    assert_eq!(files(&directory).len(), 2);
+}
+
 #[tokio::test]
 async fn a_root_that_has_left_the_bundle_counts_no_longer() {
     let [old, new] = ["old", "new"].map(Authority::new);
@@ -135,7 +152,7 @@ async fn what_nobody_asks_for_goes_when_it_has_ended() {
     next.obtain(&id("api")).await.unwrap();
     let mut left = files(&directory);
     left.sort_unstable();
-    assert_eq!(left, [other, next.path(&id("api"), None)]);
+    assert_eq!(left, [other, next.path(&id("api"))]);
 }
 
 const HOUR: Duration = Duration::from_secs(3600);

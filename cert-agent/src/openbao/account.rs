@@ -79,8 +79,7 @@ impl KubernetesApi {
         if answer.status.is_success() {
             return wire::requested_token(&answer.body);
         }
-        let failure = self.refused(id, &answer);
-        Err(secret::without(failure, own.trim()))
+        Err(self.refused(id, &answer, own.trim()))
     }
 
     async fn ask(&self, id: &SpiffeId, own: &str) -> Result<Answer, Failure> {
@@ -109,8 +108,8 @@ impl KubernetesApi {
             .body(Full::new(wire::token_request(&self.audience, LIFETIME)))
     }
 
-    fn refused(&self, id: &SpiffeId, answer: &Answer) -> Failure {
-        let said = wire::kubernetes_text(&answer.body);
+    fn refused(&self, id: &SpiffeId, answer: &Answer, own: &str) -> Failure {
+        let said = wire::kubernetes_text(&answer.body, own);
         let account = format!("{}/{}", id.namespace(), id.service_account());
         let texts = match answer.status {
             StatusCode::UNAUTHORIZED => {

@@ -38,9 +38,20 @@ pub(super) struct Call<'a> {
     /// Below `/v1/`, with a query if there is one.
     pub(super) path: &'a str,
     pub(super) token: Option<&'a HeaderValue>,
+    /// What is in the body that nobody else may see.
+    pub(super) secret: Option<&'a str>,
     /// `POST` with this body; without one it is a `GET`.
     pub(super) body: Option<Bytes>,
     pub(super) max_answer: usize,
+}
+
+impl Call<'_> {
+    /// What the words of an answer are not to repeat.
+    fn secrets(&self) -> [&str; 2] {
+        let token = self.token.map(HeaderValue::as_bytes);
+        let token = token.and_then(|token| str::from_utf8(token).ok());
+        [token, self.secret].map(Option::unwrap_or_default)
+    }
 }
 
 impl Client {
@@ -74,7 +85,7 @@ impl Client {
         if throttled && call.step != Step::Read {
             *self.not_before.lock() = Instant::now().checked_add(retry_after);
         }
-        let texts = wire::error_texts(&answer.body);
+        let texts = wire::error_texts(&answer.body, call.secrets());
         let failure = Failure::refused(call.step, answer.status, &texts, retry_after);
         Err(failure)
     }

@@ -1,4 +1,4 @@
-//! Files with secrets, and how not to repeat one.
+//! Files with secrets.
 
 use std::{fmt::Display, path::Path};
 
@@ -28,14 +28,6 @@ pub(super) async fn read(path: &Path) -> Result<Zeroizing<String>, Failure> {
 /// A login that came to nothing on this side.
 pub(super) fn failed(reason: String) -> Failure {
     Failure::without_answer(Step::Login, reason)
-}
-
-/// Whatever the server says, it does not say what was shown to it.
-pub(super) fn without(mut failure: Failure, secret: &str) -> Failure {
-    if !secret.is_empty() && failure.reason.contains(secret) {
-        failure.reason = failure.reason.replace(secret, "<redacted>");
-    }
-    failure
 }
 
 const MAX_SECRET: u64 = 64 * 1024;

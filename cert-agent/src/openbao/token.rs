@@ -12,7 +12,7 @@ use zeroize::Zeroizing;
 use super::{
     client::{Call, Client},
     failure::{Failure, Step},
-    secret::{failed, read, without},
+    secret::{failed, read},
     settings::{Jwt, Login},
     wire::{self, AppRoleLogin, JwtLogin, LoggedIn},
 };
@@ -165,12 +165,11 @@ impl Tokens {
             step: Step::Login,
             path: &path,
             token: None,
+            secret: Some(secret.trim()),
             body: Some(body),
             max_answer: MAX_ANSWER,
         };
-        let answer = client.call(&call).await;
-        let answer = answer.map_err(|failure| without(failure, secret.trim()))?;
-        LoggedIn::parse(&answer)
+        LoggedIn::parse(&client.call(&call).await?)
     }
 }
 

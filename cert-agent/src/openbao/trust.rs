@@ -1,10 +1,16 @@
 //! Whom to trust and whom no longer: the self-signed issuers of the engines, and the revocation lists of all issuers.
 
-use std::{collections::BTreeMap, sync::Arc};
+use std::{
+    cmp::Reverse,
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+    time::SystemTime,
+};
 
 use parking_lot::Mutex;
 use rustls_pki_types::CertificateDer;
 use tokio::sync::watch;
+use webpki::BorrowedCertRevocationList;
 use x509_parser::{prelude::FromDer as _, revocation_list::CertificateRevocationList};
 use zeroize::Zeroizing;
 
@@ -14,7 +20,7 @@ use super::{
     settings::is_path,
     wire::{self, IssuerRef},
 };
-use crate::check::is_self_signed;
+use crate::{Clock, check::is_self_signed, verify::peer_not_after};
 
 /// Revocation lists, each in DER.
 pub type Crls = Arc<[Vec<u8>]>;
@@ -26,14 +32,34 @@ pub(super) struct Trust {
     engines: Mutex<BTreeMap<String, Engine>>,
     roots: watch::Sender<TrustRoots>,
     crls: watch::Sender<Crls>,
+    clock: Clock,
 }
 
 /// One mount.
 #[derive(Default, Clone)]
 struct Engine {
     roots: Vec<CertificateDer<'static>>,
-    /// By issuer.
-    crls: BTreeMap<String, Vec<u8>>,
+    /// By issuer; also of some that make none any longer, since certificates that they have signed may still be presented.
+    lists: BTreeMap<String, List>,
+}
+
+/// The revocation list of an issuer.
+#[derive(Clone)]
+struct List {
+    der: Vec<u8>,
+    /// When the certificate of the issuer ends, if it could be read.
+    issuer_ends: Option<SystemTime>,
+    read_at: SystemTime,
+}
+
+impl List {
+    /// Whether it counts without its issuer: a certificate of that may still be valid, and the list can be read, without which no
+    /// list would be taken over.
+    fn outlives_its_issuer(&self, now: SystemTime) -> bool {
+        self.issuer_ends.is_none_or(|end| now < end)
+            && BorrowedCertRevocationList::from_der(&self.der)
+                .is_ok_and(|list| list.to_owned().is_ok())
+    }
 }
 
 impl Trust {
@@ -42,6 +68,7 @@ impl Trust {
             engines: Mutex::default(),
             roots: watch::Sender::new(TrustRoots::from([])),
             crls: watch::Sender::new(Crls::from([])),
+            clock: Clock::system(),
         }
     }
 
@@ -61,7 +88,7 @@ impl Trust {
         let mut first_failure = Ok(());
         for mount in mounts {
             let before = self.engines.lock().get(mount).cloned().unwrap_or_default();
-            let (engine, outcome) = Box::pin(before.read(client, mount)).await;
+            let (engine, outcome) = Box::pin(before.read(client, mount, &self.clock)).await;
             self.engines.lock().insert(mount.clone(), engine);
             first_failure = first_failure.and(outcome);
         }
@@ -73,7 +100,7 @@ impl Trust {
         let (mut roots, mut crls) = (Vec::new(), Vec::new());
         for engine in self.engines.lock().values() {
             roots.extend(engine.roots.iter().cloned());
-            crls.extend(engine.crls.values().cloned());
+            crls.extend(engine.lists.values().map(|list| list.der.clone()));
         }
         if !roots.is_empty() {
             replace(&self.roots, roots);
@@ -105,35 +132,74 @@ where
 
 impl Engine {
     /// The engine as it is now; what cannot be read stays as it was.
-    async fn read(self, client: &Client, mount: &str) -> (Self, Result<(), Failure>) {
+    async fn read(
+        self,
+        client: &Client,
+        mount: &str,
+        clock: &Clock,
+    ) -> (Self, Result<(), Failure>) {
         let issuers = match self.issuers(client, mount).await {
             Ok(issuers) => issuers,
             Err(failure) => return (self, Err(failure)),
         };
         let (mut fresh, mut outcome) = (Self::default(), Ok(()));
-        let mut complete = true;
+        let (mut complete, mut with_keys) = (true, BTreeSet::new());
         for IssuerRef { name, has_key } in issuers {
+            let mut issuer_ends = None;
             match self.issuer(client, mount, &name).await {
-                Ok(certificates) => fresh.roots.extend(certificates),
+                Ok(mut certificates) => {
+                    issuer_ends = peer_not_after(&certificates);
+                    certificates.retain(is_self_signed);
+                    fresh.roots.extend(certificates);
+                }
                 Err(failure) => (complete, outcome) = (false, outcome.and(Err(failure))),
             }
             if !has_key {
                 continue;
             }
-            let before = self.crls.get(&name).cloned();
-            let crl = match crl(client, mount, &name).await {
-                Ok(found) => found.or(before),
-                Err(failure) => {
-                    outcome = outcome.and(Err(failure));
-                    before
+            match crl(client, mount, &name).await {
+                Ok(Some(der)) => {
+                    let read_at = clock.now();
+                    let list = List {
+                        der,
+                        issuer_ends,
+                        read_at,
+                    };
+                    fresh.lists.insert(name.clone(), list);
                 }
-            };
-            fresh.crls.extend(crl.map(|crl| (name, crl)));
+                Ok(None) => {}
+                Err(failure) => outcome = outcome.and(Err(failure)),
+            }
+            with_keys.insert(name);
         }
+        fresh.keep_lists(self.lists, &with_keys, clock.now());
         if !complete {
             fresh.roots.extend(self.roots);
         }
         (fresh, outcome)
+    }
+
+    /// Keeps what was not read now of the lists of before: those of all issuers `with_keys`, and of the others, which make none any
+    /// longer, the latest [`MAX_FORMER`] that outlive them.
+    fn keep_lists(
+        &mut self,
+        mut before: BTreeMap<String, List>,
+        with_keys: &BTreeSet<String>,
+        now: SystemTime,
+    ) {
+        before.retain(|name, _| !self.lists.contains_key(name));
+        let (current, mut former): (Vec<_>, Vec<_>) = before
+            .into_iter()
+            .partition(|(name, _)| with_keys.contains(name));
+        former.retain(|(_, list)| list.outlives_its_issuer(now));
+        former.sort_unstable_by_key(|(_, list)| Reverse(list.read_at));
+        for (issuer, _) in former.drain(MAX_FORMER.min(former.len())..) {
+            tracing::warn!(
+                issuer,
+                "what a former issuer of OpenBao has revoked is forgotten: there are {MAX_FORMER} later ones"
+            );
+        }
+        self.lists.extend(current.into_iter().chain(former));
     }
 
     async fn issuers(&self, client: &Client, mount: &str) -> Result<Vec<IssuerRef>, Failure> {
@@ -155,7 +221,7 @@ impl Engine {
         Ok(issuers)
     }
 
-    /// The self-signed ones among an issuer and those above it.
+    /// The certificates of an issuer and of those above it, its own first.
     async fn issuer(
         &self,
         client: &Client,
@@ -163,9 +229,7 @@ impl Engine {
         name: &str,
     ) -> Result<Vec<CertificateDer<'static>>, Failure> {
         let path = format!("{mount}/issuer/{name}/json");
-        let mut found = wire::issuer(&get(client, &path, MAX_JSON).await?)?;
-        found.retain(is_self_signed);
-        Ok(found)
+        wire::issuer(&get(client, &path, MAX_JSON).await?)
     }
 }
 
@@ -205,6 +269,7 @@ async fn get(
         step: Step::Read,
         path,
         token: None,
+        secret: None,
         body: None,
         max_answer,
     };
@@ -214,3 +279,5 @@ async fn get(
 const MAX_JSON: usize = 1024 * 1024;
 const MAX_CRL: usize = 16 * 1024 * 1024;
 const MAX_ISSUERS: usize = 64;
+/// How many lists are kept for each engine of issuers that are gone or have lost their keys.
+const MAX_FORMER: usize = 16;

@@ -108,10 +108,10 @@ pub(super) fn requested_token(body: &[u8]) -> Result<Zeroizing<String>, Failure>
     Ok(token)
 }
 
-/// Kubernetes' words on a failure: one short line, or nothing.
-pub(super) fn kubernetes_text(body: &[u8]) -> String {
+/// Kubernetes' words on a failure: one short line without `secret`, or nothing.
+pub(super) fn kubernetes_text(body: &[u8], secret: &str) -> String {
     let said: KubernetesStatus = serde_json::from_slice(body).unwrap_or_default();
-    one_line(&said.message)
+    one_line(&said.message, [secret])
 }
 
 /// A token as a header that hides and wipes it; nothing if it is empty or cannot be one.
@@ -163,16 +163,27 @@ pub(super) fn issuer(body: &[u8]) -> Result<Vec<CertificateDer<'static>>, Failur
     Ok(found)
 }
 
-/// OpenBao's words on a failure: one short line, or nothing.
-pub(super) fn error_texts(body: &[u8]) -> String {
+/// OpenBao's words on a failure: one short line without `secrets`, or nothing.
+pub(super) fn error_texts(body: &[u8], secrets: [&str; 2]) -> String {
     let errors: Errors = serde_json::from_slice(body).unwrap_or_default();
-    one_line(&errors.errors.join("; "))
+    one_line(&errors.errors.join("; "), secrets)
 }
 
-fn one_line(text: &str) -> String {
+/// Whatever the server says, it does not say what was shown to it.
+fn one_line<const N: usize>(text: &str, secrets: [&str; N]) -> String {
+    let mut line = printable(text);
+    for secret in secrets.map(|secret| Zeroizing::new(printable(secret))) {
+        if !secret.is_empty() {
+            line = line.replace(secret.as_str(), "<redacted>");
+        }
+    }
+    // Only now: what is cut is recognised no longer.
+    line.chars().take(MAX_ERROR_TEXT).collect()
+}
+
+fn printable(text: &str) -> String {
     let line = text.split_whitespace().collect::<Vec<_>>().join(" ");
-    let printable = line.chars().filter(|character| !character.is_control());
-    printable.take(MAX_ERROR_TEXT).collect()
+    line.chars().filter(|it| !it.is_control()).collect()
 }
 
 fn pem_certificates(step: Step, pem: &str) -> Result<Vec<CertificateDer<'static>>, Failure> {

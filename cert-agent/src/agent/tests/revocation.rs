@@ -3,7 +3,7 @@
 use std::sync::atomic::AtomicUsize;
 
 use super::*;
-use crate::{Revocations, testing};
+use crate::{KeptSource, Revocations, testing};
 
 /// Signs for everybody.
 struct Signing {
@@ -28,21 +28,26 @@ impl Source for Signing {
 async fn holding(authority: testing::Authority) -> (Agent, Arc<Signing>, JoinSet<()>) {
     let calls = AtomicUsize::new(0);
     let signing = Arc::new(Signing { authority, calls });
-    let options = AgentOptions {
-        revocations: Revocations::armed(),
-        clock: paused_clock(),
-        ..AgentOptions::default()
-    };
-    let agent = Agent::new(Arc::<Signing>::clone(&signing), options);
-    let mut running = JoinSet::new();
-    let run = agent.clone();
-    running.spawn(async move { run.run(CancellationToken::new()).await });
+    let (agent, running) = running(Arc::<Signing>::clone(&signing), Revocations::armed());
     for which in [WEB, DB] {
         agent.prefetch(&id(which));
         agent.svid(&id(which)).await.unwrap();
     }
     sleep(2 * SECOND).await;
     (agent, signing, running)
+}
+
+fn running(source: Arc<dyn Source>, revocations: Revocations) -> (Agent, JoinSet<()>) {
+    let options = AgentOptions {
+        revocations,
+        clock: paused_clock(),
+        ..AgentOptions::default()
+    };
+    let agent = Agent::new(source, options);
+    let mut running = JoinSet::new();
+    let run = agent.clone();
+    running.spawn(async move { run.run(CancellationToken::new()).await });
+    (agent, running)
 }
 
 #[tokio::test(start_paused = true)]
@@ -74,4 +79,41 @@ async fn an_authority_that_is_revoked_is_asked_once() {
         agent.current(&id(WEB)).unwrap().is_revoked(),
         "served still: nothing better is there"
     );
+}
+
+/// How often the authority is asked for a certificate in the place of one that an earlier process held, on which it put what
+/// `revoked` says; and whether what is held then is revoked.
+async fn replaced(
+    authority: testing::Authority,
+    revoked: impl Fn(&testing::Authority, &KeyedChain) -> Vec<u8>,
+) -> (usize, bool) {
+    let calls = AtomicUsize::new(0);
+    let signing = Arc::new(Signing { authority, calls });
+    let directory = tempfile::tempdir().unwrap();
+    let process = || {
+        let (source, path) = (Arc::clone(&signing), directory.path().to_owned());
+        Arc::new(KeptSource::new(source, path, TrustBundle::default()).unwrap())
+    };
+    let first = process().obtain(&id(WEB)).await.unwrap();
+    let revocations = Revocations::armed();
+    let list = revoked(&signing.authority, &first);
+    revocations.update("file", &list).unwrap();
+    let (agent, _running) = running(process(), revocations);
+    agent.prefetch(&id(WEB));
+    let recalled = agent.svid(&id(WEB)).await.unwrap();
+    assert_eq!(recalled.chain()[0], first.chain[0]);
+    assert!(signing.calls() == 1 && recalled.is_revoked());
+    sleep(2 * HOUR).await;
+    let held = agent.current(&id(WEB)).unwrap();
+    (signing.calls() - 1, held.is_revoked())
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_revoked_certificate_of_an_earlier_process_is_replaced() {
+    let authority = testing::Authority::new("mesh");
+    let leaf = |by: &testing::Authority, of: &KeyedChain| by.crl(&[&of.chain[0]]);
+    assert_eq!(replaced(authority, leaf).await, (1, false));
+    let authority = testing::Authority::new("mesh").with_intermediate();
+    let all = |by: &testing::Authority, of: &KeyedChain| by.root_crl(&[&of.chain[1]]);
+    assert_eq!(replaced(authority, all).await, (1, true), "asked once");
 }

@@ -206,6 +206,25 @@ async fn the_other_methods() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn what_was_shown_is_not_repeated_even_in_part() {
+    // The line of the server is cut within what it repeats.
+    let repeating = |secret: &str| errors(400, &format!("{} {secret}", "-".repeat(295)));
+    let stage = stage();
+    stage
+        .fake
+        .script(move |seen| seen.is_login().then(|| repeating(JWT)));
+    let error = stage.sign().await.unwrap_err().to_string();
+    assert!(error.contains("---") && !error.contains("eyJ"), "{error}");
+    advance(seconds(1)).await;
+    stage.fake.script(move |seen| {
+        let sign = seen.path.contains("/sign/");
+        sign.then(|| repeating(seen.header("x-vault-token")))
+    });
+    let error = stage.sign().await.unwrap_err().to_string();
+    assert!(error.contains("---") && !error.contains("tok"), "{error}");
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_token_file_is_read_again_when_the_token_is_refused() {
     let file = tempfile::NamedTempFile::new().unwrap();
     std::fs::write(file.path(), "one\n").unwrap();

@@ -17,7 +17,12 @@ use crate::testing;
 type Issuer = CertifiedIssuer<'static, KeyPair>;
 
 fn root(name: &str) -> Issuer {
+    root_until(name, CertificateParams::default().not_after)
+}
+
+fn root_until(name: &str, not_after: time::OffsetDateTime) -> Issuer {
     let mut params = CertificateParams::default();
+    params.not_after = not_after;
     params.distinguished_name.push(DnType::CommonName, name);
     params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
     params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
@@ -132,7 +137,7 @@ async fn the_bundle_is_the_union_of_all_self_signed_issuers() {
             .all(|it| it.header("x-vault-token").is_empty() && !it.path.contains("evil"))
     );
 
-    // What is gone goes; what is as before is not announced.
+    // A root that is gone goes; what is as before is not announced.
     let (mut roots, mut crls) = (stage.authority.roots(), stage.authority.crls());
     roots.mark_unchanged();
     crls.mark_unchanged();
@@ -149,8 +154,95 @@ async fn the_bundle_is_the_union_of_all_self_signed_issuers() {
     let data = json!({ "certificate": pem_text(&intermediate) });
     engines.set("pki-mesh/issuer/i/json", ok(&json!({ "data": data })));
     poll(&stage).await;
-    assert!(roots.has_changed().unwrap() && crls.has_changed().unwrap());
-    assert_eq!(published(&stage), (ders(&[&two]), 1));
+    assert!(roots.has_changed().unwrap() && !crls.has_changed().unwrap());
+    assert_eq!(published(&stage), (ders(&[&two]), 2));
+}
+
+/// An engine that held the issuers `names` and their keys, and what it published.
+async fn held(stage: &Stage, engines: &Engines, names: &[&str], issuer: &Issuer) -> Vec<u8> {
+    engines.serve(stage);
+    engines.list("pki-mesh", names);
+    for name in names {
+        engines.issuer("pki-mesh", name, issuer, 1);
+    }
+    assert!(poll(stage).await);
+    stage.authority.crls().borrow()[0].clone()
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_an_issuer_has_revoked_outlives_its_key_and_itself() {
+    let (stage, engines) = (stage(), Engines::default());
+    let before = held(&stage, &engines, &["a"], &root("one")).await;
+    let lists = || stage.authority.crls().borrow().to_vec();
+    engines.list_without_keys("pki-mesh", &["a"]);
+    assert!(poll(&stage).await);
+    assert!(lists().contains(&before), "it has lost its key");
+    engines.list("pki-mesh", &["b"]);
+    engines.issuer("pki-mesh", "b", &root("two"), 1);
+    for _ in 0..2 {
+        assert!(poll(&stage).await);
+        assert!(lists().contains(&before), "it is gone");
+        assert_eq!(lists().len(), 2);
+    }
+    let again = root("one");
+    engines.list("pki-mesh", &["a", "b"]);
+    engines.issuer("pki-mesh", "a", &again, 2);
+    assert!(poll(&stage).await);
+    assert!(!lists().contains(&before), "it is back, with another list");
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_list_of_a_former_issuer_goes_when_that_ends() {
+    let (stage, engines) = (stage(), Engines::default());
+    let ended = root_until(
+        "one",
+        time::OffsetDateTime::now_utc() - time::Duration::HOUR,
+    );
+    let before = held(&stage, &engines, &["a"], &ended).await;
+    assert!(poll(&stage).await);
+    assert!(stage.authority.crls().borrow().contains(&before));
+    engines.list("pki-mesh", &["b"]);
+    engines.issuer("pki-mesh", "b", &root("two"), 1);
+    assert!(poll(&stage).await);
+    let lists = stage.authority.crls().borrow().to_vec();
+    assert!(lists.len() == 1 && !lists.contains(&before));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_list_of_another_kind_goes_with_its_issuer() {
+    let (stage, engines, one) = (stage(), Engines::default(), root("one"));
+    held(&stage, &engines, &["a"], &one).await;
+    let mut first_version = crl(&one, 2);
+    let version = first_version.windows(3).position(|it| it == [2, 1, 1]);
+    first_version[version.unwrap() + 2] = 0;
+    let list = reply(200, first_version.clone());
+    engines.set("pki-mesh/issuer/a/crl/der", list);
+    assert!(poll(&stage).await);
+    assert!(stage.authority.crls().borrow().contains(&first_version));
+    engines.list("pki-mesh", &["b"]);
+    engines.issuer("pki-mesh", "b", &root("two"), 1);
+    assert!(poll(&stage).await);
+    assert!(!stage.authority.crls().borrow().contains(&first_version));
+}
+
+#[tokio::test(start_paused = true)]
+async fn lists_of_the_latest_former_issuers_are_kept() {
+    let (stage, engines) = (stage(), Engines::default());
+    let (mut all, most) = (Vec::new(), 16);
+    // Each in the place of the one before; their names sort the other way round.
+    for turn in 0..most + 4 {
+        let (name, issuer) = (format!("i{}", 99 - turn), root("one"));
+        engines.serve(&stage);
+        engines.list("pki-mesh", &[&name]);
+        engines.issuer("pki-mesh", &name, &issuer, 1);
+        assert!(poll(&stage).await);
+        let lists = stage.authority.crls().borrow().to_vec();
+        let new = lists.iter().find(|list| !all.contains(*list)).unwrap();
+        all.push(new.clone());
+    }
+    let mut latest = all.split_off(all.len() - (most + 1));
+    latest.sort();
+    assert_eq!(stage.authority.crls().borrow().to_vec(), latest);
 }
 
 #[tokio::test(start_paused = true)]
