@@ -23,7 +23,7 @@ use super::{
     headers::{self, BAGGAGE, FORWARDED, NETWORK, TRACEPARENT},
     keepalive::Keepalive,
     pool::{Fate, Lease, Opening},
-    queue::{Queued, SEND_BUFFER},
+    queue::{Queued, SEND_BUFFER, small_frames},
     stream::Stream,
     turn::{Moved, Turn, Turnwise, turnwise},
     window::Window,
@@ -122,6 +122,7 @@ pub(super) async fn handshake<T: AsyncRead + AsyncWrite + Unpin>(
             .initial_max_send_streams(NO_SETTINGS)
             .max_send_buffer_size(SEND_BUFFER)
             .max_concurrent_reset_streams(KEPT_RESETS)
+            .data_frame_budget(small_frames(config))
             .handshake(io)
             .await?;
         let mut driver = Driver::new(connection, turn, config);
@@ -227,6 +228,8 @@ pub struct Driver<T> {
     turn: Turn<T>,
     keepalive: Option<Keepalive>,
     window: Window,
+    /// Whether the connection has come to its orderly end.
+    is_closed: bool,
 }
 
 impl<T> std::fmt::Debug for Driver<T> {
@@ -247,6 +250,7 @@ impl<T: AsyncRead + AsyncWrite + Unpin> Driver<T> {
             turn,
             keepalive: pings.map(|pings| Keepalive::new(pings, config)),
             window: Window::new(config),
+            is_closed: false,
         }
     }
 
@@ -256,6 +260,14 @@ impl<T: AsyncRead + AsyncWrite + Unpin> Driver<T> {
     /// Dropping the future closes the connection at once.
     pub async fn run(mut self) {
         poll_fn(|cx| self.poll_run(cx, |_, _| 1)).await;
+        self.linger().await;
+    }
+
+    /// Once the connection has ended: waits a little for the peer's end, if that was an orderly one.
+    pub(super) async fn linger(&self) {
+        if self.is_closed {
+            self.turn.linger().await;
+        }
     }
 
     /// Streams the peer allows at once.
@@ -278,6 +290,7 @@ impl<T: AsyncRead + AsyncWrite + Unpin> Driver<T> {
         let open = streams(self.peer_limit(), self.turn.moved());
         ready!(self.turn.poll_begin(cx, open));
         if let Poll::Ready(end) = Pin::new(&mut self.connection).poll(cx) {
+            self.is_closed = end.is_ok();
             if let Err(error) = end {
                 tracing::debug!(%error, "connection ended");
             }

@@ -280,7 +280,10 @@ impl<D: Dial> Task<D> {
                 opened.send_replace(State::Ready(sender));
                 // The state now lives as long as the shelf or a lease holds it.
                 drop(opened);
-                self.drive(driver, ends).await;
+                let driver = self.drive(driver, ends).await;
+                // Nobody waits for a stream of what has ended.
+                self.shelf.remove(&self.key, &self.load);
+                Box::pin(driver.linger()).await;
             }
             Err(error) => {
                 // First off the shelf: who comes later starts a new attempt.
@@ -288,7 +291,6 @@ impl<D: Dial> Task<D> {
                 opened.send_replace(State::Failed(Arc::new(error)));
             }
         }
-        self.shelf.remove(&self.key, &self.load);
     }
 
     async fn open(&self) -> Result<(Sender, Driver<TlsIo<D>>, Ends), OpenError> {
@@ -331,7 +333,11 @@ impl<D: Dial> Task<D> {
 
     /// Runs the connection; once it was idle for long or has reached its age, takes it off the shelf, whereupon it closes
     /// with its last stream. Once the peer is revoked, closes it at once.
-    async fn drive(&self, mut driver: Driver<TlsIo<D>>, Ends { age, cut }: Ends) {
+    async fn drive(
+        &self,
+        mut driver: Driver<TlsIo<D>>,
+        Ends { age, cut }: Ends,
+    ) -> Driver<TlsIo<D>> {
         let load = &self.load;
         let mut pace = Pace::new();
         let running = poll_fn(|cx| {
@@ -365,6 +371,7 @@ impl<D: Dial> Task<D> {
             let limits = self.metrics.limits();
             limits.hit(flood.limit(), &self.key.destination);
         }
+        driver
     }
 
     /// Ready when the connection was retired because nobody used it.

@@ -9,10 +9,17 @@ use std::task::{Context, Poll};
 use bytes::Buf;
 
 use super::sync::{Arc, AtomicUsize, AtomicWaker, Ordering};
-use crate::relay::Payload;
+use crate::{config, relay::Payload};
 
 /// Bytes that a stream may have queued for the connection before it waits.
 pub(super) const SEND_BUFFER: usize = 256 << 10;
+
+/// What the library may hold of small frames that wait for a reader: each counts for what it lacks of 256 bytes. A stream whose
+/// reader pauses may fill its window by messages of a few bytes, and that is no reason to end its neighbours; whoever does so to
+/// take memory gets little more than by large frames.
+pub(super) fn small_frames(config: &config::Tunnel) -> usize {
+    usize::try_from(config.connection_window).map_or(usize::MAX, |window| window.saturating_mul(2))
+}
 
 /// The payloads of one stream that are with the library.
 #[derive(Debug, Default)]
@@ -31,7 +38,7 @@ impl Queue {
         self.0.payloads.fetch_add(1, Ordering::AcqRel);
         Queued {
             payload,
-            _place: Some(Place(Arc::clone(&self.0))),
+            _place: Place(Arc::clone(&self.0)),
         }
     }
 
@@ -50,17 +57,7 @@ impl Queue {
 #[derive(Debug)]
 pub(super) struct Queued {
     payload: Payload,
-    _place: Option<Place>,
-}
-
-impl Queued {
-    /// No bytes, to end a stream with.
-    pub(super) const fn end() -> Self {
-        Self {
-            payload: Payload::empty(),
-            _place: None,
-        }
-    }
+    _place: Place,
 }
 
 impl Buf for Queued {

@@ -26,7 +26,7 @@ use super::{
     frames::Refusals,
     headers::{self, Baggage, TraceParent},
     keepalive::Keepalive,
-    queue::{Queued, SEND_BUFFER},
+    queue::{Queued, SEND_BUFFER, small_frames},
     stream::Stream,
     turn::{Turn, Turnwise, turnwise},
     window::Window,
@@ -200,6 +200,7 @@ where
         .max_header_list_size(config.server_max_header_bytes)
         .max_send_buffer_size(SEND_BUFFER)
         .max_concurrent_reset_streams(KEPT_RESETS)
+        .data_frame_budget(small_frames(config))
         .handshake(io);
     let mut connection = timeout(config.preface_timeout, handshake)
         .await
@@ -222,7 +223,10 @@ where
     // One that ended within a turn has said nothing of it yet.
     serving.tell_of_limits();
     let end = match end {
-        End::Closed => Ok(()),
+        End::Closed => {
+            serving.turn.linger().await;
+            Ok(())
+        }
         End::Failed(error) => Err(error.into()),
         End::Silent => {
             say_farewell(&mut serving.connection, h2::Reason::NO_ERROR).await;

@@ -124,7 +124,8 @@ impl Endpoint for Stream {
     }
 
     fn poll_finish(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Fault>> {
-        let sent = self.send.send_data(Queued::end(), true);
+        let end = self.queue.enter(Payload::empty());
+        let sent = self.send.send_data(end, true);
         Poll::Ready(sent.map_err(|_| self.fault(cx)))
     }
 
@@ -147,11 +148,15 @@ impl Endpoint for Stream {
         _: &Buffers,
         late: bool,
     ) -> Poll<()> {
-        if leave == Leave::Reset {
-            if !late {
-                // A reset throws away what the library still holds.
-                ready!(self.queue.poll_empty(cx));
-            }
+        if leave == Leave::Ended {
+            return Poll::Ready(());
+        }
+        // A reset throws away what the library still holds, and a stream that is dropped unfinished is reset.
+        let sent = self.queue.poll_empty(cx);
+        if !late {
+            ready!(sent);
+        }
+        if leave == Leave::Reset || sent.is_pending() {
             self.send.send_reset(Reason::CONNECT_ERROR);
         }
         Poll::Ready(())

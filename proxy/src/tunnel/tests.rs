@@ -3,19 +3,29 @@
 mod raw;
 mod relay;
 
-use std::time::Duration;
+use std::{future::poll_fn, time::Duration};
 
 use h2::Reason;
 use http::{HeaderValue, Method, StatusCode};
-use tokio::{io::duplex, time::Instant};
+use tokio::{
+    io::{AsyncWriteExt as _, duplex},
+    sync::mpsc,
+    time::Instant,
+};
 use tokio_util::sync::CancellationToken;
 
 use super::{
     ConnectError, Incoming, OpenError, Stream,
     client::handshake,
+    flood::Watch,
     testing::{Tasks, client, connected, echo, finish, put, request, serve_in, soon, take},
+    turn::turnwise,
 };
-use crate::{config, relay::Fault, telemetry};
+use crate::{
+    config,
+    relay::{Buffers, Endpoint as _, Fault, Leave},
+    telemetry,
+};
 
 #[tokio::test]
 async fn bytes_go_both_ways_and_ends_are_separate() {
@@ -116,7 +126,7 @@ async fn resets_of_the_peer_end_a_stream_as_their_code_says() {
 async fn a_dropped_stream_is_cancelled_and_the_connection_stays() {
     let tasks = Tasks::default();
     let (near, far) = duplex(64 << 10);
-    let (seen_tx, mut seen_rx) = tokio::sync::mpsc::channel(2);
+    let (seen_tx, mut seen_rx) = mpsc::channel(2);
     serve_in(&tasks, far, &CancellationToken::new(), move |incoming| {
         let seen = seen_tx.clone();
         async move {
@@ -178,6 +188,74 @@ async fn stalled_streams_do_not_stop_their_neighbour() {
 }
 
 #[tokio::test]
+async fn a_reader_of_small_messages_may_pause() {
+    let tasks = Tasks::default();
+    let handler = |incoming: Incoming| async move {
+        if incoming.connect.authority() == "10.0.0.5:1" {
+            let _held = incoming.responder.accept(None).unwrap();
+            std::future::pending::<()>().await;
+        } else {
+            echo(incoming).await;
+        }
+    };
+    let sender = connected(&tasks, &CancellationToken::new(), handler).await;
+    let value = HeaderValue::from_static("");
+    let paused = super::Request::new("10.0.0.5:1", value.clone(), value.clone(), value).unwrap();
+    let mut paused = sender.connect(&paused).await.unwrap().stream;
+    for _ in 0..50_000 {
+        put(&mut paused, &b"twenty bytes of news"[..]).await;
+    }
+    let mut neighbour = soon(sender.connect(&request())).await.unwrap().stream;
+    put(&mut neighbour, "here").await;
+    assert_eq!(take(&mut neighbour).await.unwrap().unwrap(), "here");
+}
+
+#[tokio::test]
+async fn what_was_put_arrives_though_nobody_wants_the_answer() {
+    let tasks = Tasks::default();
+    let (told, mut heard) = mpsc::unbounded_channel();
+    let handler = move |incoming: Incoming| {
+        let told = told.clone();
+        async move {
+            let mut stream = incoming.responder.accept(None).unwrap();
+            let (mut bytes, mut ended) = (0, false);
+            while let Ok(more) = take(&mut stream).await {
+                bytes += more.as_ref().map_or(0, bytes::Bytes::len);
+                ended = more.is_none();
+                if ended {
+                    break;
+                }
+            }
+            told.send((bytes, ended)).unwrap();
+        }
+    };
+    let sender = connected(&tasks, &CancellationToken::new(), handler).await;
+    let mut stream = sender.connect(&request()).await.unwrap().stream;
+    put(&mut stream, vec![7; 60_000]).await;
+    finish(&mut stream).await.unwrap();
+    let buffers = Buffers::new();
+    poll_fn(|cx| stream.poll_leave(cx, Leave::Early, &buffers, false)).await;
+    drop(stream);
+    assert_eq!(soon(heard.recv()).await, Some((60_000, true)));
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_end_of_a_connection_waits_a_little_for_its_peer() {
+    for (closes, seconds) in [(true, 0), (false, 2)] {
+        let (mut near, far) = duplex(64 << 10);
+        let watch = Watch::new(0, &config::Tunnel::default());
+        let (_io, turn) = turnwise(far, watch, None);
+        near.write_all(&[7; 5000]).await.unwrap();
+        if closes {
+            near.shutdown().await.unwrap();
+        }
+        let began = Instant::now();
+        turn.linger().await;
+        assert_eq!(began.elapsed().as_secs(), seconds);
+    }
+}
+
+#[tokio::test]
 async fn a_drain_lets_open_streams_finish_and_takes_no_more() {
     let tasks = Tasks::default();
     let stop = CancellationToken::new();
@@ -222,7 +300,7 @@ async fn a_silent_server_ends_the_wait_for_settings_and_for_an_answer() {
 #[tokio::test(start_paused = true)]
 async fn a_client_that_gives_up_is_noticed_before_the_answer() {
     let tasks = Tasks::default();
-    let (gone_tx, mut gone_rx) = tokio::sync::mpsc::channel(1);
+    let (gone_tx, mut gone_rx) = mpsc::channel(1);
     let wait = move |mut incoming: Incoming| {
         let gone = gone_tx.clone();
         async move {

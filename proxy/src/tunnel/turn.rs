@@ -6,14 +6,19 @@
 //! writes that when its turn is over ([`Turn::poll_end`]).
 
 use std::{
+    future::poll_fn,
     io::{self, IoSlice},
     pin::{Pin, pin},
     sync::Arc,
     task::{Context, Poll, ready},
+    time::Duration,
 };
 
 use parking_lot::Mutex;
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::{
+    io::{AsyncRead, AsyncWrite, ReadBuf},
+    time::timeout,
+};
 
 use super::{
     flood::{Flood, Watch},
@@ -23,6 +28,9 @@ use crate::telemetry::Limit;
 
 /// Writes of this size and more are passed on at once: they fill records by themselves.
 const LARGE: usize = 16 << 10;
+
+/// How long the end of a connection waits for its peer's.
+const LONGEST_LINGER: Duration = Duration::from_secs(2);
 
 /// Room that stays allocated between turns.
 const KEPT: usize = 8 << 10;
@@ -134,6 +142,27 @@ impl<T: AsyncWrite + Unpin> Turn<T> {
         }
         self.moved = writer.moved;
         self.moved
+    }
+}
+
+impl<T: AsyncRead + Unpin> Turn<T> {
+    /// After an orderly end: reads until the peer has closed, too, two seconds at most, and throws that away. A socket that is closed
+    /// with something unread, or gets it later, takes back what it has not delivered yet; and a stream that carries the connection
+    /// is reset when it is dropped.
+    pub(super) async fn linger(&self) {
+        let mut room = [0; 1024];
+        let closed = poll_fn(|cx| {
+            let mut writer = self.writer.lock();
+            loop {
+                let mut room = ReadBuf::new(&mut room);
+                let read = ready!(Pin::new(&mut writer.io).poll_read(cx, &mut room));
+                if read.is_err() || room.filled().is_empty() {
+                    return Poll::Ready(());
+                }
+            }
+        });
+        // Whoever does not close in time loses nothing by it that it would have read.
+        let _ = timeout(LONGEST_LINGER, closed).await;
     }
 }
 

@@ -27,7 +27,7 @@ enum Step {
 }
 
 macro_rules! drive {
-    ($connection:ident, $io:ident, $received:ident, $early:ident) => {{
+    ($connection:ident, $io:ident, $received:ident) => {{
         let mut out = Wire::default();
         loop {
             let UnbufferedStatus { discard, state, .. } =
@@ -43,13 +43,8 @@ macro_rules! drive {
                     Step::Write
                 }
                 Ok(ConnectionState::BlockedHandshake) => Step::Read,
+                // What comes behind is no matter of the handshake, and rustls has not seen it.
                 Ok(ConnectionState::WriteTraffic(_)) => Step::Done,
-                Ok(ConnectionState::ReadTraffic(mut traffic)) => {
-                    while let Some(record) = traffic.next_record() {
-                        $early.extend_from_slice(record.map_err(invalid)?.payload);
-                    }
-                    Step::Again
-                }
                 Ok(_) => Step::Closed,
                 Err(error) => {
                     failure = Some(error);
@@ -61,8 +56,6 @@ macro_rules! drive {
                 Step::Again => {}
                 Step::Write => send(&mut $io, &mut out).await?,
                 Step::Read => $received.read(&mut $io).await?,
-                // What follows the handshake begins in the middle of a message.
-                Step::Done if $received.shown > 0 => $received.read(&mut $io).await?,
                 Step::Done => break,
                 Step::Closed => {
                     let Some(error) = failure else {
@@ -98,14 +91,14 @@ pub(super) async fn connect<S: AsyncRead + AsyncWrite + Unpin>(
     name: ServerName<'static>,
 ) -> io::Result<TlsStream<S>> {
     let mut connection = UnbufferedClientConnection::new(config, name).map_err(invalid)?;
-    let (mut received, mut early) = (Received::default(), Vec::new());
-    drive!(connection, io, received, early);
+    let mut received = Received::default();
+    drive!(connection, io, received);
     let peer = owned(connection.peer_certificates());
     let (secrets, kernel) = connection
         .dangerous_into_kernel_connection()
         .map_err(invalid)?;
     let kernel = Kernel::Client(kernel);
-    established(io, &secrets, kernel, peer, (received.wire, early))
+    established(io, &secrets, kernel, peer, received.wire)
 }
 
 /// Accepts as a TLS server over `io`. The configuration must allow secrets to be extracted.
@@ -119,14 +112,14 @@ pub(super) async fn accept<S: AsyncRead + AsyncWrite + Unpin>(
     config: Arc<ServerConfig>,
 ) -> io::Result<TlsStream<S>> {
     let mut connection = UnbufferedServerConnection::new(config).map_err(invalid)?;
-    let (mut received, mut early) = (Received::default(), Vec::new());
-    drive!(connection, io, received, early);
+    let mut received = Received::default();
+    drive!(connection, io, received);
     let peer = owned(connection.peer_certificates());
     let (secrets, kernel) = connection
         .dangerous_into_kernel_connection()
         .map_err(invalid)?;
     let kernel = Kernel::Server(kernel);
-    established(io, &secrets, kernel, peer, (received.wire, early))
+    established(io, &secrets, kernel, peer, received.wire)
 }
 
 /// The session behind a handshake, with what was received beyond it.
@@ -135,11 +128,11 @@ fn established<S>(
     secrets: &ExtractedSecrets,
     kernel: Kernel,
     peer: Box<[CertificateDer<'static>]>,
-    (wire_in, early): (Wire, Vec<u8>),
+    received: Wire,
 ) -> io::Result<TlsStream<S>> {
     let rx = Protection::new(secrets.rx.0, &secrets.rx.1).map_err(io::Error::other)?;
     let tx = Protection::new(secrets.tx.0, &secrets.tx.1).map_err(io::Error::other)?;
-    Ok(TlsStream::new(io, rx, tx, kernel, peer).with_received(wire_in, early))
+    Ok(TlsStream::new(io, rx, tx, kernel, peer).with_received(received))
 }
 
 fn encode<D>(mut data: EncodeTlsData<'_, D>, out: &mut Wire) -> io::Result<()> {
@@ -177,9 +170,8 @@ struct Received {
 }
 
 impl Received {
-    /// The complete records: rustls sees no part of one, so a peer that sends byte by byte costs no repeated work.
+    /// The records that are to be understood.
     fn records(&mut self) -> &mut [u8] {
-        self.shown += whole(self.fresh());
         let records = self.wire.queued_mut().get_mut(..self.shown);
         records.unwrap_or_default()
     }
@@ -195,9 +187,23 @@ impl Received {
         self.shown = self.shown.saturating_sub(count);
     }
 
-    /// Reads until one more record is whole. A handshake of more than [`MAX_HANDSHAKE`] unprocessed bytes is refused.
+    /// Adds one record to those that are to be understood: rustls sees no part of one, so a peer that sends byte by byte costs no
+    /// repeated work, and none behind the handshake, which the keys it leaves behind are for. What can be no record is shown as
+    /// it is, to be refused. A handshake of more than [`MAX_HANDSHAKE`] unprocessed bytes is refused.
     async fn read<S: AsyncRead + Unpin>(&mut self, io: &mut S) -> io::Result<()> {
-        while whole(self.fresh()) == 0 {
+        loop {
+            let fresh = self.fresh();
+            match record(fresh) {
+                Some(length) if length <= fresh.len() => {
+                    self.shown += length;
+                    return Ok(());
+                }
+                Some(length) if length > MAX_RECORD => {
+                    self.shown += fresh.len();
+                    return Ok(());
+                }
+                Some(_) | None => {}
+            }
             if self.wire.len() >= MAX_HANDSHAKE {
                 return Err(io::Error::new(
                     io::ErrorKind::InvalidData,
@@ -210,21 +216,19 @@ impl Received {
             }
             self.wire.commit(n);
         }
-        Ok(())
     }
 }
 
-/// Length of the complete records at the front of `bytes`.
-fn whole(bytes: &[u8]) -> usize {
-    let mut length = 0;
-    while let Some(&[_, _, _, high, low]) = bytes.get(length..).and_then(<[u8]>::first_chunk) {
-        let next = length + HEADER + usize::from(u16::from_be_bytes([high, low]));
-        if next > bytes.len() {
-            break;
-        }
-        length = next;
-    }
-    length
+/// Length of the record at the front of `bytes`, with its header, once that is there; more than [`MAX_RECORD`] if it is none.
+fn record(bytes: &[u8]) -> Option<usize> {
+    let &[kind, _, _, high, low] = bytes.first_chunk()?;
+    let length = HEADER + usize::from(u16::from_be_bytes([high, low]));
+    // change_cipher_spec, alert, handshake, application_data: RFC 8446 section 5.1.
+    Some(if (20..=23).contains(&kind) {
+        length
+    } else {
+        usize::MAX
+    })
 }
 
 fn owned(chain: Option<&[CertificateDer<'static>]>) -> Box<[CertificateDer<'static>]> {
@@ -235,5 +239,7 @@ fn invalid(error: rustls::Error) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, error)
 }
 
+/// The longest record, with its header (RFC 8446 section 5.2).
+const MAX_RECORD: usize = HEADER + 16_384 + 256;
 /// Handshake bytes a peer may have waiting to be understood.
 const MAX_HANDSHAKE: usize = 65_536;

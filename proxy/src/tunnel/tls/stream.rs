@@ -40,8 +40,8 @@ pub(super) struct TlsStream<S> {
     pub(super) incoming: Wire,
     /// Opened bytes that the reader had no room for: the first `ready` bytes behind the record header of `incoming`.
     ready: Opened,
-    /// Application bytes that came together with the end of the handshake.
-    early: Vec<u8>,
+    /// What is wrong with the record behind the bytes that were read last.
+    failed: Option<io::Error>,
     /// The beginning of a post-handshake message, the rest of which comes in records to follow.
     begun: Vec<u8>,
     /// Records as they go.
@@ -84,7 +84,7 @@ impl<S> TlsStream<S> {
             peer,
             incoming: Wire::default(),
             ready: Opened::default(),
-            early: Vec::new(),
+            failed: None,
             begun: Vec::new(),
             outgoing: Wire::default(),
             appetite: MIN_READ,
@@ -93,9 +93,8 @@ impl<S> TlsStream<S> {
         }
     }
 
-    pub(super) fn with_received(mut self, incoming: Wire, early: Vec<u8>) -> Self {
+    pub(super) fn with_received(mut self, incoming: Wire) -> Self {
         self.incoming = incoming;
-        self.early = early;
         self
     }
 
@@ -177,6 +176,8 @@ impl<S> TlsStream<S> {
                 self.state = ReadState::Closed;
                 Ok(())
             }
+            // It announces a close_notify (RFC 8446 section 6.1).
+            (Content::Alert, [_, USER_CANCELED]) => Ok(()),
             (Content::Alert, [_, alert]) => Err(io::Error::new(
                 io::ErrorKind::ConnectionAborted,
                 format!("peer sent TLS alert {alert}"),
@@ -334,14 +335,19 @@ impl<S: AsyncRead + AsyncWrite + Unpin> TlsStream<S> {
         cx: &mut Context<'_>,
         buf: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        if !self.early.is_empty() {
-            let n = self.early.len().min(buf.remaining());
-            buf.put_slice(self.early.drain(..n).as_slice());
-            return Poll::Ready(Ok(()));
+        if let Some(error) = self.failed.take() {
+            return Poll::Ready(Err(error));
         }
+        let before = buf.filled().len();
         loop {
-            if self.open_records(buf)? || buf.remaining() == 0 {
-                return Poll::Ready(Ok(()));
+            match self.open_records(buf) {
+                Ok(false) if buf.remaining() > 0 => {}
+                Ok(_) => return Poll::Ready(Ok(())),
+                Err(error) if buf.filled().len() > before => {
+                    self.failed = Some(error);
+                    return Poll::Ready(Ok(()));
+                }
+                Err(error) => return Poll::Ready(Err(error)),
             }
             let n = match self.incoming.poll_fill(&mut self.io, cx, self.appetite) {
                 Poll::Ready(n) => n?,
@@ -459,6 +465,7 @@ const NEW_SESSION_TICKET: u8 = 4;
 const KEY_UPDATE: u8 = 24;
 const WARNING: u8 = 1;
 const CLOSE_NOTIFY: u8 = 0;
+const USER_CANCELED: u8 = 90;
 /// Bytes at hand for the first read after a pause.
 const MIN_READ: usize = 16 * 1024;
 /// Bytes at hand for a read of a busy connection: 16 records.

@@ -182,6 +182,58 @@ async fn a_message_after_the_handshake_may_come_in_pieces_but_nothing_between_th
     }
 }
 
+#[tokio::test(start_paused = true)]
+async fn keys_that_change_with_the_end_of_the_handshake_are_answered() {
+    let configs = configs();
+    let (a, b) = duplex(64 * 1024);
+    // What a client says before it waits arrives together with the end of its handshake.
+    let client = async {
+        let mut client = connect(a, configs.client, name()).await?;
+        client.seal(Content::Handshake, &[24, 0, 0, 1, 1])?;
+        client.flush().await?;
+        io::Result::Ok(client)
+    };
+    let (client, server) = tokio::join!(client, accept(b, configs.server));
+    let (mut client, mut server) = (client.expect("connect"), server.expect("accept"));
+    for said in [b"before", b"behind"] {
+        server.write_all(said).await.expect("written");
+        server.flush().await.expect("sent");
+        let mut got = [0; 6];
+        client
+            .read_exact(&mut got)
+            .await
+            .expect("under the right key");
+        assert_eq!(&got, said);
+        let silence = timeout(Duration::from_millis(1), server.read_u8()).await;
+        assert!(silence.is_err(), "{silence:?}");
+    }
+}
+
+#[tokio::test]
+async fn what_came_before_a_bad_record_is_read_first() {
+    let (mut client, mut server) = pair(4096).await;
+    client.write_all(b"data").await.expect("written");
+    client.seal(Content::Alert, &[1, 90]).expect("sealed");
+    client.write_all(b"more").await.expect("written");
+    client.seal(Content::Alert, &[2, 40]).expect("sealed");
+    client.flush().await.expect("sent");
+    let mut got = [0; 64];
+    assert_eq!(server.read(&mut got).await.expect("data"), 8);
+    assert_eq!(&got[..8], b"datamore");
+    let error = server.read(&mut got).await.expect_err("the alert");
+    assert!(error.to_string().contains("alert 40"), "{error}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_can_be_no_record_is_refused_at_once() {
+    let (mut peer, far) = duplex(4096);
+    peer.write_all(b"GET / HT").await.expect("written");
+    let accepting = accept(far, configs().server);
+    let refused = timeout(Duration::from_secs(1), accepting).await;
+    let error = refused.expect("no wait").expect_err("no handshake");
+    assert_eq!(error.kind(), io::ErrorKind::InvalidData);
+}
+
 #[tokio::test]
 async fn a_shutdown_is_an_end_and_not_an_error() {
     let (mut client, mut server) = pair(4096).await;
