@@ -11,7 +11,7 @@ use futures_util::{StreamExt, future::BoxFuture, stream::BoxStream};
 use tokio::{
     sync::{mpsc, watch},
     task::spawn_blocking,
-    time::{Instant, sleep, timeout},
+    time::{Instant, sleep, sleep_until, timeout},
 };
 use tokio_util::sync::CancellationToken;
 use tonic::{Code, Status};
@@ -31,7 +31,8 @@ pub trait Sink: Send + Sync + 'static {
     /// Tells names and versions of what is held by way of [`apply`](Self::apply), until there is no room for more.
     fn held(&self, kind: Kind, versions: &mut Versions);
 
-    /// Puts a batch in force as far as it can be used, and tells what cannot. Runs on a thread that may block.
+    /// Puts a batch in force as far as it can be used, and tells what cannot, a resource that cannot be read by its
+    /// [name](Batch::name_at) if it has one. Runs on a thread that may block.
     fn apply(&self, batch: Batch) -> Vec<Rejected>;
 }
 
@@ -206,9 +207,10 @@ impl Client {
                     if let Err(end) = self.ask(&mut session, &requests_tx).await {
                         break end;
                     }
-                    if self.demand.is_full() && opened.elapsed() >= FORGET_INTERVAL {
-                        break End::Renewal;
-                    }
+                }
+                // Looked at after every question and answer: nothing else fills the table.
+                () = sleep_until(opened + FORGET_INTERVAL), if self.demand.is_full() => {
+                    break End::Renewal;
                 }
             }
         };

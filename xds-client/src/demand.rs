@@ -170,7 +170,7 @@ fn tell(waiters: &mut Vec<oneshot::Sender<Answer>>, answer: Answer) {
 
 /// Names that are awaited or known not to exist. A pod that scans addresses must not fill the memory of the node,
 /// nor the subscriptions of the control plane.
-const MAX_NAMES: usize = 16_384;
+pub(crate) const MAX_NAMES: usize = 16_384;
 
 #[cfg(test)]
 mod tests;

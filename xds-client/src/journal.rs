@@ -21,6 +21,7 @@
 //! **What cannot be read** (damaged, of another node, of a later version) is named, set aside, and changes nothing else.
 
 mod format;
+mod in_force;
 mod live;
 mod metrics;
 mod store;
@@ -111,6 +112,8 @@ struct Work {
 pub struct Keeper {
     store: Store,
     work: mpsc::Receiver<Work>,
+    /// The last that was told was more than may be kept: that does not change by being told again.
+    is_too_large: bool,
     inner: Arc<Inner>,
 }
 
@@ -144,7 +147,12 @@ pub fn open(
     let journal = Journal {
         inner: Arc::clone(&inner),
     };
-    let keeper = Keeper { store, work, inner };
+    let keeper = Keeper {
+        store,
+        work,
+        is_too_large: false,
+        inner,
+    };
     Ok((journal, keeper, recalled))
 }
 
@@ -213,40 +221,52 @@ impl Keeper {
 
     fn give_up(mut self) -> Self {
         self.store.give_up();
-        self.ended("more waits to be written than is good", true);
+        self.ended("more waits to be written than is good");
+        // What was told before is not all: a journal that begins with it would lack what was lost.
+        while let Ok(work) = self.work.try_recv() {
+            self.done(work);
+        }
         self
     }
 
     fn keep(mut self, work: Work) -> Self {
-        let inner = Arc::clone(&self.inner);
-        let Work {
-            batch,
-            refused,
-            done_tx,
-        } = work;
-        match self.store.append(&batch, &refused) {
-            Ok(Kept::Published) => *inner.broken.lock() = None,
-            Ok(Kept::Begun | Kept::Baseless | Kept::Succeeded) => {}
+        match self.store.append(&work.batch, &work.refused) {
+            Ok(Kept::Published) => {
+                self.is_too_large = false;
+                *self.inner.broken.lock() = None;
+            }
+            Ok(Kept::Succeeded) => *self.inner.broken.lock() = None,
+            Ok(Kept::Baseless) if !self.is_too_large => {
+                self.inner.broken.lock().get_or_insert_with(Instant::now);
+            }
+            Ok(Kept::Begun | Kept::Baseless) => {}
             Err(error) => {
-                // A mesh that is too large does not become smaller by being told again.
-                let may_begin_anew = !matches!(error, KeepError::TooLarge { .. });
-                self.ended(&error_text(&error), may_begin_anew);
+                self.is_too_large = matches!(error, KeepError::TooLarge { .. });
+                self.ended(&error_text(&error));
             }
         }
-        inner.metrics.size(self.store.size());
-        inner.waiting.fetch_sub(weight(&batch), Ordering::Relaxed);
-        // Whoever waits may have given up.
-        let _ = done_tx.try_send(());
+        self.inner.metrics.size(self.store.size());
+        self.done(work);
         self
     }
 
-    fn ended(&self, reason: &str, may_begin_anew: bool) {
+    /// Whatever has become of it, nobody is to wait for it any longer.
+    fn done(&self, work: Work) {
+        let Work { batch, done_tx, .. } = work;
+        let bytes = weight(&batch);
+        self.inner.waiting.fetch_sub(bytes, Ordering::Relaxed);
+        // Whoever waits may have given up.
+        let _ = done_tx.try_send(());
+    }
+
+    fn ended(&self, reason: &str) {
         tracing::error!(
             reason,
             "the state of the mesh is not kept any longer, and what was kept is removed"
         );
         self.inner.metrics.failed();
-        *self.inner.broken.lock() = may_begin_anew.then(Instant::now);
+        self.inner.metrics.size(self.store.size());
+        *self.inner.broken.lock() = (!self.is_too_large).then(Instant::now);
     }
 }
 

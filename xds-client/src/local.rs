@@ -6,15 +6,17 @@
 //! in the [`Document`], and the others are used. [`LocalFile`] follows a file as it changes.
 //!
 //! Two things that the control plane fills in are filled in here: a workload without `uid` gets one, and the `endpoints`
-//! that a service lists become links of the workloads. The status of an endpoint is not used: that of its workload counts.
+//! that a service lists become links of the workloads. The status of an endpoint is not used: that of its workload counts. Where a
+//! service of a changed file cannot be used, and so stays as it was, the links that it had stay, too.
 
 mod convert;
 mod file;
+mod links;
 mod record;
 
 pub use file::LocalFile;
 
-use std::{collections::HashMap, fmt, path::PathBuf};
+use std::{fmt, path::PathBuf};
 
 use serde::de::DeserializeOwned;
 use serde_yaml_ng::Value;
@@ -23,6 +25,7 @@ use crate::{
     Rejected,
     proto::{security, workload},
 };
+use links::Links;
 use record::Root;
 
 /// Everything that one text describes, as the control plane would send it.
@@ -70,6 +73,12 @@ pub enum LocalError {
         /// Why.
         source: std::io::Error,
     },
+    /// The file described a mesh, and now holds nothing: more likely it is being written than that the mesh is gone.
+    #[error("{} has become empty (a mesh of nothing is written `workloads: []`)", path.display())]
+    Empty {
+        /// The file.
+        path: PathBuf,
+    },
 }
 
 /// Reads a mesh description.
@@ -77,38 +86,34 @@ pub enum LocalError {
 /// # Errors
 /// If the text is not YAML, or anything but the lists `workloads`, `services` and `policies`.
 pub fn parse(text: &str) -> Result<Document, LocalError> {
-    let root = serde_yaml_ng::from_str::<Option<Root>>(text)?.unwrap_or_default();
+    let read = read(text, &Links::default())?;
+    Ok(read.map(|(document, _)| document).unwrap_or_default())
+}
+
+/// Reads a description, and what its services list as endpoints; services that cannot be used keep what they had `before`. A text
+/// without anything in it is `None`.
+fn read(text: &str, before: &Links) -> Result<Option<(Document, Links)>, LocalError> {
+    let Some(root) = serde_yaml_ng::from_str::<Option<Root>>(text)? else {
+        return Ok(None);
+    };
     let mut document = Document::default();
-    let mut workloads: Vec<workload::Workload> =
-        document.records("workloads", root.workloads, convert::workload);
-    let services = document.records("services", root.services, convert::service);
+    let mut workloads = document.records("workloads", root.workloads, convert::workload);
+    let mut of_services = Document::default();
+    let services = of_services.records("services", root.services, convert::service);
+    let (services, mut links) = links::told(services);
+    let kept = before.kept(of_services.unusable(), &links);
+    document.misshapen.append(&mut of_services.misshapen);
+    document.rejected.append(&mut of_services.rejected);
     document.policies = document.records("policies", root.policies, convert::policy);
-    let mut by_uid: HashMap<String, usize> = HashMap::new();
-    for (position, workload) in workloads.iter().enumerate() {
-        by_uid.insert(workload.uid.clone(), position);
-    }
-    for (service, endpoints) in &services {
-        for endpoint in endpoints {
-            let position = by_uid.get(&endpoint.workload);
-            match position.and_then(|position| workloads.get_mut(*position)) {
-                Some(workload) => convert::link(workload, service, endpoint),
-                None => document.rejected.push(Rejected {
-                    name: endpoint.workload.clone(),
-                    reason: format!(
-                        "endpoints of {}/{}: there is no such workload",
-                        service.namespace, service.hostname
-                    ),
-                }),
-            }
-        }
-    }
-    let services = services.into_iter().map(|(service, _)| service.into());
+    // A workload may have gone meanwhile: that is no fault of what is told now.
+    let _gone = kept.apply(&mut workloads);
+    document.rejected.extend(links.apply(&mut workloads));
+    links.extend(kept);
+    let workloads = workloads.into_iter().map(Into::into);
     document.addresses = workloads
-        .into_iter()
-        .map(Into::into)
-        .chain(services)
+        .chain(services.into_iter().map(Into::into))
         .collect();
-    Ok(document)
+    Ok(Some((document, links)))
 }
 
 impl Document {

@@ -112,6 +112,12 @@ impl Batch {
             .map(|encoded| Resource::decode(encoded.clone()))
     }
 
+    /// The name of the resource at a position, as far as it can be read; the rest of the resource need not be readable.
+    #[must_use]
+    pub fn name_at(&self, position: usize) -> Option<String> {
+        self.resources.get(position).and_then(|one| name_of(one))
+    }
+
     /// The resources as they came.
     pub(crate) fn encoded(&self) -> &[Bytes] {
         &self.resources
@@ -138,6 +144,18 @@ struct Weighed {
 struct WeighedPayload {
     #[prost(bytes = "bytes", tag = "2")]
     value: Bytes,
+}
+
+/// The name of an encoded resource, whether or not the rest of it can be read. Nothing else of it is copied out.
+pub(crate) fn name_of(encoded: &[u8]) -> Option<String> {
+    Named::decode(encoded).ok().map(|named| named.name)
+}
+
+/// The part of a `Resource` that names it.
+#[derive(Clone, PartialEq, Message)]
+struct Named {
+    #[prost(string, tag = "3")]
+    name: String,
 }
 
 /// A resource that was refused, and why. What was held under its name stays in force.
@@ -247,6 +265,7 @@ mod tests {
         let read: Vec<_> = batch.resources().collect();
         assert_eq!(read[0].as_ref().unwrap().name, "a");
         assert!(read[1].is_err());
+        assert_eq!(batch.name_at(1), None);
         assert_eq!(read[2].as_ref().unwrap().name, "b");
         assert_eq!((batch.len(), batch.content_bytes()), (3, 10));
     }

@@ -1,6 +1,7 @@
 //! A file that may change at any time, in place, by renaming or by swapping a symbolic link.
 //!
-//! A look, which [`Hints`] ask for, costs one `stat`, and a read only when that tells something new.
+//! A look, which [`Hints`] ask for, costs one `stat`, and a read only when that tells something new. News count once the file has
+//! not changed for a moment: what is being written is neither what was nor what will be.
 
 use std::{
     fs::Metadata,
@@ -13,6 +14,7 @@ use std::{
 
 use file_hints::Hints;
 use parking_lot::Mutex;
+use tokio::time::sleep;
 
 /// What was told of a file, so that something else is recognised as a change. A failure to read is something, too.
 #[derive(Debug, Default)]
@@ -29,7 +31,9 @@ struct Seen {
 #[derive(Debug)]
 pub(crate) struct Look {
     content: io::Result<Vec<u8>>,
+    /// The file before it was read.
     stamp: Option<Stamp>,
+    is_settled: bool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -56,7 +60,7 @@ impl FileWatch {
         self.tell(Look::at(path).await)
     }
 
-    /// Waits until the file differs from what was told last. The result is not yet taken as told.
+    /// Waits until the file differs from what was told last, and is not being written. The result is not yet taken as told.
     ///
     /// # Cancel safety
     /// Nothing is lost: the next call finds the change again.
@@ -64,16 +68,18 @@ impl FileWatch {
         let mut hints = Hints::new(path);
         loop {
             hints.next().await;
-            let now = tokio::fs::metadata(path).await;
-            if self.is_settled_at(now.ok().as_ref().map(Stamp::of)) {
+            if self.is_settled_at(stamp_of(path).await) {
                 continue;
             }
-            let look = Look::at(path).await;
-            let mut seen = self.0.lock();
-            if Some(look.outcome()) != seen.told {
-                return look;
+            let mut look = Look::at(path).await;
+            while self.is_news(&look) {
+                sleep(SETTLE).await;
+                if stamp_of(path).await == look.stamp {
+                    return look;
+                }
+                look = Look::at(path).await;
             }
-            seen.settled = look.stamp;
+            self.0.lock().settled = look.settled();
         }
     }
 
@@ -83,16 +89,20 @@ impl FileWatch {
     /// Nothing is lost.
     pub(crate) async fn is_told(&self, path: &Path) -> bool {
         let look = Look::at(path).await;
-        Some(look.outcome()) == self.0.lock().told
+        !self.is_news(&look)
     }
 
     /// Takes what was found as told, and hands out the content.
     pub(crate) fn tell(&self, look: Look) -> io::Result<Vec<u8>> {
         *self.0.lock() = Seen {
-            settled: look.stamp,
+            settled: look.settled(),
             told: Some(look.outcome()),
         };
         look.content
+    }
+
+    fn is_news(&self, look: &Look) -> bool {
+        Some(look.outcome()) != self.0.lock().told
     }
 
     fn is_settled_at(&self, now: Option<Stamp>) -> bool {
@@ -104,12 +114,17 @@ impl FileWatch {
 impl Look {
     async fn at(path: &Path) -> Self {
         // The stamp is taken first: a change while reading then shows at the next look.
-        let metadata = tokio::fs::metadata(path).await;
-        let stamp = metadata.ok().filter(is_settled).as_ref().map(Stamp::of);
+        let metadata = tokio::fs::metadata(path).await.ok();
         Self {
             content: tokio::fs::read(path).await,
-            stamp,
+            stamp: metadata.as_ref().map(Stamp::of),
+            is_settled: metadata.as_ref().is_some_and(is_settled),
         }
+    }
+
+    /// The file as it was, if a later change is sure to show in that.
+    fn settled(&self) -> Option<Stamp> {
+        self.stamp.filter(|_| self.is_settled)
     }
 
     fn outcome(&self) -> Outcome {
@@ -122,6 +137,11 @@ impl Look {
             Err(error) => Outcome::Failure(error.kind()),
         }
     }
+}
+
+async fn stamp_of(path: &Path) -> Option<Stamp> {
+    let metadata = tokio::fs::metadata(path).await;
+    metadata.ok().as_ref().map(Stamp::of)
 }
 
 /// A file that was written a moment ago may be written again without a visible difference: time stamps are coarse.
@@ -144,3 +164,6 @@ impl Stamp {
         }
     }
 }
+
+/// How long a file must stay as it is before it counts: whoever writes it gets that long to go on.
+pub(crate) const SETTLE: Duration = Duration::from_millis(250);

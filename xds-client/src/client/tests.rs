@@ -5,7 +5,7 @@ use prost::Message;
 use tokio::{sync::oneshot, task::JoinHandle};
 
 use super::*;
-use crate::{Answer, proto::discovery::Resource};
+use crate::{Answer, demand::MAX_NAMES, proto::discovery::Resource};
 
 /// Hands each attempt to the test, which plays the control plane.
 struct Script(mpsc::Sender<Attempt>);
@@ -354,4 +354,26 @@ async fn on_demand_what_nobody_answers_is_asked_for_on_the_next_stream() {
         answer = waiting => panic!("{answer:?}"),
         () = playing => {}
     }
+}
+
+#[tokio::test(start_paused = true)]
+async fn on_demand_a_table_that_fills_at_once_is_renewed_after_a_while() {
+    let mut bench = start(Mode::OnDemand);
+    let mut peer = bench.accept().await;
+    let opened = Instant::now();
+    for number in 0..MAX_NAMES {
+        let name = number.to_string();
+        let asking = bench.demand.fetch(&name, Duration::MAX);
+        assert_eq!(asking.now_or_never(), None);
+    }
+    for _ in 0..MAX_NAMES {
+        peer.request().await;
+    }
+    let limit = Duration::from_secs(5);
+    let asking = bench.demand.fetch("one more", limit);
+    assert_eq!(asking.await, Answer::Unanswered);
+    let next = timeout(FORGET_INTERVAL * 2, bench.attempt()).await.unwrap();
+    assert!(next.at - opened >= FORGET_INTERVAL);
+    let asking = bench.demand.fetch("one more", limit);
+    assert_eq!(asking.now_or_never(), None, "there is room");
 }

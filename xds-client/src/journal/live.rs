@@ -10,7 +10,7 @@ use bytes::Bytes;
 use prost::Message;
 
 use super::format::{Begin, Item, Unusable, Visitor, Writer};
-use crate::{Extent, Kind};
+use crate::{Extent, Kind, proto::discovery::Resource, resource::name_of};
 
 /// Finds out which resources still count: what a whole journal amounts to, by the rules by which batches apply.
 #[derive(Debug, Default)]
@@ -55,6 +55,14 @@ impl Live {
         (places, size)
     }
 
+    /// What is held under a name stays, and counts as named.
+    fn refuse(&mut self, kind: Kind, name: &str, named: u32) {
+        let name = self.name(kind, name);
+        if let Some(place) = self.held.get_mut(&name) {
+            place.named = named;
+        }
+    }
+
     fn name(&self, kind: Kind, name: &str) -> Name {
         let [one, two] = &self.hashers;
         (kind, one.hash_one(name), two.hash_one(name))
@@ -73,17 +81,17 @@ impl Visitor for Live {
         };
         match item {
             Item::Resource(encoded) => {
-                let name = name_of(encoded).ok_or(Unusable::Damaged(at))?;
-                let size = item.size();
-                let place = Place { at, size, named };
-                self.held.insert(self.name(kind, &name), place);
-            }
-            Item::Refused(name) => {
-                let name = self.name(kind, name);
-                if let Some(place) = self.held.get_mut(&name) {
-                    place.named = named;
+                if let Ok(resource) = Resource::decode(encoded) {
+                    let size = item.size();
+                    let place = Place { at, size, named };
+                    self.held.insert(self.name(kind, &resource.name), place);
+                } else {
+                    // Nobody puts in force what cannot be read.
+                    let name = name_of(encoded).ok_or(Unusable::Damaged(at))?;
+                    self.refuse(kind, &name, named);
                 }
             }
+            Item::Refused(name) => self.refuse(kind, name, named),
             Item::Removed(name) => {
                 let name = self.name(kind, name);
                 self.held.remove(&name);
@@ -125,20 +133,12 @@ impl<W: io::Write> Visitor for Copy<'_, W> {
     }
 }
 
-/// The name of an encoded resource. Nothing else of it is copied out.
-pub(super) fn name_of(encoded: &[u8]) -> Option<String> {
-    Named::decode(encoded).ok().map(|named| named.name)
-}
-
 /// A resource without content, which is refused by everybody: what is held under its name stays.
 pub(super) fn only_named(name: &str) -> Bytes {
     let name = name.to_owned();
-    Named { name }.encode_to_vec().into()
-}
-
-/// The part of a `Resource` that names it.
-#[derive(Clone, PartialEq, Message)]
-struct Named {
-    #[prost(string, tag = "3")]
-    name: String,
+    let resource = Resource {
+        name,
+        ..Resource::default()
+    };
+    resource.encode_to_vec().into()
 }

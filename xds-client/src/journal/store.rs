@@ -2,10 +2,12 @@
 //!
 //! Two processes may follow the same mesh on one node while one hands over to the other. Each writes a file of its own; it
 //! takes the name `mesh.state` only once the control plane has answered this process about every kind, so that the name always
-//! leads to what somebody has been told as a whole. Who finds that the name leads elsewhere has been succeeded, and writes no more.
+//! leads to what somebody has been told as a whole. Who finds that the name leads elsewhere has been succeeded, and writes no more
+//! while that process lives, which is known by the lock that it holds on its file. What a process left behind that was the last
+//! to keep the state is removed by those that are told more: it would be recalled.
 
 use std::{
-    fs::{self, DirBuilder, File, OpenOptions, Permissions},
+    fs::{self, DirBuilder, File, OpenOptions, Permissions, TryLockError},
     io::{self, BufReader, BufWriter, Read},
     os::unix::fs::{
         DirBuilderExt as _, FileExt as _, MetadataExt as _, OpenOptionsExt as _,
@@ -20,7 +22,8 @@ use bytes::Bytes;
 use super::{
     Settings,
     format::{self, Begin, Item, Readable, Unusable, Visitor, Writer},
-    live::{Copy, Live, name_of, only_named},
+    in_force::in_force,
+    live::{Copy, Live, only_named},
 };
 use crate::{Batch, Extent, Kind, Rejected};
 
@@ -31,6 +34,7 @@ pub(super) struct Store {
     /// What was found at the start, until the file of this process has taken its place.
     found: Option<Found>,
     current: Option<Current>,
+    /// Another process keeps the state, or did when that was looked at last.
     succeeded: bool,
 }
 
@@ -83,6 +87,12 @@ pub enum KeepError {
         needed: u64,
         /// The bound.
         allowed: u64,
+    },
+    /// It brings several resources of one name of which only some are in force: which cannot be known.
+    #[error("some resources named {name:?} of one response were refused, and others were not")]
+    Ambiguous {
+        /// The name.
+        name: String,
     },
     /// What was written does not read back.
     #[error("what was written cannot be read")]
@@ -144,9 +154,6 @@ impl Store {
         batch: &Batch,
         refused: &[Rejected],
     ) -> Result<Kept, KeepError> {
-        if self.succeeded {
-            return Ok(Kept::Succeeded);
-        }
         let outcome = self.try_append(batch, refused);
         if outcome.is_err() {
             self.give_up();
@@ -154,24 +161,18 @@ impl Store {
         outcome
     }
 
-    /// Removes what is kept: it can no longer be kept up.
+    /// Removes what is kept: it can no longer be kept up. What another process keeps up is left to it.
     pub(super) fn give_up(&mut self) {
-        let current = self.current.take();
+        // What cannot be locked must go all the same.
         let lock = self.lock();
-        let ours = |file: &File| self.is_published(file).unwrap_or_default();
-        let removed = match (&current, &self.found) {
-            (Some(current), _) if current.is_published && !ours(current.file()) => Ok(()),
-            (Some(current), _) => fs::remove_file(&current.path),
-            (None, _) => Ok(()),
-        };
-        let found = match self.found.take() {
-            Some(found) if self.is_published(&found.file).unwrap_or_default() => {
-                fs::remove_file(self.path())
-            }
+        self.found = None;
+        let aside = match self.current.take() {
+            Some(current) if !current.is_published => fs::remove_file(&current.path),
             _ => Ok(()),
         };
+        let named = self.release();
         drop(lock);
-        if let Err(error) = removed.and(found) {
+        if let Err(error) = named.and(aside) {
             let error = &error as &dyn std::error::Error;
             tracing::error!(
                 error,
@@ -188,14 +189,10 @@ impl Store {
     }
 
     fn try_append(&mut self, batch: &Batch, refused: &[Rejected]) -> Result<Kept, KeepError> {
-        self.go_on(batch)?;
-        let published = self.current.as_ref().filter(|current| current.is_published);
-        if let Some(current) = published
-            && !self.is_published(current.file())?
-        {
-            self.succeed();
+        if self.is_succeeded()? {
             return Ok(Kept::Succeeded);
         }
+        self.go_on(batch)?;
         let has_base = |current: &&mut Current| current.is_base_of(batch);
         let Some(current) = self.current.as_mut().filter(has_base) else {
             return Ok(Kept::Baseless);
@@ -208,10 +205,51 @@ impl Store {
         self.publish()
     }
 
+    /// Whether another process keeps the state. If it has ended, the state is for this one to keep again.
+    fn is_succeeded(&mut self) -> io::Result<bool> {
+        let published = self.current.as_ref().filter(|current| current.is_published);
+        if let Some(current) = published
+            && !self.is_published(current.file())?
+        {
+            self.succeed();
+        }
+        if self.succeeded {
+            let _lock = self.lock()?;
+            self.release()?;
+            if !self.succeeded {
+                tracing::info!(
+                    "no other process keeps the state of the mesh any longer: it begins anew here once everything is told"
+                );
+            }
+        }
+        Ok(self.succeeded)
+    }
+
     fn succeed(&mut self) {
         tracing::info!("another process of this node keeps the state of the mesh from now on");
         self.current = None;
         self.succeeded = true;
+    }
+
+    /// Removes what has the name, unless a living process holds it: none but another can, since ours is closed by now. If that
+    /// fails, the next batch tries again.
+    fn release(&mut self) -> io::Result<()> {
+        self.succeeded = true;
+        let named = match File::open(self.path()) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => None,
+            other => Some(other?),
+        };
+        if let Some(named) = named {
+            match named.try_lock() {
+                Ok(()) => {}
+                Err(TryLockError::WouldBlock) => return Ok(()),
+                Err(TryLockError::Error(error)) => return Err(error),
+            }
+            fs::remove_file(self.path())?;
+            self.sync_names()?;
+        }
+        self.succeeded = false;
+        Ok(())
     }
 
     /// Sees to it that there is a journal which this batch can go on with, if it is able to.
@@ -243,7 +281,7 @@ impl Store {
         let path = self.path();
         let lock = self.lock()?;
         let Some(current) = &mut self.current else {
-            return Ok(Kept::Baseless);
+            return Ok(Kept::Succeeded); // found when it was rewritten
         };
         if !current.is_published {
             if current.answered != [true; 2] || current.based != [true; 2] {
@@ -253,7 +291,7 @@ impl Store {
             current.path = path;
             current.is_published = true;
             self.found = None;
-            File::open(&self.settings.directory)?.sync_all()?;
+            self.sync_names()?;
         }
         drop(lock);
         Ok(Kept::Published)
@@ -281,6 +319,7 @@ impl Store {
                 return Ok(());
             }
             fs::rename(&new.path, &old.path)?;
+            self.sync_names()?;
             new.path.clone_from(&old.path);
             new.is_published = true;
         } else {
@@ -383,6 +422,11 @@ impl Store {
         }
     }
 
+    /// Makes names that were given or taken away last.
+    fn sync_names(&self) -> io::Result<()> {
+        File::open(&self.settings.directory)?.sync_all()
+    }
+
     /// A new file that nobody looks for. It stays locked, which tells it from what a process left behind.
     fn create(&self) -> io::Result<(PathBuf, File)> {
         let name = format!("{NAME}.{:016x}{ASIDE}", rand::random::<u64>());
@@ -430,14 +474,12 @@ impl Current {
         batch.extent() == Extent::Everything || based.copied().unwrap_or_default()
     }
 
-    fn append(&mut self, batch: &Batch, refused: &[Rejected]) -> io::Result<()> {
+    fn append(&mut self, batch: &Batch, refused: &[Rejected]) -> Result<(), KeepError> {
+        let in_force = in_force(batch, refused)?;
         let items = || {
-            let resources = batch.encoded().iter().filter_map(|encoded| {
-                let is_refused = !refused.is_empty()
-                    && name_of(encoded)
-                        .is_none_or(|name| refused.iter().any(|one| one.name == name));
-                (!is_refused).then_some(Item::Resource(encoded))
-            });
+            let resources = batch.encoded().iter().zip(&in_force);
+            let resources = resources.filter(|(_, is_in_force)| **is_in_force);
+            let resources = resources.map(|(encoded, _)| Item::Resource(encoded));
             let refused = refused.iter().map(|one| Item::Refused(&one.name));
             let removed = batch.removed().iter().map(|name| Item::Removed(name));
             resources.chain(refused).chain(removed)

@@ -10,6 +10,9 @@ use crate::{
     proto::discovery::{Resource, resource::Payload},
 };
 
+mod others;
+mod refused;
+
 /// What a state amounts to: content by kind and name.
 type Held = BTreeMap<(usize, String), Vec<u8>>;
 
@@ -53,7 +56,7 @@ fn everything(kind: Kind, names: &[&str]) -> Batch {
 fn apply(held: &mut Held, batch: &Batch, refused: &[String]) {
     let kind = batch.kind() as usize;
     let mut named = Vec::new();
-    for resource in batch.resources().map(Result::unwrap) {
+    for resource in batch.resources().flatten() {
         named.push(resource.name.clone());
         let content = resource.resource.map(|payload| payload.value.to_vec());
         if let Some(content) = content.filter(|_| !refused.contains(&resource.name)) {
@@ -345,34 +348,6 @@ fn changes_without_a_base_are_not_kept() {
 }
 
 #[test]
-fn a_successor_takes_the_name_and_the_predecessor_writes_no_more() {
-    let directory = kept();
-    let settings = settings(directory.path());
-    let (mut old, _) = Store::open(settings.clone()).unwrap();
-    for kind in Kind::ALL {
-        old.append(&batch_of_nothing(kind), &[]).unwrap();
-    }
-    let (mut new, _) = Store::open(settings.clone()).unwrap();
-    let added = |name| batch(Kind::Address, Extent::Changes, &[(name, b"x")], &[]);
-    assert_eq!(new.append(&added("new"), &[]).unwrap(), Kept::Begun);
-    assert_eq!(
-        old.append(&added("old"), &[]).unwrap(),
-        Kept::Published,
-        "not yet"
-    );
-    let policies = batch_of_nothing(Kind::Authorization);
-    assert_eq!(new.append(&policies, &[]).unwrap(), Kept::Published);
-    assert_eq!(old.append(&added("late"), &[]).unwrap(), Kept::Succeeded);
-    old.give_up();
-    let names: Vec<_> = recall(&settings)
-        .0
-        .into_keys()
-        .map(|(_, name)| name)
-        .collect();
-    assert_eq!(names, ["new", "one", "one"]);
-}
-
-#[test]
 fn what_a_dead_process_left_goes_and_what_a_living_one_writes_stays() {
     let directory = kept();
     let settings = settings(directory.path());
@@ -457,15 +432,28 @@ async fn what_is_kept_is_on_disk_when_the_call_returns() {
     tokio::join!(running, using);
 }
 
+fn work(batch: Batch) -> Work {
+    Work {
+        batch,
+        refused: Vec::new(),
+        done_tx: sync_channel(1).0,
+    }
+}
+
+/// Tells a journal of something that it cannot keep.
+fn lose(journal: &Journal) {
+    let waiting = &journal.inner.waiting;
+    let before = waiting.swap(usize::MAX / 2, Ordering::Relaxed);
+    journal.keep(everything(Kind::Address, &["lost"]), &[]);
+    waiting.store(before, Ordering::Relaxed);
+}
+
 /// A journal that recalled a state, and then could not keep what was told.
 fn lost(directory: &Path) -> (Journal, Keeper) {
     let opened = open(settings(directory), JournalMetrics::default(), &mut |_| {});
     let (journal, keeper, recalled) = opened.unwrap();
     assert!(recalled.is_some());
-    let waiting = &journal.inner.waiting;
-    waiting.store(usize::MAX / 2, Ordering::Relaxed);
-    journal.keep(everything(Kind::Address, &["lost"]), &[]);
-    waiting.store(0, Ordering::Relaxed);
+    lose(&journal);
     (journal, keeper)
 }
 
@@ -480,14 +468,33 @@ async fn what_is_lost_ends_the_journal_though_nothing_else_is_told() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn what_was_told_before_a_loss_begins_no_journal_after_it() {
+    let directory = tempfile::tempdir().unwrap();
+    let opened = open(
+        settings(directory.path()),
+        JournalMetrics::default(),
+        &mut |_| {},
+    );
+    let (journal, keeper, _) = opened.unwrap();
+    // Something waits already, so that nobody waits for the disk.
+    journal.inner.waiting.store(1, Ordering::Relaxed);
+    for kind in Kind::ALL {
+        journal.keep(everything(kind, &["early"]), &[]);
+    }
+    lose(&journal);
+    let stop = CancellationToken::new();
+    stop.cancel();
+    keeper.run(stop).await;
+    assert!(!file(directory.path()).exists());
+    assert_eq!(journal.inner.waiting.load(Ordering::Relaxed), 1);
+    tokio::time::advance(BEGIN_ANEW_AFTER).await;
+    assert!(journal.needs_everything());
+}
+
+#[tokio::test(start_paused = true)]
 async fn what_is_lost_ends_the_journal_and_it_begins_anew() {
     let directory = kept();
     let (journal, mut keeper) = lost(directory.path());
-    let work = |batch| Work {
-        batch,
-        refused: Vec::new(),
-        done_tx: sync_channel(1).0,
-    };
     keeper = keeper.give_up();
     assert!(!file(directory.path()).exists());
     assert!(!journal.needs_everything(), "not at once");
@@ -497,4 +504,22 @@ async fn what_is_lost_ends_the_journal_and_it_begins_anew() {
         keeper = keeper.keep(work(everything(kind, &["one"])));
     }
     assert!(!journal.needs_everything() && file(directory.path()).exists());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_mesh_that_is_too_large_is_not_asked_for_again() {
+    let directory = kept();
+    let opened = open(
+        settings(directory.path()),
+        JournalMetrics::default(),
+        &mut |_| {},
+    );
+    let (journal, mut keeper, _) = opened.unwrap();
+    let content = vec![7; 2 << 20];
+    let large = batch(Kind::Address, Extent::Changes, &[("large", &content)], &[]);
+    keeper = keeper.keep(work(large));
+    keeper = keeper.keep(work(batch_of_nothing(Kind::Address)));
+    assert_eq!(keeper.store.size(), None);
+    tokio::time::advance(BEGIN_ANEW_AFTER).await;
+    assert!(!journal.needs_everything());
 }

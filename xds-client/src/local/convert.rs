@@ -6,7 +6,7 @@ use super::{NamedPolicy, record};
 use crate::proto::{security, workload as pb};
 
 /// An endpoint that a service lists.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(super) struct Endpoint {
     /// Uid of the workload.
     pub(super) workload: String,
@@ -119,9 +119,9 @@ pub(super) fn service(from: record::Service) -> Result<(pb::Service, Vec<Endpoin
 }
 
 /// Adds what a service says of an endpoint to what the workload says itself, which goes before it.
-pub(super) fn link(workload: &mut pb::Workload, service: &pb::Service, endpoint: &Endpoint) {
-    let key = format!("{}/{}", service.namespace, service.hostname);
-    let own = &mut workload.services.entry(key).or_default().ports;
+pub(super) fn link(workload: &mut pb::Workload, service: &str, endpoint: &Endpoint) {
+    let own = workload.services.entry(service.to_owned()).or_default();
+    let own = &mut own.ports;
     for listed in &endpoint.ports {
         if !own
             .iter()

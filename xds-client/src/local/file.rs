@@ -2,7 +2,7 @@
 
 use std::{io, path::PathBuf};
 
-use super::{Document, LocalError, parse};
+use super::{Document, LocalError, links::Links, read};
 use crate::watch::FileWatch;
 
 /// A mesh description in a file.
@@ -10,6 +10,8 @@ use crate::watch::FileWatch;
 pub struct LocalFile {
     path: PathBuf,
     watch: FileWatch,
+    /// What services listed as their endpoints when the file could be used last.
+    links: Links,
 }
 
 impl LocalFile {
@@ -19,10 +21,11 @@ impl LocalFile {
         Self {
             path: path.into(),
             watch: FileWatch::default(),
+            links: Links::default(),
         }
     }
 
-    /// Reads the file as it is now.
+    /// Reads the file as it is now. An empty one describes a mesh of nothing.
     ///
     /// # Errors
     /// If it cannot be read or is no mesh description.
@@ -31,23 +34,26 @@ impl LocalFile {
     /// Nothing is lost.
     pub async fn load(&mut self) -> Result<Document, LocalError> {
         let content = self.watch.read(&self.path).await;
-        self.document(content)
+        Ok(self.document(content)?.unwrap_or_default())
     }
 
-    /// Waits until the content differs from what was told last, and tells it. A content that is no mesh description, or
-    /// a file that cannot be read, is told once as an error; call again to go on waiting for a better one.
+    /// Waits until the content differs from what was told last and is not being written, and tells it. A content that is no
+    /// mesh description, or a file that cannot be read, is told once as an error; call again to go on waiting for a better one.
     ///
     /// # Errors
-    /// If the new content is no mesh description, or the file can no longer be read.
+    /// If the new content is no mesh description or empty, or the file can no longer be read.
     ///
     /// # Cancel safety
     /// Nothing is lost: the next call finds the change again.
     pub async fn changed(&mut self) -> Result<Document, LocalError> {
         let look = self.watch.changed(&self.path).await;
-        self.document(self.watch.tell(look))
+        let content = self.watch.tell(look);
+        self.document(content)?.ok_or_else(|| LocalError::Empty {
+            path: self.path.clone(),
+        })
     }
 
-    fn document(&self, content: io::Result<Vec<u8>>) -> Result<Document, LocalError> {
+    fn document(&mut self, content: io::Result<Vec<u8>>) -> Result<Option<Document>, LocalError> {
         let text = content.and_then(|content| {
             String::from_utf8(content)
                 .map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))
@@ -56,6 +62,10 @@ impl LocalFile {
             path: self.path.clone(),
             source,
         })?;
-        parse(&text)
+        let Some((document, links)) = read(&text, &self.links)? else {
+            return Ok(None);
+        };
+        self.links = links;
+        Ok(Some(document))
     }
 }

@@ -454,6 +454,92 @@ async fn a_file_without_news_tells_nothing() {
     assert!(quiet.is_err());
 }
 
+#[tokio::test(start_paused = true)]
+async fn what_is_being_written_does_not_count() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("mesh.yaml");
+    std::fs::write(&path, pod("first")).unwrap();
+    let mut file = LocalFile::new(&path);
+    file.load().await.unwrap();
+    std::fs::write(&path, "workloads: []").unwrap();
+    let writing = async {
+        for part in ["half", "whole"] {
+            tokio::time::sleep(crate::watch::SETTLE / 2).await;
+            std::fs::write(&path, pod(part)).unwrap();
+        }
+    };
+    let (found, ()) = tokio::join!(file.changed(), writing);
+    assert_eq!(uid(&found.unwrap()), "whole");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_file_that_became_empty_is_not_usable() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("mesh.yaml");
+    for empty in ["", "\n", "# to be continued\n"] {
+        std::fs::write(&path, pod("first")).unwrap();
+        let mut file = LocalFile::new(&path);
+        file.load().await.unwrap();
+        std::fs::write(&path, empty).unwrap();
+        let found = file.changed().await;
+        assert!(matches!(found, Err(LocalError::Empty { .. })), "{empty:?}");
+        std::fs::write(&path, "workloads: []").unwrap();
+        assert_eq!(file.changed().await.unwrap(), Document::default());
+    }
+    std::fs::write(&path, "").unwrap();
+    let begun = LocalFile::new(&path).load().await.unwrap();
+    assert_eq!(begun, Document::default(), "at the start it is a mesh");
+}
+
+#[tokio::test(start_paused = true)]
+async fn endpoints_of_a_service_that_cannot_be_read_stay() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("mesh.yaml");
+    let mesh = |service: &str| {
+        format!(
+            "workloads: [{{uid: a, namespace: n, workloadIps: [], services: {{}}}}]\n\
+             services: [{service}]"
+        )
+    };
+    let service = |more: &str| {
+        mesh(&format!(
+            "{{name: s, namespace: n, hostname: h, vips: [], ports: {{80: 8080}}, {more}}}"
+        ))
+    };
+    let linked = |document: &Document| {
+        let services = &workloads(document)[0].services;
+        let ports = services.get("n/h").map(|list| list.ports[0].target_port);
+        (ports, document.unusable().count())
+    };
+    let twice = mesh(
+        "{name: s, namespace: n, hostname: h, strange: 1}, \
+         {name: s, namespace: n, hostname: h, vips: [], ports: {}, endpoints: {a: {port: {80: 4}}}}",
+    );
+    let mut file = LocalFile::new(&path);
+    std::fs::write(&path, service("endpoints: {a: {port: {80: 1}}}")).unwrap();
+    assert_eq!(linked(&file.load().await.unwrap()), (Some(1), 0));
+    let cases = [
+        (
+            service("strange: 1, endpoints: {a: {port: {80: 2}}}"),
+            (Some(1), 1),
+        ),
+        (
+            service("waypoint: {destination: x, hboneMtlsPort: 1}"),
+            (Some(1), 1),
+        ),
+        (service("endpoints: {a: {port: {80: 3}}}"), (Some(3), 0)),
+        (service("strange: 1"), (Some(3), 1)),
+        (twice, (Some(4), 1)),
+        (mesh(""), (None, 0)),
+        (service("strange: 1"), (None, 1)),
+    ];
+    for (text, expected) in cases {
+        std::fs::write(&path, &text).unwrap();
+        let document = file.changed().await.unwrap();
+        assert_eq!(linked(&document), expected, "{text}");
+    }
+}
+
 proptest::proptest! {
     #[test]
     fn any_text_is_answered(text in ".{0,200}|(workloads|services|policies): *[\\[\\]{}!&*a-z0-9:, \n-]{0,100}") {
