@@ -11,9 +11,11 @@ mod convert;
 mod index;
 mod intake;
 mod intern;
+mod order;
 mod origin;
 mod policy;
 mod port;
+mod record;
 mod service;
 mod state;
 mod turns;
@@ -42,12 +44,13 @@ use tokio::{
     sync::watch,
     time::{Instant, timeout_at},
 };
-use xds_client::{Batch, Extent, Kind, Versions, local::Document};
+use xds_client::{Batch, Kind, Versions, local::Document};
 
 use crate::config::WorkloadRef;
 use intake::{Intake, Taken};
 use intern::Pool;
-use state::{Effects, Record, Step};
+use record::Record;
+use state::{Effects, Step};
 use turns::Turns;
 
 /// From where the mesh is looked at.
@@ -153,40 +156,16 @@ impl Mesh {
     }
 
     /// Applies what the control plane told. Updates wait for each other; readers wait only while records that
-    /// really changed are put in place, and of a large batch they may see the first part before the last. Blocks the thread, which
-    /// must be none that serves connections.
+    /// really changed are put in place, and of a large batch they may see a part before the rest: but all its policies at once, and
+    /// never an address without an owner that moves from one record to another. Blocks the thread, which must be none that serves connections.
     pub fn apply(&self, batch: &Batch) -> Report {
-        self.write(|intake| {
-            for resource in batch.resources() {
-                intake.encoded(batch.kind(), resource);
-            }
-            match batch.extent() {
-                Extent::Changes => {}
-                Extent::Everything => {
-                    intake.remove_unnamed(&[batch.kind()], Source::ControlPlane);
-                }
-            }
-            for name in batch.removed() {
-                intake.remove(batch.kind(), name);
-            }
-        })
+        self.write(|intake| intake.batch(batch))
     }
 
-    /// Makes what a local file told equal to `document`. What it refuses or could not read stays as it was; what the control
-    /// plane told is not touched, unless the file tells it otherwise.
+    /// Makes what a local file told equal to `document`. What it refuses or could not read stays as it was. What the control plane told
+    /// stays known: of a name that both tell, the last word is in force, and when its source removes it, the other's.
     pub fn load(&self, document: &Document) -> Report {
-        self.write(|intake| {
-            for address in &document.addresses {
-                intake.address(address);
-            }
-            for policy in &document.policies {
-                intake.policy(policy);
-            }
-            for unreadable in document.unusable() {
-                intake.unreadable(unreadable);
-            }
-            intake.remove_unnamed(&Kind::ALL, Source::File);
-        })
+        self.write(|intake| intake.document(document))
     }
 
     /// Says that what is held was told at `told`, before this process started: it may have changed since. Waits for an update that
@@ -263,33 +242,34 @@ impl Mesh {
     fn write(&self, take_in: impl FnOnce(&mut Intake<'_>)) -> Report {
         let mut pool = self.shared.pool.lock();
         // Nobody else writes while the pool is ours: what is read here is still so below.
-        let Taken { steps, rejected } = {
+        let (turns, rejected) = {
             let state = self.shared.state.read();
             let mut intake = Intake::new(&state, &mut pool);
             take_in(&mut intake);
-            intake.finish()
+            let Taken { steps, rejected } = intake.finish();
+            (order::turns(steps, &state, STEPS_AT_ONCE), rejected)
         };
-        let mut report = self.put_in_force(steps, &mut pool);
+        let mut report = self.put_in_force(turns, &mut pool);
         // What was refused may have left shared parts that nobody holds, too.
         pool.release(rejected.len());
         report.rejected = rejected;
         report
     }
 
-    fn put_in_force(&self, steps: Vec<Step>, pool: &mut Pool) -> Report {
+    fn put_in_force(&self, turns: Vec<Vec<Step>>, pool: &mut Pool) -> Report {
         let mut effects = Effects::default();
         let puts = |step: &&Step| matches!(step, Step::Put(Record::Workload(_), _));
-        let mut more = steps.iter().filter(puts).count();
-        let mut steps = steps.into_iter().peekable();
-        while steps.peek().is_some() {
+        let mut more = turns.iter().flatten().filter(puts).count();
+        let mut turns = turns.into_iter().peekable();
+        while let Some(turn) = turns.next() {
             self.shared.state.write(|state| {
                 state.reserve_for(std::mem::take(&mut more));
-                state.apply(steps.by_ref().take(STEPS_AT_ONCE), &mut effects);
+                state.apply(turn, &mut effects);
             });
             let released = effects.old.len();
             effects.old.clear();
             pool.release(released);
-            if steps.peek().is_some() {
+            if turns.peek().is_some() {
                 Turns::<State>::pause();
             }
         }
@@ -311,7 +291,7 @@ impl Mesh {
 
 /// How many records are copied out before writers are let in.
 const PAGE: usize = 1024;
-/// How many records are put in place in one turn: some 30 µs.
+/// How many records are put in place in one turn, unless more belong together: some 30 µs.
 const STEPS_AT_ONCE: usize = 32;
 
 #[cfg(test)]

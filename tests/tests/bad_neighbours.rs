@@ -173,11 +173,11 @@ async fn n25_a_scraper_that_does_not_read_stops_no_other() {
     let foreign = ForeignClient::new().unwrap();
     let calm = Calm::start(&foreign, &[]).await;
     let mut deaf = Vec::new();
-    for _ in 0..100 {
-        let mut stream = proxys(&foreign, 15020).await;
+    // More than the server has places for, of which one address gets a part.
+    for _ in 0..200 {
+        let stream = proxys(&foreign, 15020).await;
         let scrape = b"GET /metrics HTTP/1.1\r\nHost: a\r\n\r\n".repeat(100);
         let _no_room = stream.try_write(&scrape);
-        stream.flush().await.unwrap();
         deaf.push(stream);
     }
     calm.proxy().metrics().await.unwrap();

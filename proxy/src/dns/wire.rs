@@ -48,9 +48,11 @@ impl Request {
             metadata, queries, ..
         } = &self.message;
         if metadata.message_type == MessageType::Response {
-            return match metadata.response_code {
-                ResponseCode::NoError => Ask::Refuse(ResponseCode::FormErr),
-                _ => Ask::Nothing,
+            let is_refusal = metadata.response_code != ResponseCode::NoError;
+            return if is_refusal {
+                Ask::Nothing
+            } else {
+                Ask::Refuse(ResponseCode::FormErr)
             };
         }
         if metadata.op_code != OpCode::Query {

@@ -12,7 +12,7 @@ use std::{net::IpAddr, sync::Arc};
 
 use xds_client::proto::workload as pb;
 
-use super::{Destination, GatewayAddress, PortMap, intern::Pool, state::Record};
+use super::{Destination, GatewayAddress, PortMap, intern::Pool, record::Record};
 
 /// Why a resource is refused.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]

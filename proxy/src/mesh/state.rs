@@ -1,6 +1,8 @@
 //! What the node knows at one moment: records and the indexes that find them.
 
+mod policies;
 mod services;
+mod shadows;
 mod workloads;
 mod write;
 
@@ -16,9 +18,11 @@ use super::{
     origin::{Origin, Source},
 };
 use crate::config::WorkloadRef;
-use services::{Entry, PrefixLengths};
+use services::Entry;
+pub(super) use services::PrefixLengths;
+use shadows::Shadows;
 use workloads::Held;
-pub(super) use write::{Effects, Record, Step};
+pub(super) use write::{Effects, Step};
 
 type Map<K, V> = HashMap<K, V, RandomState>;
 
@@ -47,6 +51,7 @@ pub struct State {
     namespace_policies: Map<Arc<str>, Vec<Arc<Policy>>>,
     /// Policies of scope global, sorted by key.
     global_policies: Vec<Arc<Policy>>,
+    shadows: Shadows,
     /// When the state was told, if that was before the process started and nothing has confirmed it.
     recalled: Option<SystemTime>,
 }
@@ -111,6 +116,7 @@ impl State {
             policies: Map::default(),
             namespace_policies: Map::default(),
             global_policies: Vec::new(),
+            shadows: Shadows::default(),
             recalled: None,
         }
     }
@@ -357,5 +363,6 @@ impl State {
             && self.prefix_lengths.is_empty()
             && self.namespace_policies.is_empty()
             && self.global_policies.is_empty()
+            && self.shadows.is_empty()
     }
 }

@@ -2,7 +2,10 @@
 
 use std::net::IpAddr;
 
-use xds_client::proto::{security, workload as pb};
+use xds_client::{
+    Extent,
+    proto::{security, workload as pb},
+};
 
 use super::*;
 use crate::config::WorkloadRef;
@@ -11,7 +14,9 @@ mod fixture;
 mod histories;
 mod large;
 mod services;
+mod shared_names;
 mod sources;
+mod turns;
 
 use fixture::*;
 

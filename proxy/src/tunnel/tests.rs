@@ -213,7 +213,7 @@ async fn a_reader_of_small_messages_may_pause() {
 #[tokio::test]
 async fn what_was_put_arrives_though_nobody_wants_the_answer() {
     let tasks = Tasks::default();
-    let (told, mut heard) = mpsc::unbounded_channel();
+    let (told, mut heard) = mpsc::channel(1);
     let handler = move |incoming: Incoming| {
         let told = told.clone();
         async move {
@@ -226,7 +226,7 @@ async fn what_was_put_arrives_though_nobody_wants_the_answer() {
                     break;
                 }
             }
-            told.send((bytes, ended)).unwrap();
+            told.send((bytes, ended)).await.unwrap();
         }
     };
     let sender = connected(&tasks, &CancellationToken::new(), handler).await;

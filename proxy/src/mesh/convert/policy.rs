@@ -8,7 +8,7 @@ use xds_client::proto::security as pb;
 use super::{Converter, Invalid, known, port, range};
 use crate::mesh::{
     Action, Clause, Condition, Match, Policy, PolicyScope, Rule, ServiceAccount, StringMatch,
-    state::Record,
+    record::Record,
 };
 
 impl Converter<'_> {

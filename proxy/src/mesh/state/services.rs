@@ -115,20 +115,20 @@ impl State {
         &mut self,
         new: &Arc<Service>,
         origin: Origin,
-    ) -> Option<Arc<Service>> {
+    ) -> Option<(Arc<Service>, Origin)> {
         let id = self.entry(&new.key);
         let record = &mut self.services.get_mut(id)?.record;
         let old = record.replace((Arc::clone(new), origin));
-        let old = old.map(|(old, _)| old);
-        self.index_service(id, old.as_deref(), Some(new));
+        let replaced = old.as_ref().map(|(old, _)| &**old);
+        self.index_service(id, replaced, Some(new));
         old
     }
 
     /// The endpoints stay: workloads declare them, and go on to do so when the service returns.
-    pub(super) fn drop_service(&mut self, key: &str) -> Option<Arc<Service>> {
+    pub(super) fn drop_service(&mut self, key: &str) -> Option<(Arc<Service>, Origin)> {
         let id = self.service_id(key)?;
-        let (old, _) = self.services.get_mut(id)?.record.take()?;
-        self.index_service(id, Some(&old), None);
+        let old = self.services.get_mut(id)?.record.take()?;
+        self.index_service(id, Some(&old.0), None);
         self.drop_if_unused(id);
         Some(old)
     }
@@ -208,13 +208,13 @@ fn host_of(key: &str) -> HostKey<'_> {
 
 /// How many ranges of each length there are: few lengths are in use, and only these are probed.
 #[derive(Debug, Default)]
-pub(super) struct PrefixLengths {
+pub(in crate::mesh) struct PrefixLengths {
     v4: BTreeMap<u8, usize>,
     v6: BTreeMap<u8, usize>,
 }
 
 impl PrefixLengths {
-    fn insert(&mut self, range: &IpNet) {
+    pub(in crate::mesh) fn insert(&mut self, range: &IpNet) {
         *self
             .family(range.addr())
             .entry(range.prefix_len())
@@ -243,7 +243,8 @@ impl PrefixLengths {
         self.v4.is_empty() && self.v6.is_empty()
     }
 
-    fn ranges_around(&self, ip: IpAddr) -> impl Iterator<Item = IpNet> {
+    /// A range around `ip` of each length in use.
+    pub(in crate::mesh) fn ranges_around(&self, ip: IpAddr) -> impl Iterator<Item = IpNet> {
         let lengths = if ip.is_ipv4() { &self.v4 } else { &self.v6 };
         lengths
             .keys()

@@ -45,11 +45,7 @@ impl State {
     }
 
     /// Inserts or replaces a workload; returns the one replaced.
-    pub(super) fn put_workload(
-        &mut self,
-        new: &Arc<Workload>,
-        origin: Origin,
-    ) -> Option<Arc<Workload>> {
+    pub(super) fn put_workload(&mut self, new: &Arc<Workload>, origin: Origin) -> Option<Held> {
         let record = Arc::clone(new);
         let held = Held { record, origin };
         let Some(id) = self.workload_id(new.uid()) else {
@@ -58,16 +54,16 @@ impl State {
             self.index_workload(id, None, Some(new));
             return None;
         };
-        let Held { record: old, .. } = std::mem::replace(self.workloads.get_mut(id)?, held);
-        self.index_workload(id, Some(&old), Some(new));
+        let old = std::mem::replace(self.workloads.get_mut(id)?, held);
+        self.index_workload(id, Some(&old.record), Some(new));
         Some(old)
     }
 
-    pub(super) fn drop_workload(&mut self, uid: &str) -> Option<Arc<Workload>> {
+    pub(super) fn drop_workload(&mut self, uid: &str) -> Option<Held> {
         let id = self.workload_id(uid)?;
         self.by_uid.remove(uid, id);
-        let Held { record: old, .. } = self.workloads.remove(id)?;
-        self.index_workload(id, Some(&old), None);
+        let old = self.workloads.remove(id)?;
+        self.index_workload(id, Some(&old.record), None);
         Some(old)
     }
 

@@ -7,29 +7,28 @@ use xds_client::Kind;
 
 use super::{Map, State};
 use crate::mesh::{
-    Policy, PolicyScope, Protocol, Service, Workload,
+    Protocol, Workload,
     origin::{Origin, Source},
+    record::{Name, Record, Told},
 };
 
-/// Any record.
-#[derive(Debug, Clone)]
-pub(in crate::mesh) enum Record {
-    Workload(Arc<Workload>),
-    Service(Arc<Service>),
-    Policy(Arc<Policy>),
-}
-
-/// One step.
+/// One step; no two of an update concern one name.
 #[derive(Debug)]
 pub(in crate::mesh) enum Step {
     /// Insert or replace.
     Put(Record, Origin),
-    /// What is held was told again, under another version or by another source.
+    /// What is in force was told again, under another version or by another source.
     Confirm(Record, Origin),
-    /// Remove exactly this.
-    Drop(Record),
-    /// Remove what the control plane told under this name: a workload, else a service; or a policy.
-    Remove(Kind, Box<str>),
+    /// The source tells of this name no more.
+    Forget(Record, Source),
+}
+
+impl Step {
+    pub(in crate::mesh) fn record(&self) -> &Record {
+        match self {
+            Self::Put(record, _) | Self::Confirm(record, _) | Self::Forget(record, _) => record,
+        }
+    }
 }
 
 /// What a batch of steps did.
@@ -45,7 +44,7 @@ pub(in crate::mesh) struct Effects {
 }
 
 impl State {
-    /// Whether exactly this record is held.
+    /// Whether exactly this record is in force.
     pub(in crate::mesh) fn holds(&self, new: &Record) -> bool {
         match new {
             Record::Workload(new) => self.workload(new.uid()) == Some(new),
@@ -54,22 +53,45 @@ impl State {
         }
     }
 
-    /// Where the resource came from that is held under this name: a workload, else a service; or a policy.
-    pub(in crate::mesh) fn origin(&self, kind: Kind, name: &str) -> Option<&Origin> {
-        match kind {
-            Kind::Address => self
-                .workload_origin(name)
-                .or_else(|| self.service_origin(name)),
-            Kind::Authorization => self.policies.get(name).map(|(_, origin)| origin),
+    /// Where the record in force under this name came from.
+    pub(in crate::mesh) fn origin(&self, name: Name<'_>) -> Option<&Origin> {
+        match name {
+            Name::Workload(uid) => self.workload_origin(uid),
+            Name::Service(key) => self.service_origin(key),
+            Name::Policy(key) => self.policies.get(key).map(|(_, origin)| origin),
         }
     }
 
-    /// Where the record came from that is held under the name of this one.
-    pub(in crate::mesh) fn origin_of(&self, record: &Record) -> Option<&Origin> {
-        match record {
-            Record::Workload(workload) => self.workload_origin(workload.uid()),
-            Record::Service(service) => self.service_origin(&service.key),
-            Record::Policy(policy) => self.origin(Kind::Authorization, &policy.key),
+    /// What this source tells under a name, in force or not.
+    pub(in crate::mesh) fn told(&self, name: Name<'_>, source: Source) -> Option<Record> {
+        if self.origin(name)?.source() == source {
+            return self.in_force(name);
+        }
+        let shadow = self.shadows.get(name)?;
+        (shadow.origin.source() == source).then(|| shadow.record.clone())
+    }
+
+    /// What is in force under the name of a step, before it and after it; nothing if that stays the same.
+    pub(in crate::mesh) fn outcome(&self, step: &Step) -> [Option<Record>; 2] {
+        match step {
+            Step::Put(new, _) => [self.in_force(new.name()), Some(new.clone())],
+            Step::Confirm(..) => [None, None],
+            Step::Forget(gone, source) => {
+                let name = gone.name();
+                if self.origin(name).map(Origin::source) != Some(*source) {
+                    return [None, None];
+                }
+                let shadow = self.shadows.get(name);
+                [self.in_force(name), shadow.map(|told| told.record.clone())]
+            }
+        }
+    }
+
+    fn in_force(&self, name: Name<'_>) -> Option<Record> {
+        match name {
+            Name::Workload(uid) => self.workload(uid).cloned().map(Record::Workload),
+            Name::Service(key) => self.service_by_key(key).cloned().map(Record::Service),
+            Name::Policy(key) => self.policy(key).cloned().map(Record::Policy),
         }
     }
 
@@ -83,7 +105,7 @@ impl State {
         entry.record.as_ref().map(|(_, origin)| origin)
     }
 
-    /// Everything that is held, and where it came from.
+    /// Everything that was told, in force or not, and where it came from.
     pub(in crate::mesh) fn records(&self) -> impl Iterator<Item = (Record, &Origin)> {
         let workloads = self.workloads.iter();
         let workloads =
@@ -95,10 +117,12 @@ impl State {
         let services = services.map(|(one, origin)| (Record::Service(Arc::clone(one)), origin));
         let policies = self.policies.values();
         let policies = policies.map(|(one, origin)| (Record::Policy(Arc::clone(one)), origin));
-        workloads.chain(services).chain(policies)
+        let shadows = self.shadows.iter();
+        let shadows = shadows.map(|told| (told.record.clone(), &told.origin));
+        workloads.chain(services).chain(policies).chain(shadows)
     }
 
-    /// Names and versions of what the control plane told.
+    /// Names and versions of what the control plane told, in force or not: it tells of a removal only whom it knows to hold the resource.
     pub(in crate::mesh) fn versions(&self, kind: Kind, mut tell: impl FnMut(&str, &str)) {
         let mut tell = |name: &str, origin: &Origin| {
             if let Some(version) = origin.version() {
@@ -121,39 +145,27 @@ impl State {
                 }
             }
         }
+        for shadow in self.shadows.iter() {
+            let name = shadow.record.name();
+            if name.kind() == kind {
+                tell(name.text(), &shadow.origin);
+            }
+        }
     }
 
     /// Applies steps in their order.
     pub(in crate::mesh) fn apply(
         &mut self,
-        steps: impl Iterator<Item = Step>,
+        steps: impl IntoIterator<Item = Step>,
         effects: &mut Effects,
     ) {
         for step in steps {
-            match step {
-                Step::Put(Record::Workload(new), origin) => {
-                    self.count_identity(None, Some(&new), effects);
-                    let replaced = self.put_workload(&new, origin);
-                    self.count_identity(replaced.as_deref(), None, effects);
-                    effects.workloads += 1;
-                    effects.old.extend(replaced.map(Record::Workload));
-                }
-                Step::Put(Record::Service(new), origin) => {
-                    let replaced = self.put_service(&new, origin);
-                    effects.services += 1;
-                    effects.old.extend(replaced.map(Record::Service));
-                }
-                Step::Put(Record::Policy(new), origin) => {
-                    let replaced = self.put_policy(&new, origin);
-                    effects.policies += 1;
-                    effects.old.extend(replaced.map(Record::Policy));
-                }
-                Step::Confirm(record, origin) => self.confirm(&record, origin),
-                Step::Drop(Record::Workload(gone)) => self.forget_workload(gone.uid(), effects),
-                Step::Drop(Record::Service(gone)) => self.forget_service(&gone.key, effects),
-                Step::Drop(Record::Policy(gone)) => self.forget_policy(&gone.key, effects),
-                Step::Remove(kind, name) => self.remove(kind, &name, effects),
-            }
+            let gone = match step {
+                Step::Put(record, origin) => self.tell(&record, origin, effects),
+                Step::Confirm(record, origin) => self.confirm(record.name(), origin),
+                Step::Forget(record, source) => self.forget(record.name(), source, effects),
+            };
+            effects.old.extend(gone.map(|told| told.record));
         }
     }
 
@@ -165,58 +177,103 @@ impl State {
         self.by_address.reserve(more);
     }
 
-    fn confirm(&mut self, record: &Record, origin: Origin) {
-        let held = match record {
-            Record::Workload(one) => self
-                .workload_id(one.uid())
-                .and_then(|id| self.workloads.get_mut(id))
-                .map(|held| &mut held.origin),
-            Record::Service(one) => self
-                .service_id(&one.key)
-                .and_then(|id| self.services.get_mut(id)?.record.as_mut())
-                .map(|(_, held)| held),
-            Record::Policy(one) => self.policies.get_mut(&one.key).map(|(_, held)| held),
-        };
-        if let Some(held) = held {
-            *held = origin;
+    /// Puts a record in force; returns what is held no longer. A record of another source stays as a shadow.
+    fn tell(&mut self, record: &Record, origin: Origin, effects: &mut Effects) -> Option<Told> {
+        let source = origin.source();
+        let old = self.put_record(record, origin, effects)?;
+        if old.origin.source() == source {
+            return Some(old);
+        }
+        self.shadows.put(old)
+    }
+
+    /// What is in force counts as told by this origin, too; returns what is held no longer.
+    fn confirm(&mut self, name: Name<'_>, origin: Origin) -> Option<Told> {
+        let record = self.in_force(name)?;
+        let source = origin.source();
+        let old = std::mem::replace(self.origin_mut(name)?, origin);
+        if old.source() == source {
+            return None;
+        }
+        let origin = old;
+        self.shadows.put(Told { record, origin })
+    }
+
+    /// Forgets what a source told under a name, and puts what the other tells in its place; returns what is held no longer.
+    fn forget(&mut self, name: Name<'_>, source: Source, effects: &mut Effects) -> Option<Told> {
+        let other = self.shadows.take(name);
+        if self.origin(name)?.source() != source {
+            return other;
+        }
+        match other {
+            Some(told) if self.holds(&told.record) => {
+                let Told { record, origin } = told;
+                let origin = std::mem::replace(self.origin_mut(name)?, origin);
+                Some(Told { record, origin })
+            }
+            Some(told) => self.put_record(&told.record, told.origin, effects),
+            None => self.drop_record(name, effects),
         }
     }
 
-    fn remove(&mut self, kind: Kind, name: &str, effects: &mut Effects) {
-        let told = |origin: Option<&Origin>| {
-            origin.is_some_and(|origin| origin.source() == Source::ControlPlane)
-        };
-        match kind {
-            Kind::Address if self.workload_id(name).is_some() => {
-                if told(self.workload_origin(name)) {
-                    self.forget_workload(name, effects);
-                }
+    fn origin_mut(&mut self, name: Name<'_>) -> Option<&mut Origin> {
+        match name {
+            Name::Workload(uid) => {
+                let id = self.workload_id(uid)?;
+                self.workloads.get_mut(id).map(|held| &mut held.origin)
             }
-            Kind::Address if told(self.service_origin(name)) => self.forget_service(name, effects),
-            Kind::Authorization if told(self.origin(kind, name)) => {
-                self.forget_policy(name, effects);
+            Name::Service(key) => {
+                let id = self.service_id(key)?;
+                let entry = self.services.get_mut(id)?;
+                entry.record.as_mut().map(|(_, origin)| origin)
             }
-            Kind::Address | Kind::Authorization => {}
+            Name::Policy(key) => self.policies.get_mut(key).map(|(_, origin)| origin),
         }
     }
 
-    fn forget_workload(&mut self, uid: &str, effects: &mut Effects) {
-        let dropped = self.drop_workload(uid);
-        self.count_identity(dropped.as_deref(), None, effects);
-        effects.workloads += usize::from(dropped.is_some());
-        effects.old.extend(dropped.map(Record::Workload));
+    /// Inserts or replaces the record in force; returns the one replaced.
+    fn put_record(&mut self, new: &Record, origin: Origin, effects: &mut Effects) -> Option<Told> {
+        match new {
+            Record::Workload(new) => {
+                self.count_identity(None, Some(new), effects);
+                let old = self.put_workload(new, origin);
+                self.count_identity(old.as_ref().map(|old| &*old.record), None, effects);
+                effects.workloads += 1;
+                old.map(|old| told(Record::Workload(old.record), old.origin))
+            }
+            Record::Service(new) => {
+                effects.services += 1;
+                let (old, origin) = self.put_service(new, origin)?;
+                Some(told(Record::Service(old), origin))
+            }
+            Record::Policy(new) => {
+                effects.policies += 1;
+                let (old, origin) = self.put_policy(new, origin)?;
+                Some(told(Record::Policy(old), origin))
+            }
+        }
     }
 
-    fn forget_service(&mut self, key: &str, effects: &mut Effects) {
-        let dropped = self.drop_service(key);
-        effects.services += usize::from(dropped.is_some());
-        effects.old.extend(dropped.map(Record::Service));
-    }
-
-    fn forget_policy(&mut self, key: &str, effects: &mut Effects) {
-        let dropped = self.drop_policy(key);
-        effects.policies += usize::from(dropped.is_some());
-        effects.old.extend(dropped.map(Record::Policy));
+    /// Removes and returns the record in force.
+    fn drop_record(&mut self, name: Name<'_>, effects: &mut Effects) -> Option<Told> {
+        match name {
+            Name::Workload(uid) => {
+                let old = self.drop_workload(uid)?;
+                self.count_identity(Some(&old.record), None, effects);
+                effects.workloads += 1;
+                Some(told(Record::Workload(old.record), old.origin))
+            }
+            Name::Service(key) => {
+                let (old, origin) = self.drop_service(key)?;
+                effects.services += 1;
+                Some(told(Record::Service(old), origin))
+            }
+            Name::Policy(key) => {
+                let (old, origin) = self.drop_policy(key)?;
+                effects.policies += 1;
+                Some(told(Record::Policy(old), origin))
+            }
+        }
     }
 
     fn count_identity(
@@ -250,47 +307,10 @@ impl State {
         let needed = served && self.is_local(workload);
         workload.identity().filter(|_| needed)
     }
+}
 
-    fn put_policy(&mut self, new: &Arc<Policy>, origin: Origin) -> Option<Arc<Policy>> {
-        let held = (Arc::clone(new), origin);
-        let old = self.policies.insert(Arc::clone(&new.key), held);
-        let old = old.map(|(old, _)| old);
-        if let Some(old) = &old {
-            self.unscope(old);
-        }
-        let scoped = match new.scope {
-            PolicyScope::Global => &mut self.global_policies,
-            PolicyScope::Namespace => self
-                .namespace_policies
-                .entry(Arc::clone(&new.namespace))
-                .or_default(),
-            PolicyScope::WorkloadSelector => return old,
-        };
-        let position = scoped.partition_point(|held| held.key < new.key);
-        scoped.insert(position, Arc::clone(new));
-        old
-    }
-
-    fn drop_policy(&mut self, key: &str) -> Option<Arc<Policy>> {
-        let (old, _) = self.policies.remove(key)?;
-        self.unscope(&old);
-        Some(old)
-    }
-
-    fn unscope(&mut self, old: &Policy) {
-        let scoped = match old.scope {
-            PolicyScope::Global => Some(&mut self.global_policies),
-            PolicyScope::Namespace => self.namespace_policies.get_mut(&old.namespace),
-            PolicyScope::WorkloadSelector => None,
-        };
-        let Some(scoped) = scoped else {
-            return;
-        };
-        scoped.retain(|held| held.key != old.key);
-        if scoped.is_empty() && old.scope == PolicyScope::Namespace {
-            self.namespace_policies.remove(&old.namespace);
-        }
-    }
+fn told(record: Record, origin: Origin) -> Told {
+    Told { record, origin }
 }
 
 impl Effects {

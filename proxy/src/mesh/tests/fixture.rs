@@ -26,29 +26,17 @@ pub(super) struct Update {
 
 /// Applies an update; all counts of the report are sums.
 pub(super) fn apply(mesh: &Mesh, extent: Extent, update: Update) -> Report {
-    let policies = update.policies.iter();
-    let policies = policies
-        .map(|one| encoded(&one.name, "", &one.policy))
-        .collect();
-    let policies = Batch::new(
-        Kind::Authorization,
-        extent,
-        policies,
-        update.removed_policies,
-    );
-    let mut report = mesh.apply(&addresses(
-        extent,
-        &update.addresses,
-        update.removed_addresses,
-    ));
+    let [addresses, policies] = batches(extent, update);
+    let mut report = mesh.apply(&addresses);
     let more = mesh.apply(&policies);
     report.rejected.extend(more.rejected);
     report.policies = more.policies;
     report
 }
 
-fn addresses(extent: Extent, told: &[pb::Address], removed: Vec<String>) -> Batch {
-    let told = told.iter().map(|address| {
+/// The two responses of an update.
+pub(super) fn batches(extent: Extent, update: Update) -> [Batch; 2] {
+    let told = update.addresses.iter().map(|address| {
         let name = match address.r#type.as_ref() {
             Some(pb::address::Type::Workload(workload)) => workload.uid.clone(),
             Some(pb::address::Type::Service(one)) => format!("{}/{}", one.namespace, one.hostname),
@@ -58,7 +46,21 @@ fn addresses(extent: Extent, told: &[pb::Address], removed: Vec<String>) -> Batc
         format!("{address:?}").hash(&mut hasher);
         encoded(&name, &format!("{:016x}", hasher.finish()), address)
     });
-    Batch::new(Kind::Address, extent, told.collect(), removed)
+    let addresses = Batch::new(
+        Kind::Address,
+        extent,
+        told.collect(),
+        update.removed_addresses,
+    );
+    let told = update.policies.iter();
+    let told = told.map(|one| encoded(&one.name, "", &one.policy));
+    let policies = Batch::new(
+        Kind::Authorization,
+        extent,
+        told.collect(),
+        update.removed_policies,
+    );
+    [addresses, policies]
 }
 
 fn encoded(name: &str, version: &str, content: &impl Message) -> Bytes {

@@ -4,6 +4,7 @@ use std::{collections::BTreeMap, fmt::Debug, net::IpAddr, sync::Arc};
 
 use proptest::{collection::vec, prelude::*, sample::select};
 use xds_client::{
+    Extent,
     local::NamedPolicy,
     proto::{security, workload as pb},
 };
@@ -19,15 +20,15 @@ const UIDS: [&str; 6] = [
     "we/b/w4",
     "we/c/w5",
 ];
-const IPS: [&str; 4] = ["10.0.0.1", "10.0.1.1", "10.1.0.1", "fd00::1"];
+pub(super) const IPS: [&str; 4] = ["10.0.0.1", "10.0.1.1", "10.1.0.1", "fd00::1"];
 const RANGES: [&str; 4] = ["10.0.0.0/8", "10.0.0.0/16", "10.0.0.0/24", "fd00::/8"];
-const NETWORKS: [&str; 2] = ["", "net2"];
+pub(super) const NETWORKS: [&str; 2] = ["", "net2"];
 const NAMESPACES: [&str; 3] = ["a", "b", "c"];
 const HOSTS: [&str; 2] = ["h1", "h2"];
 const POLICIES: [&str; 4] = ["a/p1", "a/p2", "b/p1", "c/p1"];
 
 #[derive(Debug, Clone)]
-enum Step {
+pub(super) enum Step {
     Workload(Box<pb::Workload>),
     Service(Box<pb::Service>),
     Policy(NamedPolicy),
@@ -35,7 +36,7 @@ enum Step {
     RemovePolicy(String),
 }
 
-type Push = (Extent, Vec<Step>);
+pub(super) type Push = (Extent, Vec<Step>);
 
 fn services() -> impl Strategy<Value = pb::Service> {
     let address = (
@@ -136,7 +137,7 @@ fn steps() -> impl Strategy<Value = Step> {
     ]
 }
 
-fn histories() -> impl Strategy<Value = Vec<Push>> {
+pub(super) fn histories() -> impl Strategy<Value = Vec<Push>> {
     let extent = prop_oneof![9 => Just(Extent::Changes), 1 => Just(Extent::Everything)];
     let batch = (extent, vec(steps(), 0..8)).prop_map(|(extent, mut steps)| {
         let is_removal =
@@ -147,7 +148,7 @@ fn histories() -> impl Strategy<Value = Vec<Push>> {
     vec(batch, 0..12)
 }
 
-fn update(steps: Vec<Step>) -> Update {
+pub(super) fn update(steps: Vec<Step>) -> Update {
     let mut update = Update::default();
     for step in steps {
         match step {
@@ -163,7 +164,7 @@ fn update(steps: Vec<Step>) -> Update {
 
 /// Plain lists; workloads in the order in which they were first seen.
 #[derive(Debug, Clone, Default)]
-struct Model {
+pub(super) struct Model {
     workloads: Vec<pb::Workload>,
     services: BTreeMap<String, pb::Service>,
     policies: BTreeMap<String, NamedPolicy>,
@@ -178,7 +179,7 @@ fn is_valid(workload: &pb::Workload) -> bool {
 }
 
 impl Model {
-    fn run(&mut self, (extent, steps): &Push) {
+    pub(super) fn run(&mut self, (extent, steps): &Push) {
         if *extent == Extent::Everything {
             let named = |uid: &str| {
                 steps
@@ -322,7 +323,7 @@ impl Model {
         all
     }
 
-    fn answers(&self) -> Answers {
+    pub(super) fn answers(&self) -> Answers {
         let mut answers = Answers::default();
         self.answer_by_key(&mut answers);
         self.answer_by_name(&mut answers);
@@ -412,7 +413,7 @@ impl Model {
 
 /// What is answered to every question of a small world.
 #[derive(Debug, Default, PartialEq)]
-struct Answers(BTreeMap<String, String>);
+pub(super) struct Answers(BTreeMap<String, String>);
 
 impl Answers {
     fn note(&mut self, question: impl Debug, answer: Option<impl Debug>) {
@@ -420,7 +421,7 @@ impl Answers {
         self.0.insert(format!("{question:?}"), answer);
     }
 
-    fn of(state: &State) -> Self {
+    pub(super) fn of(state: &State) -> Self {
         let mut answers = Self::default();
         answers.ask_by_key(state);
         answers.ask_by_name(state);
@@ -530,7 +531,7 @@ fn clients() -> impl Iterator<Item = Option<&'static str>> {
     [None, Some("a"), Some("b"), Some("z")].into_iter()
 }
 
-fn pairs<'a>(
+pub(super) fn pairs<'a>(
     ones: &'a [&'a str],
     others: &'a [&'a str],
 ) -> impl Iterator<Item = (&'a str, &'a str)> {

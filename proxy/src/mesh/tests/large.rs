@@ -1,9 +1,17 @@
 //! Updates that take many turns.
 
-use super::{super::*, fixture::*};
+use xds_client::Extent;
+
+use super::fixture::*;
 
 #[test]
 fn readers_come_in_between_the_parts_of_a_large_update() {
+    // Where the machine is busy, readers may sleep through an update, but not through all.
+    let mut updates = (0..50).map(|_| parts_seen_of_an_update());
+    assert!(updates.any(|parts| parts > 10));
+}
+
+fn parts_seen_of_an_update() -> usize {
     let (mesh, most) = (mesh(), 5_000);
     let pods = (0..most).map(|n| pod(&format!("c//Pod/a/w{n}"), "").into());
     let update = Update {
@@ -17,9 +25,9 @@ fn readers_come_in_between_the_parts_of_a_large_update() {
             seen.push(mesh.read().counts().workloads);
         }
         assert!(seen.is_sorted());
+        assert_eq!(writer.join().unwrap().workloads, most);
         seen.retain(|count| (1..most).contains(count));
         seen.dedup();
-        assert!(seen.len() > 10, "{seen:?}");
-        assert_eq!(writer.join().unwrap().workloads, most);
-    });
+        seen.len()
+    })
 }

@@ -1,10 +1,10 @@
 //! Where resources come from: what each source may replace and remove, what is refused, which versions are told.
 
 use bytes::Bytes;
-use proptest::prelude::*;
+use proptest::{collection::vec, prelude::*};
 use prost::Message;
 use xds_client::{
-    Rejected,
+    Batch, Extent, Rejected,
     proto::{
         discovery::{Resource, resource::Payload},
         security, workload as pb,
@@ -78,7 +78,36 @@ fn no_source_removes_what_the_other_told() {
     assert_eq!(uids(&mesh), ["both", "told"]);
     mesh.load(&of_file);
     apply(&mesh, Extent::Everything, Update::default());
-    assert_eq!(uids(&mesh), ["both", "file"], "the file told of it last");
+    assert_eq!(uids(&mesh), ["both", "file"], "the file tells of both");
+}
+
+#[test]
+fn the_last_of_two_resources_of_one_name_counts_and_removals_after_both() {
+    let mesh = mesh();
+    put(&mesh, [pod("held", "10.0.0.1").into()]);
+    let update = |removed: &[&str]| Update {
+        addresses: vec![
+            pod("held", "10.0.0.2").into(),
+            pod("new", "10.0.0.3").into(),
+            pod("held", "10.0.0.1").into(),
+            pod("new", "10.0.0.4").into(),
+        ],
+        removed_addresses: removed.iter().map(ToString::to_string).collect(),
+        ..Update::default()
+    };
+    apply(&mesh, Extent::Changes, update(&[]));
+    for (ip, expected) in [
+        ("10.0.0.1", Some("held")),
+        ("10.0.0.2", None),
+        ("10.0.0.3", None),
+        ("10.0.0.4", Some("new")),
+    ] {
+        let state = mesh.read();
+        let found = state.workload_at("", ip.parse().unwrap());
+        assert_eq!(found.map(|one| one.uid()), expected, "{ip}");
+    }
+    apply(&mesh, Extent::Changes, update(&["held", "new"]));
+    assert!(mesh.read().is_bare());
 }
 
 #[test]
@@ -158,10 +187,34 @@ fn what_cannot_be_decoded_is_refused_and_the_rest_applies() {
     assert_eq!(uids(&mesh), ["w"]);
 }
 
+#[test]
+fn a_resource_that_cannot_be_read_costs_nothing_that_it_may_be() {
+    let mesh = mesh();
+    let named = |name| policy(name, security::Scope::Global);
+    let update = Update {
+        policies: vec![named("shop/deny"), named("shop/other")],
+        ..Update::default()
+    };
+    apply(&mesh, Extent::Changes, update);
+    // It has a name, `shop/deny`, but its aliases are no text.
+    let broken = Bytes::from_static(b"\x1a\x09shop/deny\x22\x01\xff");
+    let everything = |encoded| {
+        let batch = Batch::new(Kind::Authorization, Extent::Everything, encoded, Vec::new());
+        mesh.apply(&batch)
+    };
+    let nameless = Bytes::from_static(b"\x1a\x09shop");
+    let held = || ["shop/deny", "shop/other"].map(|name| mesh.read().policy(name).is_some());
+    assert_eq!(everything(vec![nameless]).rejected.len(), 1);
+    assert_eq!(held(), [true, true], "it may be any");
+    assert_eq!(everything(vec![broken]).rejected.len(), 1);
+    assert_eq!(held(), [true, false], "it is told of, the other is not");
+    assert_eq!(everything(Vec::new()).policies, 1);
+}
+
 proptest! {
     #[test]
     fn arbitrary_responses_never_panic_and_leave_what_is_in_force(
-        contents in proptest::collection::vec(proptest::collection::vec(any::<u8>(), 0..80), 0..6),
+        contents in vec(vec(any::<u8>(), 0..80), 0..6),
         framed in any::<bool>(),
     ) {
         let mesh = mesh();
