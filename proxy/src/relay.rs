@@ -11,6 +11,7 @@ mod buffer;
 mod lane;
 mod pipe;
 mod pump;
+mod sys;
 mod tcp;
 #[cfg(test)]
 mod tests;

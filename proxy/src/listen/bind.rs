@@ -13,6 +13,7 @@ use tokio::net::TcpListener;
 use super::{
     netns::Netns,
     options::{set_liveness, set_mark, set_transparent, set_tunnel_liveness, tcp_socket},
+    successor::deal_to_all,
     watch::Watch,
 };
 use crate::config::{OriginalSource, Ports, Sockets};
@@ -171,6 +172,7 @@ impl Make<'_> {
         socket
             .listen(self.sockets.backlog)
             .map_err(at(Step::Listen))?;
+        deal_to_all(&socket);
         let transparent = self
             .probe_transparency(&socket)
             .map_err(at(Step::MakeTransparent))?;

@@ -13,6 +13,7 @@ use super::{
     bind::{BindError, Step},
     netns::Netns,
     options::{set_mark, tcp_socket},
+    successor::deal_to_all,
 };
 use crate::config::{DnsCapture, Sockets};
 
@@ -97,6 +98,8 @@ fn pair(netns: &Netns, sockets: &Sockets, address: SocketAddr) -> Result<DnsSock
     let tcp = prepared(tcp_socket(netns, domain).map_err(at(Step::Create))?)?;
     tcp.listen(sockets.backlog).map_err(at(Step::Listen))?;
     let udp = prepared(udp_socket(netns, domain).map_err(at(Step::Create))?)?;
+    deal_to_all(&tcp);
+    deal_to_all(&udp);
     Ok(DnsSockets {
         udp: UdpSocket::from_std(udp.into()).map_err(at(Step::Register))?,
         tcp: TcpListener::from_std(tcp.into()).map_err(at(Step::Register))?,

@@ -7,6 +7,8 @@ use nix::{
     sys::socket::{setsockopt, sockopt},
 };
 
+use super::sys::detach_program;
+
 /// Sends new connections, or datagrams, to the socket that was bound after `listener` to the same
 /// port, so that the queue of `listener` can run empty before it is closed. During an upgrade that is the new
 /// proxy's.
@@ -14,7 +16,7 @@ use nix::{
 /// The kernel keeps the sockets of a port in the order in which they began to listen and moves
 /// the last one into the place of one that closes, so the successor of the older of two is number
 /// one. Without a successor the number leads nowhere and the kernel goes on as before. If the
-/// younger one stops first, it keeps what arrives until it closes.
+/// younger one stops first, it keeps what arrives until it closes. This stays said until another proxy joins them.
 ///
 /// # Errors
 /// If the kernel refuses: the port is not shared (`SO_REUSEPORT` is off).
@@ -34,6 +36,16 @@ pub fn prefer_successor(listener: &impl AsFd) -> io::Result<()> {
         sockopt::AttachReusePortCbpf,
         &program,
     )?)
+}
+
+/// Has the kernel deal new connections, or datagrams, to all sockets of a port, `newcomer` among them, as it does until one
+/// of them [prefers its successor](prefer_successor). What an earlier upgrade has said stays with the port for as long as
+/// any socket of it: it would give everything to a newcomer, ready or not.
+///
+/// Call it once `newcomer` listens, or is bound to take datagrams: it has no part in the port before.
+pub(super) fn deal_to_all(newcomer: &impl AsFd) {
+    // Fails where nothing was said, which is the rule; where the port is not shared; and before Linux 5.3, which cannot take it back.
+    let _ = detach_program(newcomer);
 }
 
 #[expect(
@@ -91,15 +103,36 @@ mod tests {
             .expect("accept");
     }
 
+    fn bound(at: SocketAddr) -> UdpSocket {
+        let socket = Socket::new(Domain::IPV4, Type::DGRAM, None).expect("socket");
+        socket.set_reuse_port(true).expect("reuse");
+        socket.set_nonblocking(true).expect("nonblocking");
+        socket.bind(&at.into()).expect("bind");
+        UdpSocket::from_std(socket.into()).expect("register")
+    }
+
+    #[tokio::test]
+    async fn a_newcomer_among_datagrams_gets_its_share() {
+        let old = bound(SocketAddr::from(([127, 0, 0, 1], 0)));
+        let at = old.local_addr().expect("address");
+        prefer_successor(&old).expect("steer");
+        let new = bound(at);
+        deal_to_all(&new);
+        let mut dealt = [0; 2];
+        for _ in 0..200 {
+            let client = UdpSocket::bind("127.0.0.1:0").await.expect("client");
+            client.send_to(b"x", at).await.expect("send");
+            let (mut one, mut other) = ([0; 1], [0; 1]);
+            tokio::select! {
+                got = old.recv(&mut one) => dealt[0] += got.expect("datagram"),
+                got = new.recv(&mut other) => dealt[1] += got.expect("datagram"),
+            }
+        }
+        assert!(!dealt.contains(&0), "{dealt:?}");
+    }
+
     #[tokio::test]
     async fn datagrams_follow_as_well() {
-        let bound = |at: SocketAddr| {
-            let socket = Socket::new(Domain::IPV4, Type::DGRAM, None).expect("socket");
-            socket.set_reuse_port(true).expect("reuse");
-            socket.set_nonblocking(true).expect("nonblocking");
-            socket.bind(&at.into()).expect("bind");
-            UdpSocket::from_std(socket.into()).expect("register")
-        };
         let old = bound(SocketAddr::from(([127, 0, 0, 1], 0)));
         let at = old.local_addr().expect("address");
         let new = bound(at);

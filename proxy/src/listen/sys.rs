@@ -1,8 +1,17 @@
-//! What only the kernel knows of a connection.
+//! What only the kernel knows of a connection, and what it does for the sockets of a port.
 
-#![expect(unsafe_code, reason = "no safe crate reads TCP_INFO")]
+#![expect(
+    unsafe_code,
+    reason = "no safe crate reads TCP_INFO, or detaches a program"
+)]
 
-use std::{io, mem::MaybeUninit, os::fd::AsRawFd, time::Duration};
+use std::{
+    io,
+    mem::MaybeUninit,
+    os::fd::{AsFd, AsRawFd},
+    ptr,
+    time::Duration,
+};
 
 use nix::libc;
 use tokio::net::TcpStream;
@@ -32,6 +41,29 @@ pub fn round_trip(stream: &TcpStream) -> io::Result<(Duration, u32)> {
     let info = unsafe { info.assume_init() };
     let rtt = Duration::from_micros(info.tcpi_rtt.into());
     Ok((rtt, info.tcpi_total_retrans))
+}
+
+/// Takes away the program by which the kernel chooses among the sockets that share the port of `socket`.
+///
+/// # Errors
+/// If there is none, or the kernel cannot (it can since 5.3).
+pub(super) fn detach_program(socket: &impl AsFd) -> io::Result<()> {
+    let unused: libc::c_int = 0;
+    let length = libc::socklen_t::try_from(size_of_val(&unused)).unwrap_or(0);
+    // SAFETY: the descriptor is open while `socket` is borrowed, and the kernel reads at most `length` bytes of `unused`.
+    let outcome = unsafe {
+        libc::setsockopt(
+            socket.as_fd().as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_DETACH_REUSEPORT_BPF,
+            ptr::from_ref(&unused).cast(),
+            length,
+        )
+    };
+    if outcome != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
 }
 
 #[cfg(test)]

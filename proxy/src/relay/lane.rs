@@ -129,22 +129,30 @@ impl Lane {
         Poll::Ready(Ok(put))
     }
 
-    /// Gets the next chunk.
+    /// Gets the next chunk, or learns while there is none that the sink wants none.
     fn fetch<S: Endpoint, T: Endpoint>(
         &mut self,
         turn: &mut Turn<'_, '_>,
         source: &mut S,
         sink: &mut T,
     ) -> Poll<Result<Pending, End>> {
-        match source.poll_readable(turn.cx) {
-            Poll::Pending if turn.reverse.state == State::Done => {
-                // Nothing is read from the sink any more, so only asking it tells of its end.
-                let fault = ready!(sink.poll_gone(turn.cx));
-                return Poll::Ready(Err(End::Sink(fault)));
-            }
-            Poll::Pending => return Poll::Pending,
-            Poll::Ready(readable) => readable.map_err(End::Source)?,
+        let fetched = self.try_fetch(turn, source, sink);
+        if fetched.is_pending() && turn.reverse.state == State::Done {
+            // Nothing is read from the sink any more, so only asking it tells of its end.
+            let fault = ready!(sink.poll_gone(turn.cx));
+            return Poll::Ready(Err(End::Sink(fault)));
         }
+        fetched
+    }
+
+    /// Gets the next chunk.
+    fn try_fetch<S: Endpoint, T: Endpoint>(
+        &mut self,
+        turn: &mut Turn<'_, '_>,
+        source: &mut S,
+        sink: &mut T,
+    ) -> Poll<Result<Pending, End>> {
+        ready!(source.poll_readable(turn.cx)).map_err(End::Source)?;
         ready!(sink.poll_room(turn.cx)).map_err(End::Sink)?;
         if self.pace.splices()
             && let (Some(from), Some(to)) = (source.socket(), sink.socket())

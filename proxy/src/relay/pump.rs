@@ -185,6 +185,10 @@ where
             (State::Done, _) | (_, State::Done) => {
                 if !replace(&mut this.is_half_closed, true) {
                     this.sockets().into_iter().flatten().for_each(stay_tracked);
+                    if this.outward.state == State::Done {
+                        // The other lane ran before, and so has not asked its sink whether that is gone.
+                        cx.waker().wake_by_ref();
+                    }
                 }
                 return Poll::Pending;
             }

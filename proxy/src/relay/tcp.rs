@@ -1,8 +1,11 @@
 //! A TCP socket as one side of a flow.
 
 use std::{
+    fmt,
+    future::pending,
     io::{self, ErrorKind},
     ops::Deref,
+    os::fd::AsFd as _,
     pin::Pin,
     task::{Context, Poll, ready},
     time::Duration,
@@ -11,9 +14,13 @@ use std::{
 use bytes::Buf;
 use nix::sys::socket::{getsockopt, setsockopt, sockopt::TcpKeepIdle};
 use socket2::SockRef;
-use tokio::{io::AsyncWrite, net::TcpStream};
+use tokio::{
+    io::{AsyncWrite, Interest},
+    net::TcpStream,
+    time::{Sleep, sleep},
+};
 
-use super::{Appetite, Buffers, Endpoint, Fault, Leave, Payload};
+use super::{Appetite, Buffers, Endpoint, Fault, Leave, Payload, sys::unacknowledged};
 
 /// The largest read. It becomes one DATA frame where the peer allows, which the receiver assembles
 /// before it delivers; measured against 64 and 128 KiB, it saves a fifth of the processor time of
@@ -23,10 +30,27 @@ const LARGEST_READ: usize = 256 << 10;
 /// Seconds without a packet after which a connection that is closed one way is probed.
 const TRACKED: u32 = 30;
 
+/// How long the direction towards a connection goes on alone before it is watched for errors: most flows are over by then.
+const UNWATCHED: Duration = Duration::from_secs(1);
+
+/// Pause between two looks at a queue that runs empty.
+const LOOK: Duration = Duration::from_millis(5);
+
 /// A connection of an application. Whatever drops it, the end of the process included, resets it:
 /// only a flow that has come to its orderly end closes it with FIN.
-#[derive(Debug)]
-pub struct Socket(TcpStream);
+pub struct Socket {
+    stream: TcpStream,
+    aside: Option<Box<Aside>>,
+}
+
+/// What some connections need towards their end, and none before: one that is idle stays small.
+#[derive(Default)]
+struct Aside {
+    /// Ready once the connection has an error.
+    broken: Option<Pin<Box<dyn Future<Output = ()> + Send + Sync>>>,
+    /// Ready for the next look at what the far end has not acknowledged.
+    look: Option<Pin<Box<Sleep>>>,
+}
 
 /// A socket error other than the end of the connection.
 #[derive(Debug, thiserror::Error)]
@@ -37,7 +61,10 @@ impl Socket {
     /// Takes over an established connection.
     #[must_use]
     pub fn new(stream: TcpStream) -> Self {
-        let socket = Self(stream);
+        let socket = Self {
+            stream,
+            aside: None,
+        };
         socket.set_linger(Some(Duration::ZERO));
         socket
     }
@@ -45,7 +72,7 @@ impl Socket {
     /// Zero: to be dropped is to be reset.
     fn set_linger(&self, linger: Option<Duration>) {
         // Fails on no TCP socket.
-        let _ = SockRef::from(&self.0).set_linger(linger);
+        let _ = SockRef::from(&self.stream).set_linger(linger);
     }
 
     /// Reads and drops what comes; ready at its end. A socket that is closed with bytes unread, or
@@ -59,19 +86,52 @@ impl Socket {
         }
         Poll::Ready(())
     }
+
+    /// Waits until the far end has acknowledged all that was put here, or is there no more: a reset throws away what is left.
+    fn poll_delivered(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        while self.peer_addr().is_ok() && unacknowledged(&self.stream).is_ok_and(|bytes| bytes > 0)
+        {
+            let look = &mut self.aside.get_or_insert_default().look;
+            let pause = look.get_or_insert_with(|| Box::pin(sleep(LOOK)));
+            ready!(pause.as_mut().poll(cx));
+            *look = None;
+        }
+        Poll::Ready(())
+    }
+}
+
+/// Waits until `stream` has an error; for ever where descriptors are short. To wait for errors alone is to borrow the stream,
+/// so what waits has a descriptor of its own.
+fn broken(stream: &TcpStream) -> impl Future<Output = ()> + Send + Sync + use<> {
+    let own = stream.as_fd().try_clone_to_owned();
+    async move {
+        sleep(UNWATCHED).await;
+        let watched = own.and_then(|own| TcpStream::from_std(own.into()));
+        let Ok(watched) = watched else {
+            return pending().await;
+        };
+        // Fails when the runtime ends, and this with it.
+        let _ = watched.ready(Interest::ERROR).await;
+    }
+}
+
+impl fmt::Debug for Socket {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Socket").field(&self.stream).finish()
+    }
 }
 
 impl Deref for Socket {
     type Target = TcpStream;
 
     fn deref(&self) -> &TcpStream {
-        &self.0
+        &self.stream
     }
 }
 
 impl Endpoint for Socket {
     fn socket(&self) -> Option<&TcpStream> {
-        Some(&self.0)
+        Some(&self.stream)
     }
 
     fn poll_readable(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Fault>> {
@@ -85,7 +145,7 @@ impl Endpoint for Socket {
         buffers: &Buffers,
     ) -> Poll<Result<Option<Payload>, Fault>> {
         let mut buffer = buffers.take(*appetite);
-        let got = ready!(buffer.poll_read(&mut self.0, cx)).map_err(read_fault)?;
+        let got = ready!(buffer.poll_read(&mut self.stream, cx)).map_err(read_fault)?;
         if got == 0 {
             return Poll::Ready(Ok(None));
         }
@@ -102,7 +162,7 @@ impl Endpoint for Socket {
         cx: &mut Context<'_>,
         payload: &mut Payload,
     ) -> Poll<Result<usize, Fault>> {
-        let put = ready!(Pin::new(&mut self.0).poll_write(cx, payload.chunk()));
+        let put = ready!(Pin::new(&mut self.stream).poll_write(cx, payload.chunk()));
         let put = put.map_err(write_fault)?;
         if put == 0 {
             return Poll::Ready(Err(Fault::Gone));
@@ -113,15 +173,22 @@ impl Endpoint for Socket {
 
     fn poll_finish(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Fault>> {
         // Fails only where nobody is connected any more, which a read tells better.
-        Pin::new(&mut self.0)
+        Pin::new(&mut self.stream)
             .poll_shutdown(cx)
             .map_err(|_| Fault::Gone)
     }
 
     fn release(&mut self, _: usize) {}
 
-    fn poll_gone(&mut self, _: &mut Context<'_>) -> Poll<Fault> {
-        Poll::Pending
+    /// The kernel tells of a far end that has reset the connection, or answers no probe any more.
+    fn poll_gone(&mut self, cx: &mut Context<'_>) -> Poll<Fault> {
+        let aside = self.aside.get_or_insert_default();
+        let broken = aside
+            .broken
+            .get_or_insert_with(|| Box::pin(broken(&self.stream)));
+        ready!(broken.as_mut().poll(cx));
+        let error = self.take_error().ok().flatten();
+        Poll::Ready(error.map_or(Fault::Gone, write_fault))
     }
 
     fn poll_leave(
@@ -132,7 +199,8 @@ impl Endpoint for Socket {
         late: bool,
     ) -> Poll<()> {
         match leave {
-            Leave::Reset => Poll::Ready(()),
+            Leave::Reset if late => Poll::Ready(()),
+            Leave::Reset => self.poll_delivered(cx),
             Leave::Ended => {
                 self.set_linger(None);
                 Poll::Ready(())

@@ -1,5 +1,6 @@
 //! Two sockets and a pump between them.
 
+mod ends;
 mod splice;
 
 use std::{

@@ -7,6 +7,7 @@ use std::{
 use socket2::SockRef;
 
 use super::*;
+use crate::listen::successor::prefer_successor;
 use crate::listen::testing::{fresh_netns, ports, run, sockets};
 
 /// Connects from inside `netns`, to loopback of the given family.
@@ -70,20 +71,36 @@ async fn two_proxies_share_the_ports_of_a_pod() {
     let old = bind(&pod, &sockets(), &ports()).unwrap();
     let new = bind(&pod, &sockets(), &ports()).unwrap();
     // Connections are spread over both; whoever stays gets all.
-    let mut reached = HashSet::new();
-    for _ in 0..200 {
-        let _client = dial(&pod, "127.0.0.1", 15001).unwrap();
-        tokio::select! {
-            _ = crate::listen::accept(&old.outbound) => reached.insert("old"),
-            _ = crate::listen::accept(&new.outbound) => reached.insert("new"),
-        };
-    }
-    assert_eq!(reached.len(), 2);
+    assert_eq!(reached(&pod, &old, &new).await.len(), 2);
     drop(old);
     for _ in 0..20 {
         let _client = dial(&pod, "127.0.0.1", 15001).unwrap();
         crate::listen::accept(&new.outbound).await;
     }
+}
+
+/// Which of two gets connections, when there are many.
+async fn reached(pod: &Netns, old: &PodListeners, new: &PodListeners) -> HashSet<&'static str> {
+    let mut reached = HashSet::new();
+    for _ in 0..200 {
+        let _client = dial(pod, "127.0.0.1", 15001).unwrap();
+        tokio::select! {
+            _ = crate::listen::accept(&old.outbound) => reached.insert("old"),
+            _ = crate::listen::accept(&new.outbound) => reached.insert("new"),
+        };
+    }
+    reached
+}
+
+#[tokio::test]
+async fn a_proxy_shares_with_a_newcomer_after_an_earlier_upgrade() {
+    let pod = fresh_netns();
+    let oldest = bind(&pod, &sockets(), &ports()).unwrap();
+    let old = bind(&pod, &sockets(), &ports()).unwrap();
+    prefer_successor(&oldest.outbound).unwrap();
+    drop(oldest);
+    let new = bind(&pod, &sockets(), &ports()).unwrap();
+    assert_eq!(reached(&pod, &old, &new).await.len(), 2);
 }
 
 #[tokio::test]
