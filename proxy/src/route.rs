@@ -10,7 +10,7 @@
 //!
 //! | rule | if | then |
 //! |---|---|---|
-//! | O1 | `D` is a port of this proxy on loopback | refuse |
+//! | O1 | `D` is a port of this proxy on loopback, or where the connection arrived (the caller's to find out) | refuse |
 //! | O2 | the source is not in the mesh state (the caller's to find out) | refuse |
 //! | O3 | `D` belongs to a service (else a workload: O10; else nobody: O8) | O4 |
 //! | O4 | the service has a waypoint | tunnel to it, asking for `D`; never around it. O4a: nested if it is on another network |

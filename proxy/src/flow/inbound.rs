@@ -17,6 +17,7 @@ use tokio::{
     net::{TcpListener, TcpStream},
     time::{Instant, timeout_at},
 };
+use tokio_util::sync::CancellationToken;
 
 #[cfg(test)]
 pub(super) use self::stream::budget;
@@ -47,14 +48,15 @@ async fn connection(
     socket: TcpStream,
     peer: SocketAddr,
     handshakes: Arc<Handshakes>,
-    draining: tokio_util::sync::CancellationToken,
+    draining: CancellationToken,
 ) {
+    let retire = draining.child_token();
     let here = socket.local_addr().ok().map(listen::canonical);
     let slot = handshakes.begin(peer.ip());
     let shaken = tokio::select! {
         biased; // who has to make room does so first
         () = slot.given_way.cancelled() => Err(Refused::Crowded),
-        shaken = Box::pin(shake(&pod, socket, peer, here)) => shaken,
+        shaken = Box::pin(shake(&pod, socket, (peer, here), &retire)) => shaken,
     };
     drop(slot);
     let (tls, caller, (age, tracker)) = match shaken {
@@ -69,7 +71,6 @@ async fn connection(
         Cut::new(tracker, tls.peer_certificates(), first)
     };
     let streams = Streams(Arc::clone(&pod), caller);
-    let retire = draining.child_token();
     let serving = Box::pin(tunnel::serve(tls, &settings, retire.clone(), cut, streams));
     match age.retire(&retire, serving).await {
         Ok(()) => {}
@@ -107,6 +108,8 @@ struct Caller {
     identity: SpiffeId,
     /// Whom the caller met.
     shown: SpiffeId,
+    /// Ends the connection once its streams have ended.
+    retire: CancellationToken,
     /// Whether the connection was cut because the peer's certificate is revoked.
     cut: AtomicBool,
 }
@@ -169,8 +172,8 @@ impl Refused {
 async fn shake(
     pod: &Pod,
     socket: TcpStream,
-    peer: SocketAddr,
-    here: Option<SocketAddr>,
+    (peer, here): (SocketAddr, Option<SocketAddr>),
+    retire: &CancellationToken,
 ) -> Result<(Tls<TcpStream>, Caller, (Retirement, Option<Tracker>)), Refused> {
     let here = here.ok_or(Refused::NoAddress)?;
     let settings = &pod.settings().tunnel;
@@ -200,6 +203,7 @@ async fn shake(
             here,
             identity,
             shown: svid.id().clone(),
+            retire: retire.clone(),
             cut: AtomicBool::new(false),
         },
         (age, svid.client_tracker()),

@@ -92,7 +92,7 @@ fn revoke_forbidden(pod: &Pod, local: &Workload) {
 
 /// Why a flow may no longer be, if it may not.
 fn judge(state: &State, local: &Workload, flow: &Facts) -> Option<Revocation> {
-    if flow.shown().is_some() && flow.shown() != local.identity() {
+    if flow.is_disowned(local) {
         return Some(Revocation::Identity);
     }
     match flow.direction() {

@@ -11,6 +11,7 @@
 
 use std::{
     collections::HashMap,
+    net::IpAddr,
     sync::{Arc, Weak},
     time::{Duration, SystemTime},
 };
@@ -27,6 +28,8 @@ use crate::{
     route::{HBONE_PORT, Hop, Via},
 };
 
+#[cfg(test)]
+mod tests;
 mod visit;
 
 pub(super) use visit::{Errand, Visit, visit};
@@ -62,8 +65,17 @@ impl Neighbours {
         neighbour.visits.wait().await;
     }
 
-    /// Whom `hop` leads to, if that is a pod of this process and both sides may do without a tunnel.
-    pub(super) fn find(&self, pod: &Pod, source: &Workload, hop: &Hop) -> Option<Arc<Neighbour>> {
+    /// Whom `hop` leads to, if that is a pod of this process and both sides may do without a tunnel. The client must be at `from`,
+    /// an address of `source`: it is what policies and the application see, and a tunnel would show no other.
+    pub(super) fn find(
+        &self,
+        pod: &Pod,
+        (source, from): (&Workload, IpAddr),
+        hop: &Hop,
+    ) -> Option<Arc<Neighbour>> {
+        if !source.addresses().contains(&from) {
+            return None;
+        }
         let (settings, target) = (&pod.settings().same_node, &hop.workload);
         let may = |workload: &Workload| settings.is_direct(workload.namespace());
         if hop.via != Via::Workload || hop.to.port() != HBONE_PORT || !may(source) || !may(target) {

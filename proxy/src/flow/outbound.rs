@@ -29,8 +29,7 @@ use crate::{
     telemetry::{Access, Attempt, Reason, Reporter, Trace, TracePhase},
     tunnel::{Fate, Opening, Stream},
 };
-pub(super) use plan::Call;
-use plan::{Plan, Unplanned, decide};
+use plan::{Call, Plan, Unplanned, decide};
 use reach::{FarEnd, Reached, Upstream, opened, reach};
 
 /// Carries one redirected connection to where `route` says.
@@ -40,15 +39,17 @@ pub(super) fn carry(
     peer: SocketAddr,
 ) -> impl Future<Output = ()> + Send {
     let to = listen::original_destination(&downstream).unwrap_or(peer);
-    carry_to(pod, downstream, Call { from: peer, to })
+    carry_to(pod, downstream, (peer, to))
 }
 
-/// Carries one connection to where `route` says.
+/// Carries one connection to where `route` says. It came from the first address, and is meant for the second.
 pub(super) fn carry_to(
     pod: Arc<Pod>,
     downstream: TcpStream,
-    call: Call,
+    (from, to): (SocketAddr, SocketAddr),
 ) -> impl Future<Output = ()> + Send {
+    let here = downstream.local_addr().ok().map(listen::canonical);
+    let call = Call { from, to, here };
     // Boxed, so that the space of the set-up is given back before bytes move; and made here, because the future below would
     // keep room for all that it is handed, as long as it lives.
     let set_up = Box::pin(set_up(pod, downstream, call));

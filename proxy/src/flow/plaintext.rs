@@ -77,7 +77,7 @@ async fn open(pod: &Arc<Pod>, downstream: &TcpStream, peer: SocketAddr) -> Optio
     let verdict = authorize(pod, &local, &connection, &entry).await;
     trace.ended(TracePhase::Policy);
     let upstream = match verdict {
-        Err(denied) => Err(Failure::Denied(denied)),
+        Err(refused) => Err(refused),
         Ok(permit) => pod
             .dial_application(permit, route.to, peer.ip())
             .await

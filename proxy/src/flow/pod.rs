@@ -269,16 +269,29 @@ impl Pod {
         &self.share
     }
 
+    /// Whether it takes another flow. Counts nothing: who is sent elsewhere is asked for again there.
+    pub(super) fn takes_more(&self) -> bool {
+        self.is_below_limit(self.flows.len()) && !self.is_greedy()
+    }
+
     /// Whether it gets nothing new, because memory is very short and it holds much of it; counts it if so.
     pub(super) fn is_to_blame(&self) -> bool {
-        let is_to_blame = pressure() == Pressure::Critical && !self.share.is_modest();
+        let is_to_blame = self.is_greedy();
         Relief::FlowRefused.count(is_to_blame.into());
         is_to_blame
     }
 
+    fn is_greedy(&self) -> bool {
+        pressure() == Pressure::Critical && !self.share.is_modest()
+    }
+
+    fn is_below_limit(&self, open: usize) -> bool {
+        open < self.settings().limits.flows_per_pod
+    }
+
     /// Whether another one is let in beside so many connections or flows; counts it if not.
     pub(super) fn has_room(&self, open: usize) -> bool {
-        let has_room = open < self.settings().limits.flows_per_pod;
+        let has_room = self.is_below_limit(open);
         if !has_room {
             self.hits(Limit::FlowsPerPod);
         }

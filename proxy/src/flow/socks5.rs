@@ -19,10 +19,7 @@ use tokio::{
     time::timeout,
 };
 
-use super::{
-    Pod, Stop, accept,
-    outbound::{self, Call},
-};
+use super::{Pod, Stop, accept, outbound};
 use crate::telemetry::{Attempt, Reason, Reporter};
 
 /// Finds addresses of names as the resolver of a pod does.
@@ -44,7 +41,7 @@ async fn carry(pod: Arc<Pod>, mut downstream: TcpStream, peer: SocketAddr, names
     let limit = pod.settings().sockets.connect_timeout;
     let negotiated = Box::pin(timeout(limit, negotiate(&mut downstream, &names))).await;
     match negotiated.unwrap_or(Err(Refused::Timeout)) {
-        Ok(to) => outbound::carry_to(pod, downstream, Call { from: peer, to }).await,
+        Ok(to) => outbound::carry_to(pod, downstream, (peer, to)).await,
         Err(refused) => {
             let attempt = Attempt {
                 reporter: Reporter::Source,

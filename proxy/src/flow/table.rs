@@ -171,9 +171,9 @@ impl Facts {
         self.verdict.get()
     }
 
-    /// The identity that the pod has proven to the peer; `None` in plaintext.
-    pub(super) fn shown(&self) -> Option<&SpiffeId> {
-        self.shown.as_ref()
+    /// Whether the pod, whose record is `local`, has proven to the peer to be somebody else. Never in plaintext.
+    pub(super) fn is_disowned(&self, local: &Workload) -> bool {
+        self.shown.is_some() && self.shown.as_ref() != local.identity()
     }
 
     /// Ends the flow. Its task sees it at its next step.
@@ -204,6 +204,11 @@ pub(super) struct Entry {
 }
 
 impl Entry {
+    /// The flow as others see it.
+    pub(super) fn facts(&self) -> &Facts {
+        &self.facts
+    }
+
     /// Tells what policies said.
     pub(super) fn judged(&self, verdict: &Note) {
         // A flow is judged once before it opens; later judgements only end it.

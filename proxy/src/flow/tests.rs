@@ -3,13 +3,13 @@
 
 use std::{mem::size_of_val, net::SocketAddr, sync::Arc, time::Duration};
 
-use cert_agent::{Agent, AgentOptions, CsrSource, InProcessCa};
+use cert_agent::{Agent, AgentOptions, CsrSource, InProcessCa, SpiffeId};
 use prometheus_client::registry::Registry;
 use tokio::{
     net::{TcpListener, TcpStream},
     time::Instant,
 };
-use xds_client::Demand;
+use xds_client::{Demand, local::Document, proto::workload as wire};
 
 use super::*;
 use crate::{
@@ -19,7 +19,10 @@ use crate::{
     relay::Buffers,
     resolve::Resolver,
     route::LoopGuard,
-    telemetry::{AuthorizationLog, Limits, OnDemandDns, Traffic},
+    telemetry::{
+        AuthorizationLog, Labels, Limits, OnDemandDns, Party, Reporter, Security, ServiceName,
+        Traffic,
+    },
 };
 
 fn pod() -> Arc<Pod> {
@@ -28,8 +31,63 @@ fn pod() -> Arc<Pod> {
 
 /// A pod that nobody has told of, whose connects may take a second.
 pub(super) fn pod_with(demand: Option<Demand>) -> Arc<Pod> {
+    pod_of(&Arc::new(shared(demand)), "web")
+}
+
+/// The pod `name` of the namespace `shop`, with an account of the same name.
+pub(super) fn pod_of(shared: &Arc<Shared>, name: &str) -> Arc<Pod> {
+    let who = WorkloadRef::new("shop", name, name);
+    let netns = Netns::current().expect("netns");
+    Pod::new(Arc::clone(shared), who, netns, false)
+}
+
+/// What a control plane tells of that pod.
+pub(super) fn told(name: &str, address: [u8; 4], trust_domain: &str) -> wire::Address {
+    wire::Address {
+        r#type: Some(wire::address::Type::Workload(wire::Workload {
+            uid: format!("c//Pod/shop/{name}"),
+            name: name.into(),
+            namespace: "shop".into(),
+            service_account: name.into(),
+            addresses: vec![address.to_vec()],
+            trust_domain: trust_domain.into(),
+            tunnel_protocol: wire::TunnelProtocol::Hbone.into(),
+            ..Default::default()
+        })),
+    }
+}
+
+/// Makes the mesh hold these and nobody else.
+pub(super) fn tell(shared: &Shared, addresses: Vec<wire::Address>) {
+    let document = Document {
+        addresses,
+        ..Default::default()
+    };
+    assert_eq!(shared.mesh.load(&document).rejected, []);
+}
+
+/// Lists a flow to `pod`, in which it has shown itself as `shown`.
+pub(super) fn enter(pod: &Pod, shown: Option<SpiffeId>) -> table::Entry {
+    let labels = Labels {
+        reporter: Reporter::Destination,
+        security: Security::Unknown,
+        source: Party::default(),
+        destination: Party::default(),
+        service: ServiceName::default(),
+    };
+    let direction = Direction::Inbound {
+        source: ([10, 0, 0, 1], 40000).into(),
+        destination: ([10, 0, 0, 2], 80).into(),
+        identity: None,
+        service: None,
+    };
+    let watch = pod.shared().traffic.open(&labels).watch();
+    pod.flows().enter(direction, shown, watch)
+}
+
+pub(super) fn shared(demand: Option<Demand>) -> Shared {
     let ca = InProcessCa::random().expect("root");
-    let shared = Shared {
+    Shared {
         mesh: Mesh::new(View {
             node_name: None,
             network: "".into(),
@@ -61,14 +119,7 @@ pub(super) fn pod_with(demand: Option<Demand>) -> Arc<Pod> {
             network: "".into(),
             workload_wait: Duration::from_millis(50),
         },
-    };
-    let who = WorkloadRef::new("shop", "web", "web");
-    Pod::new(
-        Arc::new(shared),
-        who,
-        Netns::current().expect("netns"),
-        false,
-    )
+    }
 }
 
 fn sockets() -> config::Sockets {

@@ -12,10 +12,15 @@ use hashbrown::HashMap;
 use parking_lot::Mutex;
 use tokio::time::{Instant, timeout_at};
 
-use super::{Pod, report, table::Entry};
+use super::{
+    Pod,
+    failure::Failure,
+    report,
+    table::{Entry, Revocation},
+};
 use crate::{
     mesh::Workload,
-    policy::{self, Connection, Denied, Permit},
+    policy::{self, Connection, Permit},
 };
 
 /// Policies that the record of a pod names in vain, and since when that is known.
@@ -41,6 +46,8 @@ impl Awaited {
 /// listed by now, so that a change after this look is the judge's to see, and one before it must not be missed. `local` stands in
 /// for a record that has gone.
 ///
+/// # Errors
+/// [`Failure::Denied`]; [`Failure::Revoked`] if the pod has shown itself to the peer, perhaps long ago, as somebody it is no longer.
 /// # Cancel safety
 /// Nothing is lost.
 pub(super) async fn authorize(
@@ -48,13 +55,16 @@ pub(super) async fn authorize(
     local: &Arc<Workload>,
     connection: &Connection<'_>,
     entry: &Entry,
-) -> Result<Permit, Denied> {
+) -> Result<Permit, Failure> {
     let mut changes = pod.shared().mesh.changes();
     let verdict = loop {
         changes.mark_unchanged();
         let verdict = {
             let state = pod.shared().mesh.read();
             let local = state.local_workload(pod.who()).unwrap_or(local);
+            if entry.facts().is_disowned(local) {
+                return Err(Failure::Revoked(Revocation::Identity));
+            }
             policy::authorize(&state, local, connection)
         };
         let until = pod.awaited().until(verdict.missing());
@@ -68,7 +78,7 @@ pub(super) async fn authorize(
     for note in verdict.notes() {
         report::note(pod.shared().verdicts, note);
     }
-    verdict.outcome
+    verdict.outcome.map_err(Failure::Denied)
 }
 
 /// How long a policy that has not arrived is waited for. istiod tells of both kinds within one push; this is far more.
@@ -77,6 +87,33 @@ pub(crate) const PATIENCE: Duration = Duration::from_secs(5);
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::flow::tests::{enter, pod_with, tell, told};
+
+    #[tokio::test]
+    async fn who_has_met_the_pod_as_somebody_else_is_refused() {
+        let pod = pod_with(None);
+        let told_of = |trust_domain: &str| {
+            tell(pod.shared(), vec![told("web", [10, 0, 0, 2], trust_domain)]);
+            pod.known_workload().expect("told")
+        };
+        let local = told_of("one");
+        let connection = Connection {
+            source: ([10, 0, 0, 1], 40000).into(),
+            destination: ([10, 0, 0, 2], 80).into(),
+            identity: None,
+        };
+        let (met, plain) = (enter(&pod, local.identity().cloned()), enter(&pod, None));
+        let asked = async |entry| authorize(&pod, &local, &connection, entry).await;
+        assert!(asked(&met).await.is_ok());
+        // A stream of a connection that was made before, looked at after the judge has.
+        let _now = told_of("two");
+        let refused = asked(&met).await.map(|_| ());
+        assert!(
+            matches!(refused, Err(Failure::Revoked(Revocation::Identity))),
+            "{refused:?}"
+        );
+        assert!(asked(&plain).await.is_ok());
+    }
 
     #[tokio::test(start_paused = true)]
     async fn a_name_is_waited_for_once_and_anew_after_it_was_there() {

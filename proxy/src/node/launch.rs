@@ -1,9 +1,9 @@
 //! How the pods that `pods` finds come to be served by `flow`.
 
-use std::{net::Ipv4Addr, sync::Arc};
+use std::{error::Error, net::Ipv4Addr, sync::Arc, time::Duration};
 
 use futures_util::future::{BoxFuture, OptionFuture};
-use tokio::{net::TcpListener, runtime::Handle};
+use tokio::{net::TcpListener, runtime::Handle, time::sleep};
 use tokio_util::sync::CancellationToken;
 
 use super::{StartError, served::Served};
@@ -57,19 +57,15 @@ impl Names {
         who: WorkloadRef,
         netns: Arc<Netns>,
         end: dns::End,
-    ) -> Option<impl Future<Output = ()> + Send + use<>> {
-        match listen::bind_dns(&netns, &self.shared.sockets, &self.capture) {
-            Ok(sockets) => {
-                let names = dns::Names::new(self.shared, who, netns);
-                Some(names.serve(sockets, end))
-            }
-            Err(error) => {
-                let error = &error as &dyn std::error::Error;
-                let WorkloadRef {
-                    namespace, name, ..
-                } = &who;
-                tracing::error!(%namespace, %name, error, "names are not served to this pod");
-                None
+    ) -> impl Future<Output = ()> + Send + use<> {
+        let Self { capture, shared } = self;
+        let there = (Arc::clone(&netns), Arc::clone(&shared));
+        let bind = move || listen::bind_dns(&there.0, &there.1.sockets, &capture);
+        let bound = bound(("DNS", &who), bind, end.retire.clone());
+        async move {
+            if let Some(sockets) = bound.await {
+                let names = dns::Names::new(shared, who, netns);
+                names.serve(sockets, end).await;
             }
         }
     }
@@ -89,7 +85,7 @@ impl Launcher {
             retire: stop.accept.clone(),
             stop: CancellationToken::new(),
         };
-        let names = self.names.clone().and_then(|names| {
+        let names = self.names.clone().map(|names| {
             let end = end.clone();
             names.serve(who.clone(), Arc::clone(&netns), end)
         });
@@ -120,24 +116,61 @@ impl Launcher {
         stop: Stop,
     ) -> Option<impl Future<Output = ()> + Send + use<>> {
         let port = self.socks5?;
-        let listener = match listen::bind_socks5(&netns, &self.shared.settings.sockets, port) {
-            Ok(listener) => listener,
-            Err(error) => {
-                let error = &error as &dyn std::error::Error;
-                let WorkloadRef {
-                    namespace, name, ..
-                } = who;
-                tracing::error!(%namespace, %name, error, "SOCKS5 is not served to this pod");
-                return None;
-            }
-        };
+        let there = (Arc::clone(&netns), Arc::clone(&self.shared));
+        let bind = move || listen::bind_socks5(&there.0, &there.1.settings.sockets, port);
+        let bound = bound(("SOCKS5", who), bind, stop.accept.clone());
         let names = self.names.as_ref().map(|names| -> Arc<dyn flow::Resolve> {
             let names = dns::Names::new(Arc::clone(&names.shared), who.clone(), netns);
             Arc::new(Asking(names))
         });
-        Some(Arc::clone(flows).serve_socks5(listener, names, stop))
+        let flows = Arc::clone(flows);
+        Some(async move {
+            if let Some(listener) = bound.await {
+                flows.serve_socks5(listener, names, stop).await;
+            }
+        })
     }
 }
+
+/// Binds what a pod does without if it must: at once, and if that fails again and again until `stop`, which leaves `None`. The
+/// obstacle may be one that goes: a port that the pod's last proxy still holds, or a want of descriptors.
+fn bound<T, E, B>(
+    (what, who): (&'static str, &WorkloadRef),
+    mut bind: B,
+    stop: CancellationToken,
+) -> impl Future<Output = Option<T>> + Send + use<T, E, B>
+where
+    T: Send,
+    E: Error + Send + 'static,
+    B: FnMut() -> Result<T, E> + Send,
+{
+    let (namespace, name) = (Arc::clone(&who.namespace), Arc::clone(&who.name));
+    let first = bind();
+    if let Err(error) = &first {
+        let error = error as &dyn Error;
+        tracing::error!(%namespace, %name, error, "{what} is not served to this pod yet, trying again");
+    }
+    async move {
+        if let Ok(bound) = first {
+            return Some(bound);
+        }
+        let mut pause = FIRST_RETRY;
+        loop {
+            // Pods that were in want of the same do not try at the same time.
+            let jittered = pause.mul_f64(rand::random_range(0.75..=1.0));
+            stop.run_until_cancelled(sleep(jittered)).await?;
+            if let Ok(bound) = bind() {
+                tracing::info!(%namespace, %name, "{what} is served to this pod now");
+                return Some(bound);
+            }
+            pause = (pause * 2).min(LAST_RETRY);
+        }
+    }
+}
+
+const FIRST_RETRY: Duration = Duration::from_millis(250);
+/// An attempt costs two sockets.
+const LAST_RETRY: Duration = Duration::from_secs(15);
 
 /// Lets flows ask for names.
 #[derive(Debug)]
@@ -196,19 +229,48 @@ pub(super) fn own(
 }
 
 /// Cuts what is still open when the drain deadline has passed.
-async fn with_deadline(
-    serving: impl Future<Output = ()>,
-    stop: Stop,
-    deadline: std::time::Duration,
-) {
+async fn with_deadline(serving: impl Future<Output = ()>, stop: Stop, deadline: Duration) {
     let late = async {
         stop.accept.cancelled().await;
-        tokio::time::sleep(deadline).await;
+        sleep(deadline).await;
         stop.force.cancel();
         std::future::pending::<()>().await;
     };
     tokio::select! {
         () = serving => {}
         () = late => {}
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io;
+
+    use tokio::time::Instant;
+
+    use super::*;
+
+    /// Binds at the third attempt.
+    fn third() -> impl FnMut() -> Result<u8, io::Error> + Send {
+        let mut attempts = 0;
+        move || {
+            attempts += 1;
+            let taken = || io::ErrorKind::AddrInUse.into();
+            (attempts == 3).then_some(attempts).ok_or_else(taken)
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_cannot_be_bound_at_once_is_bound_when_the_obstacle_has_gone() {
+        let who = WorkloadRef::new("shop", "web", "web");
+        let (began, stop) = (Instant::now(), CancellationToken::new());
+        let at_once = bound(("DNS", &who), || Ok::<_, io::Error>(1), stop.clone());
+        assert_eq!(at_once.await, Some(1));
+        assert_eq!(began.elapsed(), Duration::ZERO);
+        assert_eq!(bound(("DNS", &who), third(), stop.clone()).await, Some(3));
+        assert!(began.elapsed() <= 3 * FIRST_RETRY);
+        let never = bound(("DNS", &who), third(), stop.clone());
+        stop.cancel();
+        assert_eq!(never.await, None);
     }
 }

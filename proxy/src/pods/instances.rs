@@ -33,6 +33,7 @@ pub(super) struct Instances {
 pub(super) struct Served {
     pub(super) uid: Arc<str>,
     pub(super) who: WorkloadRef,
+    netns: Arc<Netns>,
     stop: Stop,
 }
 
@@ -135,6 +136,7 @@ impl Stage for Instances {
         let served = Served {
             uid: Arc::clone(uid),
             who: who.clone(),
+            netns: Arc::clone(netns),
             stop: stop.clone(),
         };
         self.running.insert(id, served);
@@ -147,15 +149,18 @@ impl Stage for Instances {
         })
     }
 
-    fn cut(&mut self, instance: Instance) {
-        instance.stop.now();
-        let Some(Served { uid, who, .. }) = self.running.get(&instance.id) else {
-            return;
-        };
-        info!(%uid, name = %who.name, namespace = %who.namespace, "pod is cut");
-        // What a repair has left behind belongs to the pod, too.
-        for other in self.running.values().filter(|other| other.uid == *uid) {
-            other.stop.now();
+    fn cut(&mut self, is_gone: impl Fn(&str, &Arc<Netns>) -> bool) {
+        for served in self.running.values() {
+            let Served {
+                uid,
+                who,
+                netns,
+                stop,
+            } = served;
+            if !stop.force.is_cancelled() && is_gone(uid, netns) {
+                stop.now();
+                info!(%uid, name = %who.name, namespace = %who.namespace, "pod is cut");
+            }
         }
     }
 

@@ -25,11 +25,12 @@ pub(super) trait Stage {
     fn same(one: &Self::Netns, other: &Self::Netns) -> bool;
     /// Binds all listeners of a pod and serves them. The error is for the agent and the log.
     fn start(&mut self, pod: &Candidate<Self::Netns>) -> Result<Self::Instance, String>;
-    /// Closes the listeners and cuts all connections, in the background.
-    fn cut(&mut self, instance: Self::Instance);
+    /// Closes the listeners of all instances whose uid and namespace say that they are gone, also of those that were retired, and
+    /// cuts their connections, in the background.
+    fn cut(&mut self, is_gone: impl Fn(&str, &Self::Netns) -> bool);
     /// The ports of listeners that have closed unasked.
     fn deaf(&self, instance: &Self::Instance) -> Vec<u16>;
-    /// Closes the listeners; connections go on for as long as they like, or until an instance of the same pod is cut.
+    /// Closes the listeners; connections go on for as long as they like, or until they are cut.
     fn retire(&mut self, instance: Self::Instance);
 }
 
@@ -140,7 +141,8 @@ impl<S: Stage> Roster<S> {
             return Verdict::Done;
         }
         // A sandbox made anew has another namespace; what was in the old one is worthless.
-        self.remove(&pod.uid);
+        self.stage
+            .cut(|uid, netns| *uid == *pod.uid && !S::same(netns, &pod.netns));
         match self.try_start(pod, Retry::first(now)) {
             Ok(()) => Verdict::Done,
             Err(reason) => Verdict::Refused(reason),
@@ -160,22 +162,23 @@ impl<S: Stage> Roster<S> {
     fn del(&mut self, uid: &str) {
         if let Link::Snapshot(named) = &mut self.link {
             named.remove(uid);
-            // An instance is left to the end of the snapshot, which may name the pod again.
-            if self.is_up(uid) {
-                return;
+            // Instances are left to the end of the snapshot, which may name the pod again.
+            if !self.is_up(uid) {
+                self.entries.remove(uid);
             }
+            return;
         }
-        self.remove(uid);
+        self.entries.remove(uid);
+        self.stage.cut(|one, _| one == uid);
     }
 
     fn snapshot_sent(&mut self) -> Verdict {
         let Link::Snapshot(named) = &self.link else {
             return Verdict::OutOfStep("the snapshot was already sent".into());
         };
-        let stale = self.entries.keys().filter(|uid| !named.contains(*uid));
-        for uid in stale.cloned().collect::<Vec<_>>() {
-            self.remove(&uid);
-        }
+        self.entries.retain(|uid, _| named.contains(uid));
+        // Not only of those that have left just now: what was pending was forgotten when the connection was made.
+        self.stage.cut(|uid, _| !named.contains(uid));
         self.link = Link::Live;
         Verdict::Done
     }
@@ -261,16 +264,6 @@ impl<S: Stage> Roster<S> {
         let uid = Arc::clone(&pod.uid);
         self.entries.insert(uid, Entry { pod, phase });
         outcome
-    }
-
-    fn remove(&mut self, uid: &str) {
-        if let Some(Entry {
-            phase: Phase::Up(instance),
-            ..
-        }) = self.entries.remove(uid)
-        {
-            self.stage.cut(instance);
-        }
     }
 
     /// Whether the agent has named all pods, and all of them are up but those that have been tried for long: one pod that cannot be

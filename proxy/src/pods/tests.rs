@@ -37,16 +37,21 @@ struct Holder {
     panics: AtomicBool,
     /// Ignores the force token.
     stubborn: bool,
+    /// Closes the listener for plaintext.
+    loses: bool,
 }
 
 impl Launch for Arc<Holder> {
-    fn launch(&self, pod: Pod, stop: Stop) -> BoxFuture<'static, ()> {
+    fn launch(&self, mut pod: Pod, stop: Stop) -> BoxFuture<'static, ()> {
         let holder = Self::clone(self);
         Box::pin(async move {
             assert!(
                 !holder.panics.swap(false, Ordering::Relaxed),
                 "as the test wants it"
             );
+            if holder.loses {
+                pod.listeners.inbound_plaintext = Arc::clone(&pod.listeners.outbound);
+            }
             let mut held = Vec::new();
             loop {
                 tokio::select! {
@@ -464,6 +469,28 @@ async fn a_deleted_pod_is_cut_at_once() {
     eventually("it is gone", || node.phases().is_empty()).await;
     assert!(before.elapsed() < SECOND);
     assert_eq!(descriptors_of(&pod), 1);
+}
+
+#[tokio::test]
+async fn a_deleted_pod_is_cut_though_its_listeners_were_lost() {
+    let holder = Holder {
+        loses: true,
+        ..Holder::default()
+    };
+    let mut node = Node::with(holder, SECOND);
+    node.greet().await;
+    let pod = fresh_netns();
+    node.add("a", &pod).await;
+    let stream = node.held_by(&pod).await;
+    let squatter = pod.enter(|| std::net::TcpListener::bind("0.0.0.0:15006"));
+    let _squatter = squatter.unwrap().unwrap();
+    assert_eq!(node.ask(SNAPSHOT_SENT, &[]).await, DONE);
+    let pending = [("a".to_owned(), PodPhase::Pending)];
+    eventually("an audit has seen it", || node.phases() == pending).await;
+    assert!(!is_cut(&stream));
+    assert_eq!(node.del("a").await, DONE);
+    eventually("it is cut", || is_cut(&stream)).await;
+    eventually("it is gone", || node.phases().is_empty()).await;
 }
 
 #[tokio::test]

@@ -12,7 +12,7 @@ use super::{
     balance::Choice,
     hop::{Leg, expected, no_way_to},
     owner,
-    upstream::{Purpose, Selection, Upstream, Wanted, next_hop, referenced},
+    upstream::{Purpose, Selection, Upstream, Wanted, is_tried, next_hop, referenced},
 };
 use crate::mesh::{GatewayAddress, LoadBalancingMode, Protocol, Service, State, Workload};
 
@@ -137,13 +137,25 @@ impl<'a, R: Rng> Decision<'a, R> {
         Leg::target(&upstream).place(&upstream)
     }
 
-    /// The waypoint of this connection: one of the weighted ones, else the single one.
+    /// The waypoint of this connection: one of the weighted ones, else the single one. Weighted ones of which nobody is left to
+    /// try give way to the others.
     fn service_waypoint(&mut self, service: &'a Service) -> Option<&'a GatewayAddress> {
         let mut choice = Choice::new();
         for weighted in service.weighted_waypoints() {
-            choice.offer(&weighted.waypoint, weighted.weight, 0, self.rng);
+            let rank = usize::from(!self.is_tried(&weighted.waypoint));
+            choice.offer(&weighted.waypoint, weighted.weight, rank, self.rng);
         }
         choice.into_chosen().or_else(|| service.waypoint())
+    }
+
+    /// Whether this connection has tried all that a waypoint leads to, in vain.
+    fn is_tried(&mut self, waypoint: &GatewayAddress) -> bool {
+        if self.avoid.is_empty() {
+            return false;
+        }
+        let wanted = self.wanted(Purpose::NextHop);
+        let next = next_hop(self.state, self.source, waypoint, wanted, self.rng);
+        next.is_none_or(|next| is_tried(self.state, self.source, next.workload, self.avoid))
     }
 
     fn waypoint(

@@ -63,10 +63,15 @@ impl<'a> Selection<'a> {
 
     /// Whether an endpoint may be chosen.
     pub(super) fn judge(&self, endpoint: &Endpoint<'_>) -> Result<Fit, Unfit> {
-        let workload = endpoint.workload;
-        if self.avoids(workload) {
+        if is_tried(self.state, self.source, endpoint.workload, self.avoid) {
             return Err(Unfit::Tried);
         }
+        self.judge_untried(endpoint)
+    }
+
+    /// Whether an endpoint may be chosen if neither it nor what leads there was tried.
+    fn judge_untried(&self, endpoint: &Endpoint<'_>) -> Result<Fit, Unfit> {
+        let workload = endpoint.workload;
         if workload.health() != Health::Healthy
             && self.service.health_policy() != HealthPolicy::AllowAll
         {
@@ -80,9 +85,6 @@ impl<'a> Selection<'a> {
         if !local && self.purpose == Purpose::LocalNextHop {
             return Err(Unfit::OtherNetwork);
         }
-        if !local && self.is_behind_avoided(workload) {
-            return Err(Unfit::Tried);
-        }
         let port = self.target_port(endpoint).ok_or(Unfit::NoTargetPort)?;
         let rank = match self.service.load_balancing().mode {
             LoadBalancingMode::Any | LoadBalancingMode::Passthrough => 0,
@@ -93,25 +95,6 @@ impl<'a> Selection<'a> {
             LoadBalancingMode::Failover => self.rank(workload).value,
         };
         Ok(Fit { port, rank })
-    }
-
-    /// Whether the only gateway that leads there was tried in vain.
-    fn is_behind_avoided(&self, workload: &Workload) -> bool {
-        let Some(gateway) = workload
-            .network_gateway()
-            .filter(|_| !self.avoid.is_empty())
-        else {
-            return false;
-        };
-        match referenced(self.state, Some(self.source.namespace()), gateway) {
-            Owner::Workload(gateway) => self.avoids(gateway),
-            // Its endpoints are chosen from, without those that were tried.
-            Owner::Service(_) | Owner::Nobody => false,
-        }
-    }
-
-    fn avoids(&self, workload: &Workload) -> bool {
-        self.avoid.iter().any(|tried| tried.uid() == workload.uid())
     }
 
     /// The endpoint's own mapping, else the service's number, else the port itself where an
@@ -140,6 +123,45 @@ impl<'a> Selection<'a> {
                 .map(|scope| agrees(*scope, self.source, candidate)),
             scopes.first() == Some(&Scope::Network),
         )
+    }
+}
+
+/// Whether `workload` is one of those that were tried in vain, or is on another network and nobody else leads there.
+pub(super) fn is_tried(
+    state: &State,
+    source: &Workload,
+    workload: &Workload,
+    tried: &[Arc<Workload>],
+) -> bool {
+    let is_one = |workload: &Workload| tried.iter().any(|one| one.uid() == workload.uid());
+    if is_one(workload) {
+        return true;
+    }
+    let is_remote = !tried.is_empty() && workload.network() != source.network();
+    let Some(gateway) = workload.network_gateway().filter(|_| is_remote) else {
+        return false;
+    };
+    match referenced(state, Some(source.namespace()), gateway) {
+        Owner::Workload(gateway) => is_one(gateway),
+        Owner::Service(service) => {
+            let selection = Selection {
+                state,
+                source,
+                service,
+                port: gateway.hbone_mtls_port,
+                purpose: Purpose::NextHop,
+                avoid: tried,
+            };
+            // What leads to a gateway is not asked for: it might be the gateway itself.
+            let is_left = |endpoint: Endpoint<'_>| {
+                let workload = endpoint.workload;
+                !is_one(workload)
+                    && workload.capacity() > 0
+                    && selection.judge_untried(&endpoint).is_ok()
+            };
+            !state.endpoints(service).any(is_left)
+        }
+        Owner::Nobody => false,
     }
 }
 

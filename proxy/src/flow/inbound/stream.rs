@@ -18,7 +18,7 @@ use crate::{
         parties,
         proxy_header::ProxyHeader,
         report::{self, Guarded, Told},
-        table::Entry,
+        table::{Entry, Revocation},
         verdict::authorize,
     },
     listen,
@@ -149,6 +149,10 @@ async fn open(pod: &Arc<Pod>, caller: &Caller, incoming: Incoming) -> Option<Ope
     let mut upstream = match dialled {
         Ok(upstream) => upstream,
         Err(failure) => {
+            if matches!(failure, Failure::Revoked(Revocation::Identity)) {
+                // Whatever else comes this way would meet somebody who is gone; a new connection meets who is there.
+                caller.retire.cancel();
+            }
             responder.refuse(failure.status());
             report::close(access, Err(failure));
             return None;
@@ -192,8 +196,7 @@ async fn reach(
     };
     let permit = authorize(pod, &decision.local, &judged, entry).await;
     trace.ended(TracePhase::Policy);
-    let permit = permit.map_err(Failure::Denied)?;
-    let dialled = dial(pod, permit, caller, &decision.route).await;
+    let dialled = dial(pod, permit?, caller, &decision.route).await;
     trace.ended(TracePhase::Connect);
     dialled
 }

@@ -7,6 +7,7 @@ use tokio_util::{sync::CancellationToken, task::task_tracker::TaskTrackerToken};
 
 use super::Neighbour;
 use crate::{
+    budget::{Held, Owner},
     flow::{
         Direction, Pod,
         failure::Failure,
@@ -48,6 +49,8 @@ pub(in crate::flow) struct Visit {
     forced: CancellationToken,
     /// Makes the destination wait for the flow.
     _here: TaskTrackerToken,
+    /// What the destination holds, as it would of a tunnel's stream.
+    _held: Held,
 }
 
 /// Whether the certificate of either side is revoked meanwhile.
@@ -82,9 +85,9 @@ struct Meeting {
 }
 
 impl Meeting {
-    /// Both sides with their certificates, if these are there and accept each other.
+    /// Both sides with their certificates, if these are there and accept each other, and the destination takes another flow.
     fn new(pod: &Pod, neighbour: &Neighbour, errand: Errand<'_>) -> Option<Self> {
-        let host = neighbour.pod.upgrade()?;
+        let host = neighbour.pod.upgrade().filter(|it| it.takes_more())?;
         let local = host.known_workload()?;
         let agent = &pod.shared().agent;
         let source = agent.current(errand.source.identity()?)?;
@@ -174,12 +177,13 @@ pub(in crate::flow) async fn visit(
     // Judged again now that the flow is listed, so that no change is missed.
     let judged = meeting.judged(errand, &route);
     let host = &meeting.host;
+    let held = host.share().hold(Owner::Flow);
     let traces = &host.shared().traces;
     let mut trace = traces.begin(Reporter::Destination, errand.trace);
     let permit = verdict::authorize(host, &meeting.local, &judged, &entry).await;
     trace.ended(TracePhase::Policy);
     let reached = match permit {
-        Err(denied) => Err(Failure::Denied(denied)),
+        Err(refused) => Err(refused),
         Ok(permit) => dial(host, permit, &route, (meeting.source.id(), errand.from)).await,
     };
     trace.ended(TracePhase::Connect);
@@ -191,6 +195,7 @@ pub(in crate::flow) async fn visit(
             cuts: Cuts::new(&meeting.source, &meeting.own),
             forced: neighbour.stop.force.clone(),
             _here: here,
+            _held: held,
         }),
         Err(failure) => {
             let status = failure.status();
@@ -240,6 +245,7 @@ impl Visit {
             cuts,
             forced,
             _here,
+            _held,
         } = self;
         let counts = Both(source.access.meter(), told.access.meter());
         let pump = relay::pump(downstream, application, &counts, buffers);

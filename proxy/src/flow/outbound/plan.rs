@@ -6,7 +6,7 @@ use crate::{
     flow::{Carried, Pod, neighbours::Neighbour, parties},
     mesh::{Service, Workload},
     resolve::ResolveError,
-    route::{self, Hop, InnerHop, Outbound, OutboundQuery, Refusal},
+    route::{self, Hop, InnerHop, LoopGuard, Outbound, OutboundQuery, Refusal},
     telemetry::Reason,
 };
 
@@ -17,6 +17,17 @@ pub(in crate::flow) struct Call {
     pub(in crate::flow) from: SocketAddr,
     /// What it dialled.
     pub(in crate::flow) to: SocketAddr,
+    /// Where the connection arrived. That is another address unless it was not redirected.
+    pub(in crate::flow) here: Option<SocketAddr>,
+}
+
+impl Call {
+    /// Whether the application dialled this proxy: its loopback, or an address of the pod, from where nothing is redirected. Such
+    /// an address may be one of which nobody has told; dialled again, it would lead here without end.
+    fn is_recursive(&self, guard: &LoopGuard) -> bool {
+        let is_here = self.to.ip().is_loopback() || self.here == Some(self.to);
+        is_here && guard.covers(self.to.port())
+    }
 }
 
 /// A decision that can be carried, with what the reports tell of it.
@@ -112,7 +123,7 @@ pub(super) async fn decide(
     avoid: &[Arc<Workload>],
 ) -> Result<Plan, Unplanned> {
     let guard = &pod.settings().guard;
-    if call.to.ip().is_loopback() && guard.covers(call.to.port()) {
+    if call.is_recursive(guard) {
         return Err(Refusal::Recursion.into());
     }
     let source = pod.workload().await.ok_or(Refusal::UnknownLocal)?;
@@ -146,7 +157,8 @@ pub(super) async fn decide(
         } => Ok(plan(to, Some(workload), service, Way::Plain)),
         Outbound::Hbone(hop) => {
             let (to, workload, service) = through(&hop);
-            let way = match pod.shared().neighbours.find(pod, &source, &hop) {
+            let client = (&*source, call.from.ip());
+            let way = match pod.shared().neighbours.find(pod, client, &hop) {
                 Some(neighbour) => Way::Neighbour(hop, neighbour),
                 None => Way::Tunnel(hop),
             };
@@ -187,4 +199,30 @@ async fn resolved(pod: &Pod, source: &Workload, outbound: Outbound) -> Result<Ou
 struct Unresolved {
     refusal: Refusal,
     source: ResolveError,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::flow::tests::pod_with;
+
+    #[tokio::test(start_paused = true)]
+    async fn who_dials_the_proxy_at_an_address_of_the_pod_is_refused() {
+        let (pod, at) = (pod_with(None), |port| {
+            SocketAddr::from(([10, 7, 7, 7], port))
+        });
+        let redirected = Some(SocketAddr::from(([127, 0, 0, 1], 15001)));
+        for (to, here, reason) in [
+            (at(15001), Some(at(15001)), Reason::Recursion),
+            (at(15008), Some(at(15008)), Reason::Recursion),
+            // The same port of somebody else is nothing special, and neither is another port of the pod.
+            (at(15001), redirected, Reason::UnknownLocal),
+            (at(80), Some(at(80)), Reason::UnknownLocal),
+        ] {
+            let from = at(40000);
+            let decided = decide(&pod, Call { from, to, here }, &[]).await;
+            let refused = decided.err().map(|unplanned| unplanned.reason);
+            assert_eq!(refused, Some(reason), "{to} at {here:?}");
+        }
+    }
 }

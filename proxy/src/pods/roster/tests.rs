@@ -24,7 +24,8 @@ struct Floor {
     attempts: usize,
     /// Instances of which a listener has closed.
     deaf: BTreeSet<u32>,
-    retired: Vec<u32>,
+    /// Instances that do not listen any more, but have connections.
+    retired: BTreeMap<u32, (Arc<str>, u32)>,
 }
 
 #[derive(Clone, Default)]
@@ -51,9 +52,11 @@ impl Stage for Fake {
         Ok(number)
     }
 
-    fn cut(&mut self, instance: u32) {
-        let gone = self.0.borrow_mut().alive.remove(&instance);
-        assert!(gone.is_some(), "cut twice");
+    fn cut(&mut self, is_gone: impl Fn(&str, &Ns) -> bool) {
+        let floor = &mut *self.0.borrow_mut();
+        for instances in [&mut floor.alive, &mut floor.retired] {
+            instances.retain(|_, (uid, netns)| !is_gone(uid, &Rc::new(*netns)));
+        }
     }
 
     fn deaf(&self, instance: &u32) -> Vec<u16> {
@@ -62,8 +65,9 @@ impl Stage for Fake {
     }
 
     fn retire(&mut self, instance: u32) {
-        self.0.borrow_mut().alive.remove(&instance);
-        self.0.borrow_mut().retired.push(instance);
+        let floor = &mut *self.0.borrow_mut();
+        let retired = floor.alive.remove_entry(&instance);
+        floor.retired.extend(retired);
     }
 }
 
@@ -142,6 +146,10 @@ impl World {
         self.fake.0.borrow().alive.keys().copied().collect()
     }
 
+    fn retired(&self) -> Vec<u32> {
+        self.fake.0.borrow().retired.keys().copied().collect()
+    }
+
     fn attempts(&self) -> usize {
         self.fake.0.borrow().attempts
     }
@@ -176,8 +184,51 @@ fn an_audit_replaces_what_has_gone_deaf_and_nothing_else() {
     assert_eq!((&*repair.uid, &*repair.deaf), ("a", &[15008][..]));
     assert_eq!(repair.outcome, Ok(()));
     assert_eq!(world.alive(), up(&[("a", 1), ("b", 2)]));
-    assert_eq!(world.fake.0.borrow().retired, [first]);
+    assert_eq!(world.retired(), [first]);
     assert_eq!(world.roster.audit(world.now), []);
+}
+
+/// Pod `a` in namespace 1 whose listeners were lost and cannot be had again, with the connections that it still has.
+fn lost() -> World {
+    let mut world = World::live();
+    world.add("a", 1);
+    world.block(1);
+    world.fake.0.borrow_mut().deaf.insert(1);
+    assert!(world.roster.audit(world.now)[0].outcome.is_err());
+    assert_eq!(world.retired(), [1]);
+    world
+}
+
+#[test]
+fn connections_of_a_removed_pod_are_cut_though_it_was_pending() {
+    let mut deleted = lost();
+    deleted.del("a");
+    assert!(deleted.retired().is_empty());
+
+    let mut unnamed = lost();
+    unnamed.roster.connected();
+    unnamed.del("a");
+    assert_eq!(unnamed.retired(), [1], "the snapshot may name it again");
+    unnamed.snapshot_sent();
+    assert!(unnamed.retired().is_empty());
+
+    let mut elsewhere = lost();
+    elsewhere.add("a", 2);
+    assert!(elsewhere.retired().is_empty());
+    assert_eq!(elsewhere.alive(), up(&[("a", 2)]));
+}
+
+#[test]
+fn connections_of_a_pod_that_is_named_again_go_on_though_it_was_pending() {
+    let mut world = lost();
+    world.roster.connected();
+    world.add("a", 1);
+    world.snapshot_sent();
+    world.add("a", 1);
+    assert_eq!((world.retired(), world.pending()), (vec![1], 1));
+    world.unblock(1);
+    world.add("a", 1);
+    assert_eq!((world.retired(), world.pending()), (vec![1], 0));
 }
 
 #[test]
@@ -386,6 +437,7 @@ enum Step {
     Unblock(u32),
     Pass(u8),
     Crash,
+    Deafen,
 }
 
 fn step() -> impl Strategy<Value = Step> {
@@ -400,6 +452,7 @@ fn step() -> impl Strategy<Value = Step> {
         2 => ns.prop_map(Step::Unblock),
         3 => (0..20_u8).prop_map(Step::Pass),
         1 => Just(Step::Crash),
+        2 => Just(Step::Deafen),
     ]
 }
 
@@ -415,7 +468,13 @@ impl World {
                 assert_eq!(done, self.alive().contains(&(uid(who), *ns)));
             }
             Step::Keep(who) => drop(self.keep(&uid(who))),
-            Step::Del(who) => assert_eq!(self.del(&uid(who)), Verdict::Done),
+            Step::Del(who) => {
+                assert_eq!(self.del(&uid(who)), Verdict::Done);
+                let is_live = matches!(self.roster.link, Link::Live);
+                let retired = &self.fake.0.borrow().retired;
+                let is_left = retired.values().any(|(one, _)| **one == *uid(who));
+                assert!(!(is_live && is_left), "what is gone has connections");
+            }
             Step::SnapshotSent => drop(self.snapshot_sent()),
             Step::Reconnect => {
                 let before = self.instances();
@@ -432,6 +491,11 @@ impl World {
                     let now = self.now;
                     assert!(self.roster.ended(&uid, |it| *it == number, now));
                 }
+            }
+            Step::Deafen => {
+                let first = self.instances().into_iter().next();
+                self.fake.0.borrow_mut().deaf.extend(first);
+                assert_eq!(self.roster.audit(self.now).len(), first.into_iter().count());
             }
         }
     }
@@ -469,7 +533,7 @@ proptest! {
         // A last snapshot that names nobody ends everything.
         world.roster.connected();
         world.snapshot_sent();
-        prop_assert!(world.alive().is_empty());
+        prop_assert!(world.alive().is_empty() && world.retired().is_empty());
         prop_assert_eq!(world.roster.pods().count(), 0);
         prop_assert!(world.is_ready());
     }

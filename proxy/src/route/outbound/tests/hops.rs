@@ -103,6 +103,37 @@ fn weighted_waypoints_share_by_weight() {
     }
 }
 
+#[test]
+fn a_weighted_waypoint_that_was_tried_gives_way_to_another() {
+    let (one, first) = waypoint("one", "10.0.0.8");
+    let (two, second) = waypoint("two", "10.0.0.9");
+    let service = with(web(), |service| {
+        let entry = |destination, weight| wire::WeightedWaypoint {
+            destination: Some(destination),
+            weight,
+        };
+        service.waypoint = Some(by_name("one"));
+        service.weighted_waypoints = vec![
+            entry(by_name("one"), 90),
+            entry(by_name("two"), 10),
+            entry(by_ip("net", "10.0.0.7"), 80),
+        ];
+    });
+    let alone = pod("three", "10.0.0.7");
+    let mut world = World::new([service, one, two], [first, second, alone]);
+    let mut tried = vec![world.workload("one-1"), world.workload("three")];
+    for _ in 0..50 {
+        let answer = world.ask_without(&tried, WEB);
+        assert!(answer.starts_with("waypoint 10.0.0.9"), "{answer}");
+    }
+    tried.push(world.workload("two-1"));
+    tried.remove(1);
+    for _ in 0..50 {
+        let answer = world.ask_without(&tried, WEB);
+        assert!(answer.starts_with("waypoint 10.0.0.7"), "{answer}");
+    }
+}
+
 /// All endpoints of `web` on network `far`, as the control plane sends them.
 fn remote(gateway: Option<wire::GatewayAddress>) -> wire::Workload {
     with(
@@ -135,6 +166,50 @@ fn remote_endpoints_are_reached_through_their_gateway() {
         format!(
             "gateway 192.0.2.1:15008 for {name}:80 expects gate; inner for {name}:80 expects backend"
         )
+    );
+}
+
+#[test]
+fn what_is_behind_a_gateway_that_was_tried_gives_way_to_what_is_behind_another() {
+    let endpoint = |name: &str, network: &str, gateway| {
+        with(
+            on_network(of(pod(name, "10.0.0.2"), "web", &[]), network),
+            |workload| {
+                workload.addresses.clear();
+                workload.network_gateway = Some(gateway);
+            },
+        )
+    };
+    let gate = |name: &str, ip: &str, network: &str| {
+        let gate = on_network(of(pod(&format!("{name}-1"), ip), name, &[]), network);
+        // Gateways are on the network that they lead to, and may be told to be behind themselves.
+        with(gate, |gate| gate.network_gateway = Some(by_name(name)))
+    };
+    let gates = |name, vip| service(name, vip, &[(15008, 15008)]);
+    let mut world = World::new(
+        [
+            web(),
+            gates("east", "10.96.2.1"),
+            gates("west", "10.96.2.2"),
+        ],
+        [
+            endpoint("far-east", "e", by_name("east")),
+            endpoint("far-west", "w", by_name("west")),
+            gate("east", "192.0.2.1", "e"),
+            gate("west", "192.0.2.2", "w"),
+        ],
+    );
+    assert_eq!(world.tally(WEB, 50).len(), 2);
+    let mut tried = vec![world.workload("east-1")];
+    for _ in 0..50 {
+        let answer = world.ask_without(&tried, WEB);
+        assert!(answer.starts_with("gateway 192.0.2.2"), "{answer}");
+    }
+    tried.push(world.workload("west-1"));
+    let answer = world.ask_without(&tried, WEB);
+    assert!(
+        answer.starts_with("refused: no healthy upstream"),
+        "{answer}"
     );
 }
 
