@@ -226,7 +226,7 @@ async fn raw(stage: &Pair, path: &str) -> (String, Vec<u8>) {
     let admin = SocketAddr::new(IpAddr::from([127, 0, 0, 1]), ADMIN_PORT);
     let netns = stage.world.node(0).proxy_netns();
     let mut stream = traffic::connect(netns, admin).await.unwrap();
-    let request = format!("GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n");
+    let request = format!("GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n");
     stream.write_all(request.as_bytes()).await.unwrap();
     let mut answer = Vec::new();
     let reading = stream.read_to_end(&mut answer);

@@ -174,8 +174,10 @@ async fn n25_a_scraper_that_does_not_read_stops_no_other() {
     let calm = Calm::start(&foreign, &[]).await;
     let mut deaf = Vec::new();
     // More than the server has places for, of which one address gets a part.
+    let netns = foreign.world.node(0).proxy_netns();
+    let [from, to] = [([127, 0, 0, 2], 0), ([127, 0, 0, 1], 15020)].map(SocketAddr::from);
     for _ in 0..200 {
-        let stream = proxys(&foreign, 15020).await;
+        let stream = traffic::connect_from(netns, from, to).await.unwrap();
         let scrape = b"GET /metrics HTTP/1.1\r\nHost: a\r\n\r\n".repeat(100);
         let _no_room = stream.try_write(&scrape);
         deaf.push(stream);

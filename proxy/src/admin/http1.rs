@@ -255,7 +255,7 @@ const BACKLOG: i32 = 128;
 /// Connections served at a time; more wait in the backlog.
 const MAX_CONNECTIONS: usize = 128;
 /// Of these, how many one address gets.
-const MAX_FROM_ONE: usize = 32;
+const MAX_FROM_ONE: usize = 64;
 /// How long a client may take nothing of what it is sent.
 const STALL_LIMIT: Duration = Duration::from_secs(15);
 /// Read buffer of a connection, and so the longest request head.
