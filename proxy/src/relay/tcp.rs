@@ -46,6 +46,8 @@ pub struct Socket {
 /// What some connections need towards their end, and none before: one that is idle stays small.
 #[derive(Default)]
 struct Aside {
+    /// Ready when the connection is to be watched.
+    unwatched: Option<Pin<Box<Sleep>>>,
     /// Ready once the connection has an error.
     broken: Option<Pin<Box<dyn Future<Output = ()> + Send + Sync>>>,
     /// Ready for the next look at what the far end has not acknowledged.
@@ -102,10 +104,9 @@ impl Socket {
 
 /// Waits until `stream` has an error; for ever where descriptors are short. To wait for errors alone is to borrow the stream,
 /// so what waits has a descriptor of its own.
-fn broken(stream: &TcpStream) -> impl Future<Output = ()> + Send + Sync + use<> {
+fn watch(stream: &TcpStream) -> impl Future<Output = ()> + Send + Sync + use<> {
     let own = stream.as_fd().try_clone_to_owned();
     async move {
-        sleep(UNWATCHED).await;
         let watched = own.and_then(|own| TcpStream::from_std(own.into()));
         let Ok(watched) = watched else {
             return pending().await;
@@ -182,10 +183,15 @@ impl Endpoint for Socket {
 
     /// The kernel tells of a far end that has reset the connection, or answers no probe any more.
     fn poll_gone(&mut self, cx: &mut Context<'_>) -> Poll<Fault> {
-        let aside = self.aside.get_or_insert_default();
-        let broken = aside
-            .broken
-            .get_or_insert_with(|| Box::pin(broken(&self.stream)));
+        let Aside {
+            unwatched, broken, ..
+        } = &mut **self.aside.get_or_insert_default();
+        if broken.is_none() {
+            let unwatched = unwatched.get_or_insert_with(|| Box::pin(sleep(UNWATCHED)));
+            ready!(unwatched.as_mut().poll(cx));
+        }
+        *unwatched = None;
+        let broken = broken.get_or_insert_with(|| Box::pin(watch(&self.stream)));
         ready!(broken.as_mut().poll(cx));
         let error = self.take_error().ok().flatten();
         Poll::Ready(error.map_or(Fault::Gone, write_fault))
