@@ -28,7 +28,7 @@ mod watch;
 pub use accept::{accept, canonical, original_destination};
 pub use bind::{BindError, PodListeners, Step, bind, bind_socks5};
 pub use connect::{ConnectError, LocalAddress, Upstream, connect};
-pub use descriptors::Descriptors;
+pub use descriptors::{Connecting, Descriptors};
 pub use dns::{DnsSockets, bind_dns, dns_client};
 pub use netns::{Netns, NetnsId};
 pub use options::watch_peer;

@@ -79,10 +79,10 @@ impl Shared {
         to: SocketAddr,
         from: LocalAddress<'_>,
     ) -> Result<listen::Upstream, listen::ConnectError> {
-        if self.descriptors.is_exhausted() {
+        let Some(_connecting) = self.descriptors.connect() else {
             self.limits.hit(Limit::Descriptors, &to);
             return Err(listen::ConnectError::NoDescriptors { to });
-        }
+        };
         let upstream = listen::connect(netns, &self.settings.sockets, to, from).await?;
         self.descriptors.note(&upstream.stream);
         Ok(upstream)

@@ -20,6 +20,18 @@ pub struct Descriptors {
     dialling: RawFd,
     /// The number that was given last.
     last: AtomicI32,
+    /// Sockets that are being connected: their numbers are not noted yet.
+    connecting: AtomicI32,
+}
+
+/// One socket that is being connected.
+#[derive(Debug)]
+pub struct Connecting<'a>(&'a AtomicI32);
+
+impl Drop for Connecting<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Relaxed);
+    }
 }
 
 impl Descriptors {
@@ -35,6 +47,7 @@ impl Descriptors {
             accepting: limit - reserve,
             dialling: limit - reserve / 2,
             last: AtomicI32::new(0),
+            connecting: AtomicI32::new(0),
         }
     }
 
@@ -43,9 +56,11 @@ impl Descriptors {
         self.reaches(self.accepting)
     }
 
-    /// Whether nothing may be dialled now.
-    pub fn is_exhausted(&self) -> bool {
-        self.reaches(self.dialling)
+    /// Lets a socket be connected, unless nothing may be dialled now. Hold it until the socket is [noted](Self::note).
+    pub fn connect(&self) -> Option<Connecting<'_>> {
+        self.connecting.fetch_add(1, Relaxed);
+        let connecting = Connecting(&self.connecting);
+        (!self.reaches(self.dialling)).then_some(connecting)
     }
 
     /// Notes the number that a new socket got.
@@ -54,7 +69,7 @@ impl Descriptors {
     }
 
     fn reaches(&self, number: RawFd) -> bool {
-        if self.last.load(Relaxed) < number {
+        if self.last.load(Relaxed) + self.connecting.load(Relaxed) < number {
             return false;
         }
         // It may be free again: what would one get now?
@@ -83,6 +98,7 @@ mod tests {
             accepting: 600,
             dialling: 700,
             last: AtomicI32::new(0),
+            connecting: AtomicI32::new(0),
         };
         let mut open = Vec::new();
         let mut fill = |until| {
@@ -94,13 +110,30 @@ mod tests {
         };
         // Other tests of this process open and close files too; a hundred between the two leaves them room.
         let held = fill(650);
-        assert!(descriptors.is_short() && !descriptors.is_exhausted());
+        assert!(descriptors.is_short() && descriptors.connect().is_some());
         drop(held);
         assert!(!descriptors.is_short());
         let held = fill(750);
-        assert!(descriptors.is_short() && descriptors.is_exhausted());
+        assert!(descriptors.is_short() && descriptors.connect().is_none());
         drop(held);
-        assert!(!descriptors.is_exhausted());
+        assert!(descriptors.connect().is_some());
+    }
+
+    #[test]
+    fn what_is_being_connected_counts_before_it_has_a_number() {
+        let last = io::stderr().as_fd().try_clone_to_owned().unwrap();
+        let descriptors = Descriptors {
+            accepting: 0,
+            // Whoever looks closely finds all of it taken.
+            dialling: 3,
+            last: AtomicI32::new(0),
+            connecting: AtomicI32::new(0),
+        };
+        let (one, two) = (descriptors.connect(), descriptors.connect());
+        assert!(one.is_some() && two.is_some());
+        assert!(last.as_raw_fd() >= 3 && descriptors.connect().is_none());
+        drop((one, two));
+        assert_eq!(descriptors.connecting.load(Relaxed), 0);
     }
 
     #[test]
