@@ -2,10 +2,8 @@
 
 use std::{
     fmt,
-    future::pending,
     io::{self, ErrorKind},
     ops::Deref,
-    os::fd::AsFd as _,
     pin::Pin,
     task::{Context, Poll, ready},
     time::Duration,
@@ -15,9 +13,9 @@ use bytes::Buf;
 use nix::sys::socket::{getsockopt, setsockopt, sockopt::TcpKeepIdle};
 use socket2::SockRef;
 use tokio::{
-    io::{AsyncWrite, Interest},
+    io::AsyncWrite,
     net::TcpStream,
-    time::{Sleep, sleep},
+    time::{Instant, Sleep, sleep},
 };
 
 use super::{Appetite, Buffers, Endpoint, Fault, Leave, Payload, sys::unacknowledged};
@@ -30,8 +28,8 @@ const LARGEST_READ: usize = 256 << 10;
 /// Seconds without a packet after which a connection that is closed one way is probed.
 const TRACKED: u32 = 30;
 
-/// How long the direction towards a connection goes on alone before it is watched for errors: most flows are over by then.
-const UNWATCHED: Duration = Duration::from_secs(1);
+/// Pause between two looks at whether a far end that sends no more is still there.
+const WATCH: Duration = Duration::from_secs(2);
 
 /// Pause between two looks at a queue that runs empty.
 const LOOK: Duration = Duration::from_millis(5);
@@ -40,17 +38,7 @@ const LOOK: Duration = Duration::from_millis(5);
 /// only a flow that has come to its orderly end closes it with FIN.
 pub struct Socket {
     stream: TcpStream,
-    aside: Option<Box<Aside>>,
-}
-
-/// What some connections need towards their end, and none before: one that is idle stays small.
-#[derive(Default)]
-struct Aside {
-    /// Ready when the connection is to be watched.
-    unwatched: Option<Pin<Box<Sleep>>>,
-    /// Ready once the connection has an error.
-    broken: Option<Pin<Box<dyn Future<Output = ()> + Send + Sync>>>,
-    /// Ready for the next look at what the far end has not acknowledged.
+    /// Ready for the next look at the far end, which some connections need towards their end.
     look: Option<Pin<Box<Sleep>>>,
 }
 
@@ -63,10 +51,7 @@ impl Socket {
     /// Takes over an established connection.
     #[must_use]
     pub fn new(stream: TcpStream) -> Self {
-        let socket = Self {
-            stream,
-            aside: None,
-        };
+        let socket = Self { stream, look: None };
         socket.set_linger(Some(Duration::ZERO));
         socket
     }
@@ -91,28 +76,28 @@ impl Socket {
 
     /// Waits until the far end has acknowledged all that was put here, or is there no more: a reset throws away what is left.
     fn poll_delivered(&mut self, cx: &mut Context<'_>) -> Poll<()> {
-        while self.peer_addr().is_ok() && unacknowledged(&self.stream).is_ok_and(|bytes| bytes > 0)
-        {
-            let look = &mut self.aside.get_or_insert_default().look;
-            let pause = look.get_or_insert_with(|| Box::pin(sleep(LOOK)));
-            ready!(pause.as_mut().poll(cx));
-            *look = None;
+        while self.is_there() && unacknowledged(&self.stream).is_ok_and(|bytes| bytes > 0) {
+            ready!(self.poll_look(cx, LOOK));
         }
         Poll::Ready(())
     }
-}
 
-/// Waits until `stream` has an error; for ever where descriptors are short. To wait for errors alone is to borrow the stream,
-/// so what waits has a descriptor of its own.
-fn watch(stream: &TcpStream) -> impl Future<Output = ()> + Send + Sync + use<> {
-    let own = stream.as_fd().try_clone_to_owned();
-    async move {
-        let watched = own.and_then(|own| TcpStream::from_std(own.into()));
-        let Ok(watched) = watched else {
-            return pending().await;
-        };
-        // Fails when the runtime ends, and this with it.
-        let _ = watched.ready(Interest::ERROR).await;
+    /// Whether the kernel has not given up the connection.
+    fn is_there(&self) -> bool {
+        self.peer_addr().is_ok()
+    }
+
+    /// Ready `pause` after the last time it was.
+    fn poll_look(&mut self, cx: &mut Context<'_>, pause: Duration) -> Poll<()> {
+        let look = self.look.get_or_insert_with(|| Box::pin(sleep(pause)));
+        let soon = Instant::now() + pause;
+        if look.deadline() > soon {
+            // It was to be a longer one.
+            look.as_mut().reset(soon);
+        }
+        ready!(look.as_mut().poll(cx));
+        self.look = None;
+        Poll::Ready(())
     }
 }
 
@@ -181,18 +166,13 @@ impl Endpoint for Socket {
 
     fn release(&mut self, _: usize) {}
 
-    /// The kernel tells of a far end that has reset the connection, or answers no probe any more.
+    /// A far end that has reset the connection, or answers no probe any more. Nothing is read any more that would tell, and to be
+    /// woken for errors alone takes a descriptor, which a look now and then does not.
     fn poll_gone(&mut self, cx: &mut Context<'_>) -> Poll<Fault> {
-        let Aside {
-            unwatched, broken, ..
-        } = &mut **self.aside.get_or_insert_default();
-        if broken.is_none() {
-            let unwatched = unwatched.get_or_insert_with(|| Box::pin(sleep(UNWATCHED)));
-            ready!(unwatched.as_mut().poll(cx));
+        ready!(self.poll_look(cx, WATCH));
+        while self.is_there() {
+            ready!(self.poll_look(cx, WATCH));
         }
-        *unwatched = None;
-        let broken = broken.get_or_insert_with(|| Box::pin(watch(&self.stream)));
-        ready!(broken.as_mut().poll(cx));
         let error = self.take_error().ok().flatten();
         Poll::Ready(error.map_or(Fault::Gone, write_fault))
     }
