@@ -39,7 +39,7 @@ pub use latency::{Latencies, Step};
 pub use limits::{Limit, Limits};
 pub use names::Names;
 pub use on_demand::OnDemandDns;
-pub use process::{PodMetrics, register_process, resident_bytes};
+pub use process::{PodMetrics, open_descriptors, register_process, resident_bytes};
 pub use readiness::{Readiness, ReadinessTask};
 pub use reason::Reason;
 pub use refusals::{Phase, Refusal, Refusals};

@@ -113,7 +113,12 @@ async fn next(pod: &Pod, listener: &TcpListener, open: usize) -> Option<(TcpStre
     } else if pod.has_room(open) {
         let (socket, peer) = listen::accept(listener).await;
         descriptors.note(&socket);
-        return Some((socket, peer));
+        if !descriptors.is_exhausted() {
+            return Some((socket, peer));
+        }
+        // It came long after the look above, as one may to every listener.
+        pod.hits(Limit::Descriptors);
+        drop(Socket::new(socket));
     }
     sleep(PAUSE).await;
     None

@@ -2,7 +2,7 @@
 
 use std::{
     fmt, io,
-    os::fd::{AsFd, AsRawFd as _, OwnedFd},
+    os::fd::{AsFd, OwnedFd},
     task::{Context, Poll, ready},
 };
 
@@ -11,6 +11,7 @@ use rustix::pipe::{PipeFlags, SpliceFlags, fcntl_setpipe_size, pipe_with, splice
 use tokio::{io::Interest, net::TcpStream};
 
 use super::Buffers;
+use crate::telemetry::open_descriptors;
 
 /// What a pipe holds, in bytes: the largest that the kernel gives. The less is moved at a time, the less is won: with 256 KiB,
 /// half of what 1 MiB saves over copying. Without privileges, a user may have 64 of the first size.
@@ -76,12 +77,12 @@ impl Pipes {
 impl Ends {
     /// A new pipe; `None` where descriptors are short, or the pages that the kernel allows this user.
     fn new() -> Option<Self> {
-        let (read, write) = pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK).ok()?;
         // The last eighth of the descriptors is for what cannot do without.
         let (limit, _) = getrlimit(Resource::RLIMIT_NOFILE).ok()?;
-        if u64::try_from(write.as_raw_fd()).ok()? > limit - limit / 8 {
+        if open_descriptors().is_none_or(|open| open >= limit - limit / 8) {
             return None;
         }
+        let (read, write) = pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK).ok()?;
         let mut sizes = SIZES.iter();
         let size = sizes.find_map(|size| fcntl_setpipe_size(&write, *size).ok())?;
         Some(Self { read, write, size })
