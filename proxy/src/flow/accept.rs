@@ -60,11 +60,12 @@ pub(super) async fn serve<H, F>(
             }
         }
     }
-    if !stop.force.is_cancelled() {
-        run_dry(&listener, |socket, peer| {
+    tokio::select! {
+        biased;
+        () = stop.force.cancelled() => {}
+        () = run_dry(&listener, |socket, peer| {
             flows.spawn(handle(Arc::clone(&pod), socket, peer));
-        })
-        .await;
+        }) => {}
     }
     drop(listener);
     tokio::select! {

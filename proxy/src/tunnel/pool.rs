@@ -265,6 +265,13 @@ struct Task<D> {
     metrics: PoolMetrics,
 }
 
+impl<D> Drop for Task<D> {
+    /// However this ends, by a panic too, nobody may be sent to a connection that is none.
+    fn drop(&mut self) {
+        self.shelf.remove(&self.key, &self.load);
+    }
+}
+
 /// What ends a connection that works.
 struct Ends {
     age: Retirement,

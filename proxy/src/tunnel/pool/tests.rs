@@ -44,6 +44,8 @@ pub(super) struct World {
     pub(super) dials: AtomicUsize,
     /// What the next dials do instead of connecting.
     failure: Option<(io::ErrorKind, Duration)>,
+    /// How many dials panic first.
+    panics: usize,
     tasks: Tasks,
 }
 
@@ -54,6 +56,7 @@ impl World {
             serving,
             dials: AtomicUsize::new(0),
             failure: None,
+            panics: 0,
             tasks: Tasks::default(),
         }
     }
@@ -68,7 +71,8 @@ impl Dial for World {
 
     fn dial(&self, _: SocketAddr) -> BoxFuture<'_, io::Result<DuplexStream>> {
         Box::pin(async {
-            self.dials.fetch_add(1, SeqCst);
+            let before = self.dials.fetch_add(1, SeqCst);
+            assert!(before >= self.panics, "as some dials do here");
             if let Some((kind, after)) = self.failure {
                 sleep(after).await;
                 return Err(kind.into());
@@ -226,6 +230,18 @@ async fn all_waiters_share_one_failure() {
     assert_eq!(start.elapsed(), Duration::from_secs(10));
     assert_eq!(pool.dial.dials.load(SeqCst), 1);
     assert_eq!(pool.connections(), 0);
+}
+
+#[tokio::test]
+async fn a_panic_costs_one_attempt() {
+    let mut world = World::new(echoing()).await;
+    world.panics = 1;
+    let pool = world.pool();
+    let (key, request) = (key("client"), request());
+    let first = soon(pool.connect(&key, &request)).await;
+    assert!(matches!(first, Err(ConnectError::Open(_))), "{first:?}");
+    assert!(soon(pool.connect(&key, &request)).await.is_ok());
+    assert_eq!(pool.connections(), 1);
 }
 
 #[tokio::test]
