@@ -263,6 +263,40 @@ async fn both_tunnels_ask_for_the_service_and_only_the_outer_one_is_shared() {
 }
 
 #[tokio::test]
+async fn an_identity_that_changes_while_the_far_end_is_asked_ends_the_flow() {
+    let stage = Stage::new(PodSpec::plain);
+    let mut east = stage.east();
+    let cluster = stage.start(&east, &Mesh::default()).await;
+    let _gateway = stage.gateway();
+    let far = stage.server(&stage.api, &stage.api.spiffe_id());
+    let mut flows = Vec::new();
+    let mut requests = Vec::new();
+    for _ in 0..2 {
+        let connecting = stage.web.connect(SocketAddr::from((VIP, 80)));
+        let (call, inner) = tokio::join!(connecting, far.accept());
+        let mut inner = inner.unwrap();
+        requests.push(inner.next().await.unwrap());
+        flows.push((call.unwrap(), inner));
+    }
+    let mut echo = JoinSet::new();
+    let [(open, _), (waiting, _)] = &mut flows[..] else {
+        unreachable!()
+    };
+    echo.spawn(requests.remove(0).echo());
+    traffic::ping(open, b"open").await.unwrap();
+    east.workload(&stage.web).trust_domain = "renamed.example".to_owned();
+    east.write(&stage.file("east")).unwrap();
+    traffic::closed(open, wait::SOON).await.unwrap();
+    let log = cluster.proxy(0).log();
+    let changed = |line: &Line| line.field("reason") == "identity-changed";
+    log.wait("the flow that was open", changed).await;
+    let mark = log.mark();
+    echo.spawn(requests.remove(0).echo());
+    traffic::closed(waiting, wait::SOON).await.unwrap();
+    log.wait_from(mark, "the flow that was not", changed).await;
+}
+
+#[tokio::test]
 async fn a_far_end_that_the_service_does_not_list_is_refused() {
     let stage = Stage::new(PodSpec::plain);
     let cluster = stage.start(&stage.east(), &Mesh::default()).await;

@@ -20,7 +20,7 @@ use super::{
     Direction, Pod,
     failure::{Failure, Remedy},
     report::{self, Guarded, Told},
-    table::Entry,
+    table::{Entry, Revocation},
 };
 use crate::{
     listen,
@@ -306,6 +306,12 @@ fn begin(pod: &Pod, plan: &Plan, call: Call, far_end: Option<&FarEnd>) -> (Acces
     let shown = plan.hop().and_then(|_| plan.source.identity()).cloned();
     let watch = access.meter().watch();
     let entry = pod.flows().enter(direction, shown, watch);
+    // Before it was listed, nobody could end it for a pod that is somebody else by now.
+    if let Some(local) = pod.known_workload()
+        && entry.facts().is_disowned(&local)
+    {
+        entry.facts().revoke(Revocation::Identity);
+    }
     (access, entry)
 }
 
