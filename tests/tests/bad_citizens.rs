@@ -22,6 +22,7 @@
 //! | 17 | reads nothing from its socket | the same |
 //! | 18 | one byte in each frame | carried |
 //! | 19 | ends its side of hundreds of streams, and stays | they are kept |
+//! | 33 | one byte in each frame, to who never reads | GOAWAY, and their memory comes back |
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,
@@ -30,18 +31,20 @@
     reason = "test code: a panic is a failed test"
 )]
 
+use std::time::Duration;
+
 use testkit::{
     Authority,
     raw::{
         Hello, Wire,
-        frames::{ACK, END_HEADERS, block, encode, kind, setting},
+        frames::{ACK, END_HEADERS, Frame, block, encode, kind, setting},
     },
     stage::{Calm, ForeignClient},
     traffic::{self, Behaviour},
     wait,
 };
 use tokio::{
-    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _},
     net::TcpStream,
 };
 
@@ -364,5 +367,59 @@ async fn n19_streams_that_are_half_closed_for_ever_are_kept() {
         clients.push(client);
     }
     assert_eq!(stalled.accepted(300).await.len(), 300);
+    calm.unharmed().await;
+}
+
+/// Sends on stream 1 until neither the application nor what lies before it takes more; at most 8 MiB.
+async fn fill<S: AsyncRead + AsyncWrite + Unpin>(wire: &mut Wire<S>) {
+    const CHUNK: usize = 16 << 10;
+    // What SETTINGS announce holds for who has acknowledged them.
+    wire.send(kind::SETTINGS, ACK, 0, &[]).await.unwrap();
+    let mut window = 4 << 20;
+    while window >= 64 * CHUNK {
+        for _ in 0..32 {
+            let chunk = encode(kind::DATA, 0, 1, &[0; CHUNK]);
+            wire.stream.write_all(&chunk).await.unwrap();
+            window -= CHUNK;
+        }
+        while let Ok(frame) = wire.next_within(Duration::from_millis(300)).await {
+            let more = frame.increment().filter(|_| frame.stream == 1);
+            window += more.map_or(0, |more| more as usize);
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn n33_single_bytes_that_nobody_reads_are_held_within_bounds() {
+    let foreign = ForeignClient::new().unwrap();
+    let calm = Calm::start(&foreign, &[]).await;
+    let stalled = foreign.api.serve(8081, Behaviour::Stall).unwrap();
+    let mut wire = foreign.wire().await;
+    let request = connect(1, &foreign.target(8081));
+    wire.stream.write_all(&request).await.unwrap();
+    stalled.accepted(1).await;
+    fill(&mut wire).await;
+    let before = calm.proxy().resident_bytes().unwrap();
+    let bytes = encode(kind::DATA, 0, 1, b"x").repeat(1000);
+    let mut most = before;
+    // They would fit into what is left of the window.
+    for _ in 0..200 {
+        if wire.stream.write_all(&bytes).await.is_err() {
+            break;
+        }
+        most = most.max(calm.proxy().resident_bytes().unwrap());
+    }
+    let goaway = |frame: &Frame| frame.kind == kind::GOAWAY;
+    // A reset may be faster.
+    told(
+        wire.until(goaway)
+            .await
+            .ok()
+            .and_then(|end| end.error_code()),
+    );
+    most = most.max(calm.proxy().resident_bytes().unwrap());
+    calm.hit("http2").await;
+    // The library's table takes 33 MB at last, and for a moment as much again where it grew from.
+    assert!(most < before + (80 << 20), "{before}, then {most}");
     calm.unharmed().await;
 }

@@ -16,9 +16,10 @@ pub(super) const SEND_BUFFER: usize = 256 << 10;
 
 /// What the library may hold of small frames that wait for a reader: each counts for what it lacks of 256 bytes. A stream whose
 /// reader pauses may fill its window by messages of a few bytes, and that is no reason to end its neighbours; whoever does so to
-/// take memory gets little more than by large frames.
+/// take memory gets twice of it what he gets by large frames: 254 bytes for each, measured, and with the usual window one frame more
+/// than this would double the library's table once again.
 pub(super) fn small_frames(config: &config::Tunnel) -> usize {
-    usize::try_from(config.connection_window).map_or(usize::MAX, |window| window.saturating_mul(2))
+    usize::try_from(config.connection_window).map_or(usize::MAX, |window| window / 8 * 15)
 }
 
 /// The payloads of one stream that are with the library.

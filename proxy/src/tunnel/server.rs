@@ -241,9 +241,13 @@ where
             Err(ServeError::Cut)
         }
     };
-    let streams = serving.streams;
+    let mut streams = serving.streams;
     drop((serving.connection, serving.turn));
-    finish(streams).await;
+    match &end {
+        // What it sent to take memory is not kept for who may never read it.
+        Err(error) if error.limit().is_some() => streams.shutdown().await,
+        _ => finish(streams).await,
+    }
     end
 }
 
