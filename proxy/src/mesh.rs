@@ -242,25 +242,32 @@ impl Mesh {
     fn write(&self, take_in: impl FnOnce(&mut Intake<'_>)) -> Report {
         let mut pool = self.shared.pool.lock();
         // Nobody else writes while the pool is ours: what is read here is still so below.
-        let (turns, rejected) = {
+        let (turns, more, rejected) = {
             let state = self.shared.state.read();
             let mut intake = Intake::new(&state, &mut pool);
             take_in(&mut intake);
             let Taken { steps, rejected } = intake.finish();
-            (order::turns(steps, &state, STEPS_AT_ONCE), rejected)
+            let puts = |step: &&Step| matches!(step, Step::Put(Record::Workload(_), _));
+            let more = steps.iter().filter(puts).count();
+            let turns = order::turns(steps, &state, STEPS_AT_ONCE);
+            (turns, more, rejected)
         };
-        let mut report = self.put_in_force(turns, &mut pool);
+        let mut report = self.put_in_force(turns, more, &mut pool);
         // What was refused may have left shared parts that nobody holds, too.
         pool.release(rejected.len());
         report.rejected = rejected;
         report
     }
 
-    fn put_in_force(&self, turns: Vec<Vec<Step>>, pool: &mut Pool) -> Report {
+    /// Takes the turns, in which there may be `more` workloads than before.
+    fn put_in_force(
+        &self,
+        turns: impl Iterator<Item = Vec<Step>>,
+        mut more: usize,
+        pool: &mut Pool,
+    ) -> Report {
         let mut effects = Effects::default();
-        let puts = |step: &&Step| matches!(step, Step::Put(Record::Workload(_), _));
-        let mut more = turns.iter().flatten().filter(puts).count();
-        let mut turns = turns.into_iter().peekable();
+        let mut turns = turns.peekable();
         while let Some(turn) = turns.next() {
             self.shared.state.write(|state| {
                 state.reserve_for(std::mem::take(&mut more));

@@ -20,25 +20,37 @@ use super::{
 ///
 /// No two steps concern one name, so their order decides nothing about what they lead to but the age of workloads: those that
 /// are new give nothing up, and come in the order in which they were told.
-pub(super) fn turns(steps: Vec<Step>, state: &State, at_once: usize) -> Vec<Vec<Step>> {
-    let is_of_policy = |step: &Step| matches!(step.record(), Record::Policy(_));
-    if steps.len() <= at_once || steps.iter().all(is_of_policy) {
-        return cut(steps, usize::MAX).collect();
-    }
-    let contested = Contested::among(&steps, state);
+pub(super) fn turns(
+    steps: Vec<Step>,
+    state: &State,
+    at_once: usize,
+) -> impl Iterator<Item = Vec<Step>> + use<> {
     let [mut policies, mut first, mut moves, mut last, mut lifted] = [const { Vec::new() }; 5];
-    for step in steps {
-        let phase = match (step.record(), &step) {
-            // Whoever names a policy does so after it came, and until it has gone.
-            (Record::Policy(_), Step::Forget(..)) => &mut lifted,
-            (Record::Policy(_), Step::Put(..) | Step::Confirm(..)) => &mut policies,
-            (Record::Workload(_) | Record::Service(_), _) => match contested.role(&step, state) {
-                Role::Keeps => &mut first,
-                Role::Exchanges => &mut moves,
-                Role::Yields => &mut last,
-            },
-        };
-        phase.push(step);
+    let with_policies = steps.iter().any(is_of_policy);
+    if steps.len() <= at_once || with_policies && steps.iter().all(is_of_policy) {
+        // One turn.
+        moves = steps;
+    } else {
+        let contested = Contested::among(&steps, state);
+        if contested.0.is_empty() && !with_policies {
+            first = steps;
+        } else {
+            for step in steps {
+                let phase = match (step.record(), &step) {
+                    // Whoever names a policy does so after it came, and until it has gone.
+                    (Record::Policy(_), Step::Forget(..)) => &mut lifted,
+                    (Record::Policy(_), Step::Put(..) | Step::Confirm(..)) => &mut policies,
+                    (Record::Workload(_) | Record::Service(_), _) => {
+                        match contested.role(&step, state) {
+                            Role::Keeps => &mut first,
+                            Role::Exchanges => &mut moves,
+                            Role::Yields => &mut last,
+                        }
+                    }
+                };
+                phase.push(step);
+            }
+        }
     }
     let together = usize::MAX;
     cut(policies, together)
@@ -46,7 +58,10 @@ pub(super) fn turns(steps: Vec<Step>, state: &State, at_once: usize) -> Vec<Vec<
         .chain(cut(moves, together))
         .chain(cut(last, at_once))
         .chain(cut(lifted, together))
-        .collect()
+}
+
+fn is_of_policy(step: &Step) -> bool {
+    matches!(step.record(), Record::Policy(_))
 }
 
 fn cut(steps: Vec<Step>, at_once: usize) -> impl Iterator<Item = Vec<Step>> {
@@ -147,6 +162,9 @@ fn taken(step: &Step, state: &State) -> Vec<Place> {
 }
 
 fn difference(one: Option<&Record>, other: Option<&Record>) -> Vec<Place> {
+    if one.zip(other).is_some_and(are_found_alike) {
+        return Vec::new();
+    }
     let mut all = places(one);
     // Nothing is given up by what is new, which in a large update is nearly everything.
     if !all.is_empty() {
@@ -154,6 +172,21 @@ fn difference(one: Option<&Record>, other: Option<&Record>) -> Vec<Place> {
         all.retain(|place| !other.contains(place));
     }
     all.into_iter().collect()
+}
+
+/// Whether two records have their places in common, at one glance: nearly always, what changes is something else.
+fn are_found_alike(records: (&Record, &Record)) -> bool {
+    match records {
+        (Record::Workload(one), Record::Workload(other)) => {
+            one.owns_addresses() == other.owns_addresses()
+                && one.network() == other.network()
+                && one.addresses() == other.addresses()
+        }
+        (Record::Service(one), Record::Service(other)) => {
+            one.vips == other.vips && one.cidrs == other.cidrs
+        }
+        _ => false,
+    }
 }
 
 /// The places that a record is found by.
